@@ -1,0 +1,198 @@
+"""The command line: ``dask-batchinv`` and ``dask batchinv``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import click
+
+from dask_batchinv import __version__
+from dask_batchinv.job import progress
+from dask_batchinv.job.cluster import ClusterOptions, connect, embedded_workers
+from dask_batchinv.job.driver import run_job
+from dask_batchinv.job.plan import Plan
+from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
+from dask_batchinv.job.report import status_of
+from dask_batchinv.job.verify import verify_store
+from dask_batchinv.kernels import DeviceError
+from dask_batchinv.outcome import RefusedError
+from dask_batchinv.place import redact
+from dask_batchinv.stack import AssumeA, Device
+
+REFUSED = 2
+INTERRUPTED = 130
+
+EXIT_CODES = """
+\b
+Exit codes:
+    0  done
+    1  some tiles could not be done: run the same command again
+    2  refused before anything was written
+    3  done, but more than --max-failed matrices have no inverse
+  130  interrupted: run the same command again
+"""
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+_job_options = _options(
+    click.argument("source"),
+    click.argument("target"),
+    click.option("--variable", metavar="NAME", help="The stack in a group (Xarray dataset) that has several arrays."),
+    click.option("--dims", metavar="ROW,COL", help="Names of the core dimensions. Default: the last two."),
+    click.option("--assume-a", type=click.Choice(get_args(AssumeA)), default="general", show_default=True,
+                 help="What is known of the matrices."),
+    click.option("--min-rcond", type=float, default=0.0, metavar="X",
+                 help="Matrices whose reciprocal condition number is below X count as failed."),
+    click.option("--max-failed", default="0", show_default=True, metavar="N",
+                 help="How many matrices may have no inverse before the exit code is 3; 'any' for no limit."),
+    click.option("--device", type=click.Choice(get_args(Device)), default="auto", show_default=True,
+                 help="Where to invert."),
+    click.option("--missing", type=click.Choice(["error", "fill"]), default="error", show_default=True,
+                 help="A chunk that is not in the source is damage, or stands for matrices of its fill value."),
+    click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
+    click.option("--overwrite", is_flag=True,
+                 help="Replace a target that belongs to another job of dask-batchinv; nothing else is ever replaced."),
+)  # fmt: skip
+
+_cluster_options = _options(
+    click.option("--scheduler", metavar="ADDRESS",
+                 help="A running Dask scheduler, tcp://host:port. Default: processes on this machine."),
+    click.option("--workers", type=click.IntRange(1), metavar="N",
+                 help="Processes on this machine. Default: one per core."),
+    click.option("--threads-per-worker", type=click.IntRange(1), metavar="N",
+                 help="Threads of each. Default: 1."),
+    click.option("--memory-limit", metavar="BYTES",
+                 help="Memory of each, such as 4GiB. Default: a fair share of the machine."),
+)  # fmt: skip
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+@click.group(name="batchinv", context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="dask-batchinv")
+def main() -> None:
+    """Invert every matrix of a Zarr store, on a Dask cluster, with an account of each."""
+
+
+@main.command(epilog=EXIT_CODES)
+@_job_options
+@_cluster_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `dask-batchinv plan`.")
+@_json_option
+@click.option("--quiet", is_flag=True, help="No progress, and no report if all is well.")
+def run(dry_run: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
+    """Invert all matrices of SOURCE into the Zarr group TARGET.
+
+    SOURCE is a Zarr array (*, n, n), or a group with --variable: a path or an fsspec URL, format 2 or 3. TARGET gets
+    `inverse` (*, n, n), `info` and `rcond` (*). If the command is interrupted, in whatever way, the same command
+    does what is left.
+
+    \b
+    Examples:
+      dask-batchinv run covariances.zarr inverses.zarr --variable cov --assume-a "positive definite"
+      dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tcp://10.0.0.1:8786
+    """
+    with _exit_codes():
+        job, cluster = _parse(arguments)
+        if dry_run:
+            _print_plan(_plan(job, cluster), as_json)
+            return
+        with progress.shown(enabled=not quiet) as on_progress:
+            report = run_job(job, cluster, on_progress)
+        if as_json:
+            click.echo(json.dumps(report.to_json()))
+        elif not quiet or report.exit_code:
+            click.echo(str(report))
+        if report.exit_code == 1:
+            click.echo("Once the cause is mended, the same command does the rest.", err=True)
+        sys.exit(report.exit_code)
+
+
+@main.command()
+@_job_options
+@_cluster_options
+@_json_option
+def plan(as_json: bool, **arguments: Any) -> None:
+    """Print what `run` would do: tiles, bytes, and the memory that a worker will need. Writes nothing."""
+    with _exit_codes():
+        _print_plan(_plan(*_parse(arguments)), as_json)
+
+
+@main.command()
+@click.argument("target")
+@_json_option
+def status(target: str, as_json: bool) -> None:
+    """Print how far the job that writes TARGET is."""
+    with _exit_codes():
+        found = status_of(target)
+        click.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+@main.command()
+@click.argument("target")
+@click.option("--source", metavar="SOURCE", help="Also multiply every matrix of SOURCE with its inverse.")
+@_cluster_options
+@_json_option
+def verify(target: str, source: str | None, as_json: bool, **arguments: Any) -> None:
+    """Read TARGET back, every chunk, and check it. Exit code 1 if something is not right."""
+    with _exit_codes():
+        report = verify_store(target, source=source, **arguments)
+        click.echo(json.dumps(report.to_json()) if as_json else str(report))
+        sys.exit(0 if report.ok else 1)
+
+
+def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
+    cluster = ClusterOptions(
+        **{name: arguments.pop(name) for name in ("scheduler", "workers", "threads_per_worker", "memory_limit")}
+    )
+    source, target = arguments.pop("source"), arguments.pop("target")
+    if arguments["dims"] is not None:
+        arguments["dims"] = tuple(arguments["dims"].split(","))
+    allowed = arguments["max_failed"]
+    if allowed != "any" and not allowed.isdecimal():
+        raise RefusedError(f"--max-failed takes a number or 'any', got {allowed!r}")
+    arguments["max_failed"] = None if allowed == "any" else int(allowed)
+    return prepare(source, target, Options(**arguments)), cluster
+
+
+def _plan(job: Job, cluster: ClusterOptions) -> Plan:
+    if cluster.embedded:
+        return plan_for(job, embedded_workers(cluster))
+    with connect(cluster) as (_, workers):
+        return plan_for(job, workers)
+
+
+def _print_plan(made: Plan, as_json: bool) -> None:
+    click.echo(json.dumps(made.to_json()) if as_json else made.describe())
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn what may go wrong into messages and exit codes."""
+    # A batch system asks with SIGTERM what a person asks with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except (RefusedError, DeviceError) as error:
+        click.echo(f"Error: {redact(str(error))}", err=True)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        click.echo("Interrupted. What is done is recorded: the same command does the rest.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The Dask cluster of a job: the embedded default, or one that is there already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+from distributed import Client, LocalCluster
+from distributed.system import MEMORY_LIMIT
+
+from dask_batchinv.job.source import Source
+from dask_batchinv.outcome import ClusterError
+from dask_batchinv.place import Place, redact
+
+CONNECT_SECONDS = 5
+WORKER_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Which cluster to use."""
+
+    client: Any = None
+    """A `distributed.Client` to use."""
+    scheduler: str | None = None
+    """Address of a scheduler to connect to."""
+    workers: int | None = None
+    """Processes of the embedded cluster; by default one per core."""
+    threads_per_worker: int | None = None
+    """Their threads; by default one."""
+    memory_limit: str | int | None = None
+    """Memory of each of them, such as "4GiB", 0 for no limit; by default a fair share of the machine."""
+
+    def __post_init__(self) -> None:
+        mine = {
+            "workers": self.workers,
+            "threads-per-worker": self.threads_per_worker,
+            "memory-limit": self.memory_limit,
+        }
+        given = [name for name, value in mine.items() if value is not None]
+        if self.client is not None and self.scheduler is not None:
+            raise ClusterError("pass a client or the address of a scheduler, not both")
+        if given and not self.embedded:
+            raise ClusterError(f"{', '.join(given)}: only for the embedded cluster; a running one has its own workers")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether we start the cluster ourselves."""
+        return self.client is None and self.scheduler is None
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What the workers of a cluster have."""
+
+    count: int
+    """How many there are."""
+    threads: int
+    """Threads of the one with the most."""
+    memory: int | None
+    """Bytes of the one with the least; None if unlimited."""
+
+
+def embedded_workers(options: ClusterOptions) -> Workers:
+    """Return what the embedded cluster would have, without starting it."""
+    count = options.workers or max(1, CPU_COUNT // (options.threads_per_worker or 1))
+    threads = options.threads_per_worker or 1
+    if options.memory_limit is None:
+        return Workers(count, threads, MEMORY_LIMIT // count)
+    try:
+        memory = int(parse_bytes(options.memory_limit))
+    except ValueError as error:
+        text = f"memory limit {options.memory_limit!r} is not a number of bytes such as 4GiB"
+        raise ClusterError(text) from error
+    return Workers(count, threads, memory or None)
+
+
+@contextmanager
+def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
+    """Yield a client and what its workers have.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler cannot be reached within seconds, or has no workers.
+    """
+    if options.client is not None:
+        yield options.client, _workers_of(options.client)
+    elif options.scheduler is not None:
+        try:
+            client = Client(options.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise ClusterError(f"no scheduler at {options.scheduler}: {error}") from error
+        with client:
+            yield client, _workers_of(client)
+    else:
+        wanted = embedded_workers(options)
+        cluster = LocalCluster(
+            n_workers=wanted.count,
+            threads_per_worker=wanted.threads,
+            memory_limit=wanted.memory or 0,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=logging.ERROR,
+        )
+        with cluster, Client(cluster, set_as_default=False) as client:
+            yield client, wanted
+
+
+def _workers_of(client: Client) -> Workers:
+    deadline = time.monotonic() + WORKER_SECONDS
+    while not (known := client.scheduler_info(n_workers=-1)["workers"].values()):
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the scheduler has had no workers for {WORKER_SECONDS} s: start some with `dask worker`"
+            )
+        time.sleep(0.2)
+    limits = [worker["memory_limit"] for worker in known if worker["memory_limit"]]
+    return Workers(len(known), max(worker["nthreads"] for worker in known), min(limits) if limits else None)
+
+
+def check_reach(client: Client, source: Source | None, target: Place) -> None:
+    """Raise ClusterError unless every worker sees the source and the target where we see them."""
+    for place in (target, *([source.place] if source else [])):
+        if place.is_memory and set(client.run(os.getpid).values()) != {os.getpid()}:
+            raise ClusterError(
+                f"{place.name} lives in the memory of this process, where worker processes cannot reach it: "
+                "use a path or a shared store, or a Client with processes=False"
+            )
+    blind = {address: why for address, why in client.run(_blind, source, target).items() if why}
+    if blind:
+        address, why = next(iter(blind.items()))
+        raise ClusterError(
+            f"{len(blind)} worker(s) cannot reach the stores, first {address}: {why}. "
+            "Source and target must be on a disk or an object store that all workers share"
+        )
+
+
+def _blind(source: Source | None, target: Place) -> str | None:
+    """Run on a worker: say what it cannot see."""
+    try:
+        if source is not None and source.open().shape != source.shape:
+            return f"{source.place.name} is another array there"
+        if target.is_local and not os.access(_existing(target.url), os.W_OK):
+            return f"{target.name} cannot be written there"
+    except Exception as error:
+        return redact(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _existing(path: str) -> str:
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path

@@ -1,0 +1,64 @@
+"""Progress for people: a bar on a terminal, a line now and then elsewhere. On standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from dask_batchinv.job.driver import OnProgress, Progress
+
+#: Seconds between two lines where there is no terminal.
+LINE_SECONDS = 10.0
+
+
+@contextmanager
+def shown(*, enabled: bool = True, stream: Any = None) -> Iterator[OnProgress | None]:
+    """Yield a callback that shows the progress of a job."""
+    stream = sys.stderr if stream is None else stream
+    if not enabled:
+        yield None
+    elif stream.isatty():
+        with tqdm(unit=" matrices", unit_scale=True, file=stream, dynamic_ncols=True, smoothing=0.05) as bar:
+            yield lambda now: _move(bar, now)
+    else:
+        yield _Lines(stream)
+
+
+def _move(bar: Any, now: Progress) -> None:
+    if bar.total is None:
+        # What an earlier run has done must not count for the rate of this one.
+        bar.reset(total=now.matrices)
+        bar.initial = now.matrices_before
+        bar.n = now.matrices_before
+    bar.set_postfix_str(_troubles(now), refresh=False)
+    bar.update(now.matrices_done - bar.n)
+
+
+def _troubles(now: Progress) -> str:
+    tiles = f", {now.failed_tiles:,} tiles given up" if now.failed_tiles else ""
+    return f"{now.failed:,} without an inverse{tiles}"
+
+
+class _Lines:
+    """Prints a line at the beginning, every few seconds, and at the end."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._next = 0.0
+
+    def __call__(self, now: Progress) -> None:
+        clock = time.monotonic()
+        if clock < self._next and now.matrices_done < now.matrices:
+            return
+        self._next = clock + LINE_SECONDS
+        done = now.matrices_done - now.matrices_before
+        rate = done / now.seconds if now.seconds else 0.0
+        left = f"{(now.matrices - now.matrices_done) / rate:,.0f} s left" if rate else "time left unknown"
+        share = now.matrices_done / now.matrices if now.matrices else 1.0
+        done_of = f"{now.matrices_done:,} of {now.matrices:,} matrices ({share:.0%})"
+        print(f"{done_of}, {rate:,.0f}/s, {left}, {_troubles(now)}", file=self._stream, flush=True)

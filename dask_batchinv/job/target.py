@@ -1,0 +1,164 @@
+"""The target of a job: a Zarr group with ``inverse``, ``info`` and ``rcond``, our mark, and the ledger."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import numpy as np
+import xarray as xr
+import zarr
+
+from dask_batchinv import storage
+from dask_batchinv.job import ledger
+from dask_batchinv.job.plan import Tiling
+from dask_batchinv.job.source import Source, array_names
+from dask_batchinv.outcome import Info, TargetError
+from dask_batchinv.place import Place
+from dask_batchinv.stack import real_dtype, result_dtype
+
+#: The attribute that says a group is ours.
+MARK = "dask_batchinv"
+#: Raised when targets of older versions cannot be continued by this one.
+FORMAT = 1
+
+Fingerprint = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A target that a job of ours has begun."""
+
+    fingerprint: Fingerprint
+    """What it is made of: source, parameters, versions."""
+    tile: tuple[int, ...]
+    """Its tiles, which stay whatever limits a later run has."""
+    ready: bool
+    """Whether all its metadata were created."""
+    complete: bool
+    """Whether it is finished."""
+
+
+def look(place: Place) -> Begun | None:
+    """Return what is known of the target at a place, or None if nothing is there.
+
+    The fingerprint of a target of another format is empty: it differs from every other.
+
+    Raises
+    ------
+    TargetError
+        If something is there that is not ours.
+    """
+    if not place.exists():
+        return None
+    try:
+        meta = place.read_json("zarr.json")
+    except ValueError:
+        meta = {}
+    fs, path = place.filesystem()
+    if meta is None and fs.isdir(path) and not fs.ls(path):
+        return None
+    attributes = (meta or {}).get("attributes") or {}
+    mark = attributes.get(MARK)
+    if not isinstance(mark, dict):
+        raise TargetError(
+            f"{place.name} exists and is not a target of dask_batchinv: choose another place, or remove it yourself"
+        )
+    if mark.get("format") != FORMAT:
+        return Begun({"format": mark.get("format")}, (), ready=False, complete=False)
+    return Begun(mark["fingerprint"], tuple(mark["tile"]), mark["ready"], attributes["complete"])
+
+
+def tiling_of(place: Place, begun: Begun) -> Tiling:
+    """Return how a target that was begun is cut into tiles."""
+    array = storage.open_array(place / "inverse", read_only=True)
+    dims = list(array.metadata.dimension_names)  # type: ignore[union-attr, arg-type]  # ours are format 3 and named
+    row, col = begun.fingerprint["dims"]
+    return Tiling(tuple(array.shape), (dims.index(row), dims.index(col)), begun.tile)
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """Return what differs between two fingerprints, in words."""
+    keys = sorted({*old, *new})
+    return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def refuse_overlap(source: Source, target: Place) -> None:
+    """Raise TargetError if source and target are one place, or one lies inside the other."""
+    for place in filter(None, (source.group, source.place)):
+        if place.contains(target):
+            raise TargetError(f"the target {target.name} is, or lies inside, the source {place.name}")
+        if target.contains(place):
+            raise TargetError(f"the source {place.name} lies inside the target {target.name}")
+
+
+def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprint) -> None:
+    """Create the target, metadata first. The mark is written before anything else, ``ready`` last."""
+    mark = {"format": FORMAT, "fingerprint": fingerprint, "tile": list(tiling.tile), "ready": False}
+    if place.exists():  # `look` has seen our mark there, or an empty directory
+        place.remove(last="zarr.json")
+    group = zarr.create_group(place.store(), attributes={"complete": False, MARK: mark})
+    dtype = result_dtype(source.dtype)
+    batch = [source.dims[axis] for axis in tiling.batch]
+    batch_shape = tuple(source.shape[axis] for axis in tiling.batch)
+    batch_tile = tuple(tiling.tile[axis] for axis in tiling.batch)
+    coordinates = {"coordinates": " ".join(source.coordinates)} if source.coordinates else {}
+    group.create_array(
+        "inverse", shape=source.shape, chunks=tiling.tile, dtype=dtype, dimension_names=source.dims,
+        attributes={"long_name": "matrix inverse", **coordinates}, **storage.array_options(dtype),
+    )  # fmt: skip
+    group.create_array(
+        "rcond", shape=batch_shape, chunks=batch_tile, dtype=real_dtype(dtype), dimension_names=batch,
+        attributes={"long_name": "reciprocal condition number in the 1-norm", "units": "1"},
+        **storage.array_options(real_dtype(dtype)),
+    )  # fmt: skip
+    group.create_array(
+        "info", shape=batch_shape, chunks=batch_tile, dtype=np.int32, dimension_names=batch,
+        attributes={"long_name": "0 good, k > 0 pivot k is zero, -1 not finite, -2 overflow, -3 rcond below minimum"},
+        **storage.array_options(np.int32) | {"fill_value": int(Info.PENDING)},
+    )  # fmt: skip
+    _copy_coordinates(source, place)
+    ledger.create(group, tiling.n_tiles)
+    with _unspecified():
+        zarr.consolidate_metadata(place.store())
+    _set_attributes(place, {MARK: mark | {"ready": True}})
+
+
+def _copy_coordinates(source: Source, place: Place) -> None:
+    if not source.coordinates or source.group is None:
+        return
+    others = [name for name in array_names(source.group) if name not in source.coordinates]
+    with _unspecified(), dask.config.set(scheduler="threads"):
+        found = xr.open_zarr(
+            source.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
+            mask_and_scale=False, decode_times=False,
+        )  # fmt: skip
+        # What the source had for codecs and chunks is not for the target.
+        bare = found.drop_encoding().drop_attrs(deep=False)
+        bare.to_zarr(place.store(), mode="a", zarr_format=3, consolidated=False)
+
+
+def _set_attributes(place: Place, attributes: dict[str, Any]) -> None:
+    with _unspecified():
+        zarr.open_group(place.store(), mode="r+").update_attributes(attributes)
+
+
+@contextmanager
+def _unspecified() -> Iterator[None]:
+    """Silence Zarr where it warns that consolidated metadata and text labels are not in its specification yet.
+
+    Xarray wants the former, and users have the latter.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def finish(place: Place) -> None:
+    """Mark the target as complete: the last write of a job."""
+    _set_attributes(place, {"complete": True})

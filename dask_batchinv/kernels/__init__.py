@@ -1,0 +1,120 @@
+"""Kernels invert the matrices of one block; this module chooses among them.
+
+A kernel's `invert(a, out, info, rcond)` takes blocks of shapes ``(m, n, n), (m, n, n), (m,), (m,)``, reads
+`a`, and fills the other three. It never raises for data, never changes `a`, lets no matrix touch a bit of
+another, and needs `scratch_nbytes(n, dtype)` bytes on top, however large m is. A matrix whose ``info`` is not
+0 gets an all-NaN inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import dask.config
+import numpy as np
+import numpy.typing as npt
+
+from dask_batchinv.kernels import lapack
+from dask_batchinv.stack import AssumeA, Device, parse_choice
+
+Array = npt.NDArray[Any]
+
+
+class DeviceError(RuntimeError):
+    """The wanted device cannot be used."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to invert a block."""
+
+    name: str
+    """What reports call it."""
+    device: str
+    """Where it runs: "cpu" or "gpu"."""
+    invert: Callable[[Array, Array, Array, Array], None]
+    """The kernel itself: ``invert(a, out, info, rcond)``."""
+    scratch_nbytes: Callable[[int, npt.DTypeLike], int]
+    """``scratch_nbytes(n, dtype)``: its working memory in bytes."""
+
+
+def parse_device(device: Device) -> Device:
+    """Return the device that is meant: for "auto", the Dask configuration ``batchinv.device`` decides."""
+    device = parse_choice("device", device, Device)
+    if device == "auto":
+        device = parse_choice("dask.config batchinv.device", dask.config.get("batchinv.device", "auto"), Device)
+    if device == "gpu":
+        raise DeviceError('device="gpu": this version of dask_batchinv has no GPU kernels; use "cpu" or "auto"')
+    return device
+
+
+def choose_kernel(assume_a: AssumeA, device: Device = "auto") -> Kernel:
+    """Return the kernel for matrices of a structure on a device.
+
+    Examples
+    --------
+    >>> choose_kernel("positive definite").name
+    'lapack: positive definite'
+    """
+    parse_choice("assume_a", assume_a, AssumeA)
+    parse_device(device)
+    return Kernel(
+        name=f"lapack: {assume_a}",
+        device="cpu",
+        invert=partial(lapack.invert, structure=lapack.STRUCTURES[assume_a]),
+        scratch_nbytes=lapack.scratch_nbytes,
+    )
+
+
+def read_part(a: Array, assume_a: AssumeA) -> Array:
+    """Return the matrices that a stack ``(m, n, n)`` stands for: the part that `assume_a` names, filled up."""
+    return lapack.STRUCTURES[assume_a].read(np.ascontiguousarray(a))
+
+
+def invert_block(
+    a: Any,
+    *,
+    dtype: npt.DTypeLike,
+    assume_a: AssumeA = "general",
+    device: Device = "auto",
+    min_rcond: float = 0.0,
+) -> tuple[Array, Array, Array]:
+    """Invert one block of shape ``(*, n, n)`` that is in memory.
+
+    Parameters
+    ----------
+    a : array
+        The block; any numeric dtype, strides and byte order.
+    dtype : dtype
+        What to compute in and to return, from `dask_batchinv.stack.result_dtype`.
+    assume_a, device
+        As in `dask_batchinv.inverse`.
+    min_rcond : float
+        Good matrices with a smaller ``rcond`` get ``info`` -3 and NaN.
+
+    Returns
+    -------
+    inverse, info, rcond : arrays
+        Shapes ``(*, n, n)``, ``(*,)``, ``(*,)``; dtypes `dtype`, int32, and the real kind of `dtype`.
+    """
+    if type(a).__module__.partition(".")[0] == "cupy":
+        raise DeviceError("the block is a CuPy array and this version of dask_batchinv has no GPU kernels: "
+                          "convert it with .map_blocks(cupy.asnumpy) first")  # fmt: skip
+    kernel = choose_kernel(assume_a, device)
+    dtype = np.dtype(dtype)
+    batch, n = a.shape[:-2], a.shape[-1]
+    m = int(np.prod(batch, dtype=np.intp))
+    out = np.empty((m, n, n), dtype)
+    info = np.empty(m, np.int32)
+    rcond = np.empty(m, np.finfo(dtype).dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        native = np.asarray(a).astype(dtype, copy=False)
+    kernel.invert(native.reshape(m, n, n), out, info, rcond)
+    if min_rcond > 0:
+        poor = (info == 0) & (rcond < min_rcond)
+        info[poor] = -3
+        out[poor] = np.nan
+    return out.reshape(a.shape), info.reshape(batch), rcond.reshape(batch)

@@ -1,0 +1,230 @@
+"""The CPU kernel: LAPACK through NumPy and SciPy, made to account for every matrix.
+
+NumPy's own `inv` raises for the whole stack when one matrix is singular, lets NaN pass, and turns an infinity
+into a finite "inverse". Here each matrix is looked at before and after: what LAPACK must not see is replaced by
+the identity, and the outcome of each goes to ``info``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import lapack as sl
+
+from dask_batchinv.kernels.blas import one_blas_thread
+
+Array = npt.NDArray[Any]
+
+#: Bytes of matrices worked on at a time: they stay in the cache, and bound the scratch memory.
+GROUP_NBYTES = 2**18
+#: Copies of a group that are alive at once: the part read, its absolute values, what LAPACK returns, temporaries.
+_GROUP_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What `assume_a` means to this kernel."""
+
+    read: Callable[[Array], Array]
+    """A private copy of a stack, made only of the part that the word names, filled up to whole matrices."""
+    solve: Callable[[Array, Array], Array]
+    """``solve(a, out)`` writes the inverses and returns 0 or k per matrix; never raises for finite `a`."""
+
+
+def scratch_nbytes(n: int, dtype: npt.DTypeLike) -> int:
+    """Return the working memory of `invert` in bytes, whatever the number of matrices."""
+    # NumPy computes float32 in float64: twice the bytes.
+    one = n * n * np.dtype(dtype).itemsize
+    return 2 * _GROUP_COPIES * max(GROUP_NBYTES, one)
+
+
+def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Structure) -> None:
+    """Invert a block; the contract is in `dask_batchinv.kernels`."""
+    m, n = a.shape[:2]
+    if n == 0:
+        info[:] = 0
+        rcond[:] = 1  # as LAPACK's gecon
+        return
+    step = max(1, GROUP_NBYTES // (n * n * a.itemsize))
+    with one_blas_thread(), np.errstate(all="ignore"):
+        for start in range(0, m, step):
+            part = slice(start, start + step)
+            _invert_group(a[part], out[part], info[part], rcond[part], structure)
+
+
+def _invert_group(a: Array, out: Array, info: Array, rcond: Array, structure: Structure) -> None:
+    s = structure.read(np.ascontiguousarray(a))
+    not_finite = ~np.isfinite(s).all(axis=(1, 2))
+    s[not_finite] = np.eye(s.shape[-1], dtype=s.dtype)
+    shift = _scale(s)
+    info[:] = structure.solve(s, out)
+    # Two divisions: the product of the norms may overflow where the quotient does not.
+    rcond[:] = 1 / _norm1(s) / _norm1(out)
+    rcond[(info > 0) | np.isnan(rcond)] = 0
+    if shift is not None:
+        _shift_exponents(out, shift)
+    overflow = ~np.isfinite(out).all(axis=(1, 2))
+    info[(info == 0) & overflow] = -2
+    info[not_finite] = -1
+    rcond[not_finite] = np.nan
+    out[info != 0] = complex(np.nan, np.nan) if np.iscomplexobj(out) else np.nan
+
+
+def _norm1(a: Array) -> Array:
+    norm: Array = np.abs(a).sum(axis=-2).max(axis=-1)
+    return norm
+
+
+def _scale(s: Array) -> Array | None:
+    """Bring matrices of extreme size near 1 by a power of two, in place; return the exponents taken off.
+
+    The sums and products inside LAPACK then neither overflow nor underflow unless the inverse does. A power of two
+    changes no other bit, and matrices of common size are not touched.
+    """
+    largest = np.abs(s.view(s.real.dtype)).max(axis=(1, 2))
+    exponent = np.frexp(largest)[1]
+    extreme = np.abs(exponent) > np.finfo(s.dtype).maxexp // 2
+    if not extreme.any():
+        return None
+    shift = np.where(extreme & (largest > 0), -exponent, 0)
+    _shift_exponents(s, shift)
+    return shift
+
+
+def _shift_exponents(a: Array, shift: Array) -> None:
+    parts = a.view(a.real.dtype)
+    np.ldexp(parts, shift[:, None, None], out=parts)
+
+
+# --- what each word reads -------------------------------------------------------------------------------------
+
+
+def _read_general(a: Array) -> Array:
+    return np.array(a, order="C")
+
+
+def _read_symmetric(a: Array) -> Array:
+    upper = np.triu(a)
+    return upper + np.triu(upper, 1).swapaxes(1, 2)
+
+
+def _read_hermitian(a: Array) -> Array:
+    upper = np.triu(a)
+    if np.iscomplexobj(a):
+        # The diagonal of a Hermitian matrix is real; like LAPACK, do not read the rest of it.
+        diagonal = np.einsum("mii->mi", upper)
+        diagonal.imag = 0
+    return upper + np.triu(upper, 1).conj().swapaxes(1, 2)
+
+
+def _read_diagonal(a: Array) -> Array:
+    s = np.zeros_like(a, order="C")
+    np.einsum("mii->mi", s)[:] = np.einsum("mii->mi", a)
+    return s
+
+
+# --- how each word is solved ----------------------------------------------------------------------------------
+
+
+def _solve_general(s: Array, out: Array) -> Array:
+    """gesv against the identity, through NumPy, which loops over the stack in C."""
+    pivot = np.zeros(len(s), np.int32)
+    try:
+        out[:] = np.linalg.inv(s)
+        return pivot
+    except np.linalg.LinAlgError:
+        pass
+    singular = np.flatnonzero(np.linalg.slogdet(s)[0] == 0)
+    if len(singular):
+        # Others must be solved in the same way, with the same bits, as if these had not been there.
+        for i in singular:
+            pivot[i] = _first_zero_pivot(s[i])
+        clean = s.copy()
+        clean[singular] = np.eye(s.shape[-1], dtype=s.dtype)
+        _solve_general(clean, out)
+    elif len(s) == 1:
+        pivot[0] = _first_zero_pivot(s[0])
+    else:
+        # slogdet found nothing where inv did: a BLAS whose two paths round differently.
+        half = len(s) // 2
+        pivot[:half] = _solve_general(s[:half], out[:half])
+        pivot[half:] = _solve_general(s[half:], out[half:])
+    return pivot
+
+
+def _first_zero_pivot(a: Array) -> int:
+    """Return the 1-based number of the first zero pivot of a matrix that NumPy calls singular."""
+    # In double precision, as NumPy works; LAPACKs may differ in rounding, then the last pivot is the zero one.
+    info = int((sl.zgetrf if np.iscomplexobj(a) else sl.dgetrf)(a)[2])
+    return info or len(a)
+
+
+def _each(factor: str, finish: str | None, s: Array, out: Array, **upper: int) -> Array:
+    """Loop over a stack with two LAPACK routines, the second of which takes what the first returns."""
+    letter = {"f": "s", "d": "d", "F": "c", "D": "z"}[s.dtype.char]
+    first = getattr(sl, letter + factor)
+    second = getattr(sl, letter + finish) if finish else None
+    pivot = np.zeros(len(s), np.int32)
+    for i, a in enumerate(s):
+        *parts, k = first(a, **upper)
+        if k == 0 and second is not None:
+            *parts, k = second(*parts, **upper)
+        pivot[i] = k
+        if k == 0:
+            out[i] = parts[0]
+    return pivot
+
+
+def _solve_symmetric(s: Array, out: Array) -> Array:
+    pivot = _each("sytrf", "sytri", s, out, lower=0)
+    out[:] = _read_symmetric(out)
+    return pivot
+
+
+def _solve_hermitian(s: Array, out: Array) -> Array:
+    if not np.iscomplexobj(s):
+        return _solve_symmetric(s, out)
+    pivot = _each("hetrf", "hetri", s, out, lower=0)
+    out[:] = _read_hermitian(out)
+    return pivot
+
+
+def _solve_positive_definite(s: Array, out: Array) -> Array:
+    pivot = _each("potrf", "potri", s, out, lower=0)
+    out[:] = _read_hermitian(out)
+    return pivot
+
+
+def _solve_upper(s: Array, out: Array) -> Array:
+    pivot = _each("trtri", None, s, out, lower=0)
+    out[:] = np.triu(out)
+    return pivot
+
+
+def _solve_lower(s: Array, out: Array) -> Array:
+    pivot = _each("trtri", None, s, out, lower=1)
+    out[:] = np.tril(out)
+    return pivot
+
+
+def _solve_diagonal(s: Array, out: Array) -> Array:
+    diagonal = np.einsum("mii->mi", s)
+    zero = diagonal == 0
+    out[:] = 0
+    np.einsum("mii->mi", out)[:] = 1 / diagonal
+    return np.where(zero.any(axis=1), zero.argmax(axis=1) + 1, 0).astype(np.int32)
+
+
+STRUCTURES = {
+    "general": Structure(_read_general, _solve_general),
+    "symmetric": Structure(_read_symmetric, _solve_symmetric),
+    "hermitian": Structure(_read_hermitian, _solve_hermitian),
+    "positive definite": Structure(_read_hermitian, _solve_positive_definite),
+    "upper triangular": Structure(np.triu, _solve_upper),
+    "lower triangular": Structure(np.tril, _solve_lower),
+    "diagonal": Structure(_read_diagonal, _solve_diagonal),
+}

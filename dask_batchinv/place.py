@@ -1,0 +1,131 @@
+"""Where a store is: its one true name, whether two places overlap, and how to open it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import zarr.abc.store
+import zarr.storage
+
+_SECRET = re.compile(r"(?i)((?:key|secret|token|sig|signature|password|passwd|credential)[^=&\s]*=)[^&\s]+")
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def redact(text: str) -> str:
+    """Return `text` without the credentials that URLs may carry.
+
+    Examples
+    --------
+    >>> redact("s3://me:hunter2@host/b?token=abc&x=1")
+    's3://***@host/b?token=***&x=1'
+    """
+    return _SECRET.sub(r"\1***", _USER.sub("***@", text))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A location in a file system that Zarr can use."""
+
+    url: str
+    """As opened: an absolute real path, or an fsspec URL. May hold credentials: print `name` instead."""
+
+    @classmethod
+    def parse(cls, location: str | os.PathLike[str]) -> Place:
+        """Return the place that a path or URL names: symlinks, ``..`` and trailing slashes are resolved."""
+        text = os.fspath(location)
+        if not text:
+            raise ValueError("expected a path or a URL, got an empty string")
+        if text.startswith(("file://", "local://")):
+            text = text.partition("://")[2]
+        if "://" in text:
+            head, _, query = text.partition("?")
+            protocol, _, path = head.partition("://")
+            path = "/".join(_resolved([part for part in path.split("/") if part], text))
+            return cls(f"{protocol}://{path}" + (f"?{query}" if query else ""))
+        return cls(os.path.realpath(os.path.expanduser(text)))
+
+    @property
+    def name(self) -> str:
+        """The place for people: without credentials."""
+        return redact(self.url)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path on a mounted disk."""
+        return "://" not in self.url
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether it lives in the memory of one process."""
+        return self.url.startswith("memory://")
+
+    def __truediv__(self, part: str) -> Place:
+        head, mark, query = self.url.partition("?")
+        return Place(f"{head}/{part}{mark}{query}")
+
+    def contains(self, other: Place) -> bool:
+        """Tell whether `other` is this place or lies inside it."""
+        return self._parts() == other._parts()[: len(self._parts())]
+
+    def _parts(self) -> list[str]:
+        # Who asks does not change what is there.
+        url = _USER.sub("", self.url.partition("?")[0])
+        return [part for part in url.split("/") if part]
+
+    def store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
+        """Return a Zarr store for this place."""
+        if self.is_local:
+            return zarr.storage.LocalStore(self.url, read_only=read_only)
+        return zarr.storage.FsspecStore.from_url(self.url, read_only=read_only)
+
+    def filesystem(self) -> tuple[Any, str]:
+        """Return the (synchronous) fsspec file system and the path in it."""
+        fs, path = fsspec.core.url_to_fs(self.url)
+        return fs, path
+
+    def exists(self) -> bool:
+        """Tell whether anything is here."""
+        fs, path = self.filesystem()
+        return bool(fs.exists(path))
+
+    def read_json(self, key: str) -> dict[str, Any] | None:
+        """Return a JSON object stored under `key`, or None if there is no such key.
+
+        Raises
+        ------
+        ValueError
+            If it is not a JSON object.
+        """
+        fs, path = self.filesystem()
+        try:
+            content = json.loads(fs.cat_file(f"{path}/{key}"))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object in {key}, got {type(content).__name__}")
+        return content
+
+    def remove(self, *, last: str) -> None:
+        """Delete everything here, the file `last` after all others, so that a break leaves it in place."""
+        fs, path = self.filesystem()
+        for child in fs.ls(path, detail=False):
+            if child.rstrip("/").rpartition("/")[2] != last:
+                fs.rm(child, recursive=True)
+        fs.rm(path, recursive=True)
+
+
+def _resolved(parts: list[str], url: str) -> list[str]:
+    done: list[str] = []
+    for part in parts:
+        if part == "..":
+            if len(done) < 2:
+                raise ValueError(f"{redact(url)} leads out of its store by '..'")
+            done.pop()
+        elif part != ".":
+            done.append(part)
+    return done

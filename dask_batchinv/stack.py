@@ -1,0 +1,106 @@
+"""What a valid stack is: its shape, its dtype, its chunks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+AssumeA = Literal[
+    "general",
+    "symmetric",
+    "hermitian",
+    "positive definite",
+    "upper triangular",
+    "lower triangular",
+    "diagonal",
+]
+Device = Literal["auto", "cpu", "gpu"]
+OnError = Literal["raise", "nan"]
+
+#: The dtypes that kernels compute in, and what every other numeric kind becomes.
+KEPT = ("float32", "float64", "complex64", "complex128")
+
+
+def parse_choice(name: str, value: Any, choices: Any) -> Any:
+    """Return `value` if it is one of the words of the Literal type `choices`, else raise ValueError."""
+    words = get_args(choices)
+    if value not in words:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}; got {value!r}")
+    return value
+
+
+def result_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """Return the dtype of the inverse of a stack of `dtype`, in native byte order.
+
+    Raises
+    ------
+    TypeError
+        If `dtype` is not a bool, an integer, or a floating or complex number of at most 64 bits a part.
+
+    Examples
+    --------
+    >>> result_dtype(">f4"), result_dtype("int8"), result_dtype("float16")
+    (dtype('float32'), dtype('float64'), dtype('float32'))
+    """
+    dtype = np.dtype(dtype)
+    if dtype.name in KEPT:
+        return dtype.newbyteorder("=")
+    if dtype.kind in "biu":
+        return np.dtype("float64")
+    if dtype.name == "float16":
+        return np.dtype("float32")
+    raise TypeError(
+        f"dtype {dtype.name} has no inverse here: expected float32, float64, complex64 or complex128, "
+        "or bool, an integer or float16, which are converted"
+    )
+
+
+def real_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """Return the dtype of norms and ``rcond`` for a stack of (result) `dtype`."""
+    return np.finfo(np.dtype(dtype)).dtype
+
+
+def check_shape(shape: tuple[float, ...]) -> int:
+    """Return n for a shape ``(*, n, n)``, else raise LinAlgError with the shape in the message."""
+    if len(shape) < 2:
+        raise np.linalg.LinAlgError(
+            f"expected a stack of matrices (*, n, n) with at least two dimensions, got shape {shape}"
+        )
+    # A size that Dask does not know (nan) is equal to nothing, not even itself.
+    if shape[-1] != shape[-2]:
+        raise np.linalg.LinAlgError(
+            f"expected a stack of square matrices (*, n, n), got shape {shape}: "
+            "the last two dimensions must be known and equally long"
+        )
+    return int(shape[-1])
+
+
+def whole_matrices(chunks: tuple[tuple[float, ...], ...], itemsize: int) -> tuple[dict[int, Any], int] | None:
+    """Return how to rechunk a stack so that no matrix is split, or None if none is.
+
+    Parameters
+    ----------
+    chunks : tuple of tuple
+        Dask chunks of the stack.
+    itemsize : int
+        Bytes of one element.
+
+    Returns
+    -------
+    dict and int
+        Arguments `chunks` and `block_size_limit` of `dask.array.rechunk`: the core dimensions become one
+        chunk, and the batch chunks shrink so that a block keeps about its number of bytes.
+    """
+    if len(chunks[-1]) == 1 and len(chunks[-2]) == 1:
+        return None
+    batch = chunks[:-2]
+    if any(math.isnan(size) for sizes in batch for size in sizes):
+        # Dask cannot cut a dimension whose sizes it does not know: merge alone.
+        return {len(batch): -1, len(batch) + 1: -1}, 0
+    limit = itemsize * math.prod(int(max(sizes, default=0)) for sizes in chunks)
+    wanted: dict[int, Any] = dict.fromkeys(range(len(batch)), "auto")
+    wanted.update({len(batch): -1, len(batch) + 1: -1})
+    return wanted, limit
