@@ -162,7 +162,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         memory=workers.memory,
         threads=workers.threads,
         scratch=job.kernel.scratch_nbytes(source.n, dtype),
-        read_concurrency=int(zarr.config.get("async.concurrency")),
+        read_concurrency=None if source.sharded else int(zarr.config.get("async.concurrency")),
     )
     tile = job.begun.tile if job.begun else None
     return make_plan(layout, limits, tile_nbytes=job.options.tile_nbytes, tile=tile)

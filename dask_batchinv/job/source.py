@@ -52,7 +52,9 @@ class Source:
     dtype: np.dtype[Any]
     """dtype as stored, byte order included."""
     read_unit: tuple[int, ...]
-    """Shape of what must be decoded whole: a shard, or a chunk where there are no shards."""
+    """Shape of what must be decoded whole: a chunk (of a shard, where there are shards)."""
+    sharded: bool
+    """Whether chunks stand together in shards, which Zarr reads many chunks at a time."""
     dims: tuple[str, ...]
     """Dimension names; made up where the source has none."""
     core: tuple[int, int]
@@ -149,7 +151,8 @@ def _open_source(location: str | os.PathLike[str], variable: str | None, dims: S
         zarr_format=node.zarr_format,
         shape=tuple(array.shape),
         dtype=dtype,
-        read_unit=tuple(array.shards or array.chunks),
+        read_unit=tuple(array.chunks),
+        sharded=array.shards is not None,
         dims=names,
         core=core,
         coordinates=coordinates,

@@ -65,8 +65,7 @@ def _invert_group(a: Array, out: Array, info: Array, rcond: Array, structure: St
     # Two divisions: the product of the norms may overflow where the quotient does not.
     rcond[:] = 1 / _norm1(s) / _norm1(out)
     rcond[(info > 0) | np.isnan(rcond)] = 0
-    if shift is not None:
-        _shift_exponents(out, shift)
+    _shift_exponents(out, shift)
     overflow = ~np.isfinite(out).all(axis=(1, 2))
     info[(info == 0) & overflow] = -2
     info[not_finite] = -1
@@ -79,25 +78,31 @@ def _norm1(a: Array) -> Array:
     return norm
 
 
-def _scale(s: Array) -> Array | None:
-    """Bring matrices of extreme size near 1 by a power of two, in place; return the exponents taken off.
+def _scale(s: Array) -> Array:
+    """Bring the largest number of each matrix into [1/2, 1) by a power of two, in place; return the exponents added.
 
-    The sums and products inside LAPACK then neither overflow nor underflow unless the inverse does. A power of two
-    changes no other bit, and matrices of common size are not touched.
+    The sums and products inside LAPACK then neither overflow nor underflow unless the inverse does, and matrices that
+    differ by a power of two alone have inverses that do. Numbers too small for both stay as they are: the smallest
+    must not become subnormal.
     """
-    largest = np.abs(s.view(s.real.dtype)).max(axis=(1, 2))
-    exponent = np.frexp(largest)[1]
-    extreme = np.abs(exponent) > np.finfo(s.dtype).maxexp // 2
-    if not extreme.any():
-        return None
-    shift = np.where(extreme & (largest > 0), -exponent, 0)
+    size = np.abs(s.view(s.real.dtype))
+    largest = size.max(axis=(1, 2))
+    smallest = np.where(size == 0, np.inf, size).min(axis=(1, 2))
+    lowest = np.finfo(s.dtype).minexp + 1
+    shift = np.maximum(-np.frexp(largest)[1], lowest - np.frexp(smallest)[1])
+    shift[largest == 0] = 0
     _shift_exponents(s, shift)
     return shift
 
 
 def _shift_exponents(a: Array, shift: Array) -> None:
     parts = a.view(a.real.dtype)
-    np.ldexp(parts, shift[:, None, None], out=parts)
+    power = np.ldexp(parts.dtype.type(1), shift)
+    if (np.isfinite(power) & (power >= np.finfo(power.dtype).tiny)).all():
+        parts *= power[:, None, None]
+    else:
+        # Several times slower, but for any exponent.
+        np.ldexp(parts, shift[:, None, None], out=parts)
 
 
 # --- what each word reads -------------------------------------------------------------------------------------
@@ -180,16 +185,17 @@ def _each(factor: str, finish: str | None, s: Array, out: Array, **upper: int) -
 
 
 def _solve_symmetric(s: Array, out: Array) -> Array:
-    pivot = _each("sytrf", "sytri", s, out, lower=0)
-    out[:] = _read_symmetric(out)
+    # The lower triangle, so that pivots are counted from the first; `s` has both.
+    pivot = _each("sytrf", "sytri", s, out, lower=1)
+    out[:] = _read_symmetric(out.swapaxes(1, 2))
     return pivot
 
 
 def _solve_hermitian(s: Array, out: Array) -> Array:
     if not np.iscomplexobj(s):
         return _solve_symmetric(s, out)
-    pivot = _each("hetrf", "hetri", s, out, lower=0)
-    out[:] = _read_hermitian(out)
+    pivot = _each("hetrf", "hetri", s, out, lower=1)
+    out[:] = _read_hermitian(out.conj().swapaxes(1, 2))
     return pivot
 
 

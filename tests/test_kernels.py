@@ -1,0 +1,272 @@
+"""The contract of kernels, for every kernel there is."""
+
+import threading
+
+import numpy as np
+import pytest
+from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned, residual_ratio
+from threadpoolctl import threadpool_info
+
+from dask_batchinv.kernels import DeviceError, choose_kernel, invert_block, lapack
+from dask_batchinv.kernels.blas import one_blas_thread
+
+SIZES = (1, 2, 3, 4, 7, 16, 33)
+
+
+def run(a, structure="general"):
+    """Call the bare kernel."""
+    kernel = choose_kernel(structure, "cpu")
+    out = np.empty(a.shape, a.dtype)
+    info = np.full(len(a), 99, np.int32)
+    rcond = np.full(len(a), 99, np.finfo(a.dtype).dtype)
+    kernel.invert(a, out, info, rcond)
+    return out, info, rcond
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("n", SIZES)
+def test_residual_over_condition_numbers(n, structure, dtype):
+    eps = np.finfo(dtype).eps
+    for cond in (2, eps**-0.25, eps**-0.5, 0.1 / eps):
+        a = conditioned(20, n, cond, dtype, structure)
+        x, info, rcond = run(a, structure)
+        assert not info.any()
+        assert residual_ratio(a, x).max() <= 3
+        norms = np.abs(a).sum(axis=1).max(axis=1) * np.abs(x).sum(axis=1).max(axis=1)
+        np.testing.assert_allclose(rcond, 1 / norms, rtol=50 * n * eps)
+
+
+@pytest.mark.parametrize("structure", ["symmetric", "hermitian", "positive definite"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_is_exactly_symmetric(structure, dtype):
+    x, _, _ = run(conditioned(50, 7, 1e3, dtype, structure), structure)
+    mirrored = x.swapaxes(1, 2) if structure == "symmetric" else x.conj().swapaxes(1, 2)
+    assert np.array_equal(x, mirrored)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_each_failure_has_its_code_and_disturbs_no_neighbour(structure, dtype):
+    n = 5
+    clean = conditioned(40, n, 100, dtype, structure)
+    expected, _, expected_rcond = run(clean, structure)
+    a = clean.copy()
+    a[3] = 0
+    a[11, 1, 1] = np.nan
+    a[12, 1, 1] = np.inf
+    a[13, 1, 1] = -np.inf
+    a[17] = np.eye(n) * np.finfo(dtype).smallest_subnormal
+    x, info, rcond = run(a, structure)
+    assert info[3] == 1
+    assert list(info[11:14]) == [-1, -1, -1]
+    assert info[17] == -2
+    failed = np.flatnonzero(info)
+    assert list(failed) == [3, 11, 12, 13, 17]
+    assert np.isnan(x[failed]).all()
+    if x.dtype.kind == "c":
+        assert np.isnan(x[failed].real).all()
+        assert np.isnan(x[failed].imag).all()
+    assert rcond[3] == 0
+    assert np.isnan(rcond[11:14]).all()
+    good = np.setdiff1d(np.arange(40), failed)
+    assert_same_bits(x[good], expected[good])
+    assert_same_bits(rcond[good], expected_rcond[good])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_info_is_the_number_of_the_zero_pivot(k, dtype):
+    diagonal = np.eye(4, dtype=dtype)
+    diagonal[k - 1, k - 1] = 0
+    for structure in STRUCTURES:
+        assert run(diagonal[None], structure)[1][0] == k
+
+
+def test_info_of_a_matrix_that_is_not_positive_definite():
+    a = np.array([[[1.0, 0, 0], [0, 2, 3], [0, 3, 4]], [[-1.0, 0, 0], [0, 1, 0], [0, 0, 1]]])
+    x, info, rcond = run(a, "positive definite")
+    assert list(info) == [3, 1]
+    assert np.isnan(x).all()
+    assert not rcond.any()
+
+
+UNREAD = {
+    "symmetric": np.tri(4, k=-1, dtype=bool),
+    "hermitian": np.tri(4, k=-1, dtype=bool),
+    "positive definite": np.tri(4, k=-1, dtype=bool),
+    "upper triangular": np.tri(4, k=-1, dtype=bool),
+    "lower triangular": ~np.tri(4, dtype=bool),
+    "diagonal": ~np.eye(4, dtype=bool),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", UNREAD)
+def test_only_the_named_part_is_read(structure, dtype):
+    a = conditioned(9, 4, 10, dtype, structure)
+    expected = run(a, structure)
+    a[:, UNREAD[structure]] = np.nan
+    for got, want in zip(run(a, structure), expected, strict=True):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("structure", ["hermitian", "positive definite"])
+def test_the_imaginary_part_of_a_hermitian_diagonal_is_not_read(structure, dtype):
+    a = conditioned(9, 4, 10, dtype, structure)
+    a[:, range(4), range(4)] = a[:, range(4), range(4)].real
+    expected = run(a, structure)
+    a.imag[:, range(4), range(4)] = np.nan
+    for got, want in zip(run(a, structure), expected, strict=True):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("power", [-0.85, -0.31, 0.45, 0.9])
+def test_a_power_of_two_changes_the_exponent_alone(structure, dtype, power):
+    # Also near the ends of the range, where sums inside LAPACK would overflow or underflow.
+    a = conditioned(30, 4, 50, dtype, structure)
+    shift = round(power * np.finfo(dtype).maxexp)
+
+    def times_power_of_two(b, power):
+        return np.ldexp(b.view(b.real.dtype), power).view(b.dtype)
+
+    x, _, rcond = run(a, structure)
+    scaled, info, scaled_rcond = run(times_power_of_two(a, shift), structure)
+    assert not info.any()
+    assert_same_bits(scaled, times_power_of_two(x, -shift))
+    assert_same_bits(scaled_rcond, rcond)
+
+
+def test_overflow_of_the_inverse_is_not_singularity():
+    for dtype in DTYPES:
+        tiny = np.eye(3, dtype=dtype)[None] * np.finfo(dtype).tiny
+        barely = tiny * 4
+        assert list(run(np.concatenate([tiny / 64, barely]))[1]) == [-2, 0]
+
+
+def test_where_an_inverse_is_the_largest_number_it_stands():
+    a = np.diag([2.0**-1000, 2.0**1000])[None]
+    x, info, rcond = run(a)
+    assert not info.any()
+    assert_same_bits(x, np.diag([2.0**1000, 2.0**-1000])[None])
+    assert rcond[0] == 0  # 2**-2000 is less than the smallest number
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_empty_stacks_and_matrices(structure):
+    x, info, _ = run(np.empty((0, 3, 3)), structure)
+    assert x.shape == (0, 3, 3)
+    assert info.shape == (0,)
+    x, info, rcond = run(np.empty((4, 0, 0)), structure)
+    assert x.shape == (4, 0, 0)
+    assert not info.any()
+    assert (rcond == 1).all()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_input_is_never_changed(structure):
+    a = conditioned(10, 4, 10, "float64", structure)
+    a[2] = 0
+    before = a.copy()
+    a.flags.writeable = False
+    run(a, structure)
+    assert_same_bits(a, before)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16, 40, 129])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_place_in_the_stack(n, dtype):
+    rng = np.random.default_rng(5)
+    a = conditioned(25, n, 1e4, dtype)
+    order = rng.permutation(25)
+    x, _, rcond = run(a)
+    shuffled, _, shuffled_rcond = run(a[order])
+    assert_same_bits(shuffled, x[order])
+    assert_same_bits(shuffled_rcond, rcond[order])
+    for i in range(0, 25, 6):
+        assert_same_bits(run(a[i : i + 1])[0][0], x[i])
+
+
+def test_groups_do_not_show(monkeypatch):
+    a = conditioned(100, 4, 100)
+    a[::7] = 0
+    whole = run(a)
+    monkeypatch.setattr(lapack, "GROUP_NBYTES", 3 * 4 * 4 * 8)
+    for got, want in zip(run(a), whole, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_a_blas_whose_determinant_disagrees_is_survived(monkeypatch):
+    a = conditioned(50, 4, 100)
+    a[[7, 8, 30]] = 0
+    expected = run(a)
+    monkeypatch.setattr(np.linalg, "slogdet", lambda s: (np.ones(len(s)), np.zeros(len(s))))
+    for got, want in zip(run(a), expected, strict=True):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: a[::2],
+        lambda a: a[:, ::-1, ::-1],
+        lambda a: a.swapaxes(1, 2),
+        lambda a: np.asfortranarray(a),
+        lambda a: a.astype(a.dtype.newbyteorder("S")),
+        lambda a: np.broadcast_to(a[:1], a.shape),
+    ],
+    ids=["every second", "reversed", "transposed", "Fortran order", "swapped bytes", "broadcast"],
+)
+def test_any_layout_gives_the_bits_of_a_plain_copy(make):
+    a = make(conditioned(12, 3, 10))
+    a.flags.writeable = False
+    for got, want in zip(
+        invert_block(a, dtype="float64"), run(np.array(a, dtype="float64", order="C")), strict=True
+    ):
+        assert_same_bits(got, want)
+
+
+def test_min_rcond():
+    a = np.array([np.diag([1.0, 1e-3]), np.diag([1.0, 1e-1]), np.zeros((2, 2))])
+    x, info, rcond = invert_block(a, dtype="float64", min_rcond=1e-2)
+    assert list(info) == [-3, 0, 1]
+    assert np.isnan(x[0]).all()
+    np.testing.assert_allclose(rcond, [1e-3, 1e-1, 0])
+
+
+def test_blas_has_one_thread_inside_and_as_many_as_before_outside():
+    def threads():
+        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+
+    before = threads()
+    assert before
+    inside, entered, leave = [], threading.Event(), threading.Event()
+
+    def other():
+        with one_blas_thread():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(10)
+    with one_blas_thread():
+        inside = threads()
+    still = threads()  # the other thread is inside yet
+    leave.set()
+    thread.join()
+    assert set(inside) == set(still) == {1}
+    assert threads() == before
+
+
+def test_the_choice_of_kernel():
+    assert choose_kernel("general").device == "cpu"
+    with pytest.raises(ValueError, match="assume_a must be one of 'general'.*got 'pos'"):
+        choose_kernel("pos")
+    with pytest.raises(ValueError, match="device must be one of"):
+        choose_kernel("general", "tpu")
+    with pytest.raises(DeviceError, match="no GPU kernels"):
+        choose_kernel("general", "gpu")
