@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -246,7 +247,8 @@ def _whole(a: da.Array) -> da.Array:
     if wanted is None:
         return a
     chunks, limit = wanted
-    return a.rechunk(chunks, block_size_limit=limit)
+    # In one step: intermediate ones save little here, and fail with array query planning (dask 2026.8).
+    return a.rechunk(chunks, block_size_limit=limit or None, threshold=sys.maxsize)
 
 
 def _account_of_block(block: Any, options: Options, block_info: Any = None) -> InverseEx:
@@ -288,8 +290,8 @@ def _fill(out: Any, result: da.Array) -> Any:
     if isinstance(out, (str, os.PathLike)):
         if any(math.isnan(size) for size in result.shape):
             raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
-        result = result.rechunk(storage.regular_chunks(result.chunks))
-        out = storage.create_array(out, result.shape, result.chunksize, result.dtype)
+        chunks = storage.regular_chunks(result.chunks)
+        out = storage.create_array(out, result.shape, chunks, result.dtype)
     elif not isinstance(out, zarr.Array):
         raise TypeError(f"out must be a NumPy array, a zarr.Array or a store location, got {type(out).__name__}")
     _check_out(out, result)

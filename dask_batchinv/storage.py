@@ -109,20 +109,30 @@ def refuse_overlap(out: zarr.Array[Any], result: da.Array) -> None:
     Sees the Zarr arrays that stand in the graph as such, not those that other wrappers hide.
     """
     for source in _zarr_arrays(result):
-        if source.path == out.path and _same_store(source.store, out.store):
+        if _location(source) == _location(out):
             raise ValueError(f"out is the array at {out.store_path} that the input is read from: write elsewhere")
 
 
-def _same_store(a: Any, b: Any) -> bool:
-    if isinstance(a, zarr.storage.LocalStore) and isinstance(b, zarr.storage.LocalStore):
-        return os.path.realpath(a.root) == os.path.realpath(b.root)
-    return bool(a == b)
+def _location(array: zarr.Array[Any]) -> object:
+    """Return what two arrays have in common if and only if they are one."""
+    store: Any = array.store
+    while isinstance(store, zarr.storage.WrapperStore):
+        store = store._store
+    if isinstance(store, zarr.storage.LocalStore):
+        return os.path.realpath(os.path.join(store.root, array.path))
+    if isinstance(store, zarr.storage.FsspecStore):
+        protocol = store.fs.protocol if isinstance(store.fs.protocol, str) else store.fs.protocol[0]
+        path = f"{store.path}/{array.path}".rstrip("/")
+        return os.path.realpath(path) if protocol in ("file", "local") else f"{protocol}://{path}"
+    return store, array.path
 
 
 def _zarr_arrays(collection: da.Array) -> Iterator[zarr.Array[Any]]:
     for node in dict(collection.__dask_graph__()).values():
-        held = (getattr(node, "value", None), *getattr(node, "args", ()))
-        yield from (thing for thing in held if isinstance(thing, zarr.Array))
+        for held in (node, *getattr(node, "args", ())):
+            thing = getattr(held, "value", held)
+            if isinstance(thing, zarr.Array):
+                yield thing
 
 
 def open_array(place: Place, *, read_only: bool = False) -> zarr.Array[Any]:

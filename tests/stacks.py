@@ -31,7 +31,9 @@ def orthogonal(rng: np.random.Generator, m: int, n: int, dtype: Any) -> Array:
     return np.linalg.qr(normal(rng, (m, n, n), np.result_type(dtype, np.float64)))[0]
 
 
-def conditioned(m: int, n: int, cond: float, dtype: Any = "float64", structure: str = "general", seed: int = 0) -> Array:
+def conditioned(
+    m: int, n: int, cond: float, dtype: Any = "float64", structure: str = "general", seed: int = 0
+) -> Array:
     """Return m matrices whose 2-norm condition number is `cond` (for triangular ones: about)."""
     rng = np.random.default_rng(seed)
     values = np.geomspace(1, 1 / cond, n)

@@ -223,9 +223,7 @@ def test_a_blas_whose_determinant_disagrees_is_survived(monkeypatch):
 def test_any_layout_gives_the_bits_of_a_plain_copy(make):
     a = make(conditioned(12, 3, 10))
     a.flags.writeable = False
-    for got, want in zip(
-        invert_block(a, dtype="float64"), run(np.array(a, dtype="float64", order="C")), strict=True
-    ):
+    for got, want in zip(invert_block(a, dtype="float64"), run(np.array(a, dtype="float64", order="C")), strict=True):
         assert_same_bits(got, want)
 
 
@@ -264,7 +262,7 @@ def test_blas_has_one_thread_inside_and_as_many_as_before_outside():
 
 def test_the_choice_of_kernel():
     assert choose_kernel("general").device == "cpu"
-    with pytest.raises(ValueError, match="assume_a must be one of 'general'.*got 'pos'"):
+    with pytest.raises(ValueError, match=r"assume_a must be one of 'general'.*got 'pos'"):
         choose_kernel("pos")
     with pytest.raises(ValueError, match="device must be one of"):
         choose_kernel("general", "tpu")

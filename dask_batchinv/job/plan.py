@@ -11,7 +11,7 @@ from dask.utils import format_bytes
 
 from dask_batchinv.outcome import PlanError
 
-#: Resident memory of a worker process that has imported everything and done nothing: measured 135 MiB before and 150 MiB after the first tile.
+#: Resident memory of a worker process that holds no data: measured 135 MiB before and 150 MiB after its first tile.
 IDLE_WORKER_NBYTES = 192 * 2**20
 #: A read unit up to this many times the wished tile is not cut, because each part would decode it anew.
 LARGEST_TILE = 4

@@ -89,7 +89,7 @@ def _scale(s: Array) -> Array:
     largest = size.max(axis=(1, 2))
     smallest = np.where(size == 0, np.inf, size).min(axis=(1, 2))
     lowest = np.finfo(s.dtype).minexp + 1
-    shift = np.maximum(-np.frexp(largest)[1], lowest - np.frexp(smallest)[1])
+    shift: Array = np.maximum(-np.frexp(largest)[1], lowest - np.frexp(smallest)[1])
     shift[largest == 0] = 0
     _shift_exponents(s, shift)
     return shift

@@ -1,0 +1,83 @@
+"""Fixtures: clusters, and stores with stacks in them."""
+
+from __future__ import annotations
+
+import dask
+import numpy as np
+import pytest
+import zarr
+from distributed import Client, LocalCluster
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("nightly", max_examples=1000, deadline=None)
+settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.getoption("-m"):
+        skip = pytest.mark.skip(reason="takes minutes: run with -m slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A client of two worker processes, shared by all tests."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, memory_limit="2GiB", dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def threads():
+    """A client whose worker lives in this process."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+class CountingScheduler:
+    """A Dask scheduler that counts how often something is computed, and may forbid it."""
+
+    def __init__(self, limit=0):
+        self.limit, self.count = limit, 0
+
+    def __call__(self, dsk, keys, **kwargs):
+        self.count += 1
+        if self.count > self.limit:
+            raise RuntimeError("something was computed that should have stayed lazy")
+        return dask.get(dsk, keys, **kwargs)
+
+
+@pytest.fixture
+def no_compute():
+    with dask.config.set(scheduler=CountingScheduler()):
+        yield
+
+
+@pytest.fixture
+def make_source(tmp_path):
+    """Write a stack to a Zarr array and return its path."""
+
+    def make(a, name="source.zarr", chunks=None, **options):
+        chunks = chunks or (max(1, len(a) // 4), *a.shape[1:])
+        path = tmp_path / name
+        options.setdefault("config", {"write_empty_chunks": True})
+        options.setdefault("fill_value", 0)
+        array = zarr.create_array(path, shape=a.shape, chunks=chunks, dtype=a.dtype, **options)
+        array[...] = a
+        return path
+
+    return make
+
+
+def read_target(path):
+    """Return the three arrays of a target."""
+    group = zarr.open_group(path, mode="r")
+    return tuple(np.asarray(group[name][...]) for name in ("inverse", "info", "rcond"))
