@@ -205,7 +205,8 @@ def _(a: da.Array, options: Options, out: Any) -> Any:
 def _(a: da.Array, options: Options) -> InverseEx:
     a, dtype = _whole(a), result_dtype(a.dtype)
     core = [a.ndim - 2, a.ndim - 1]
-    batch_like = a._meta[..., 0, 0] if a._meta.shape[-1] else np.empty((0,) * (a.ndim - 2))
+    # An empty array of the same kind; for a single matrix a 0-d one, which must hold a number that can be cast.
+    batch_like = np.zeros_like(a._meta, shape=(0,) * (a.ndim - 2), dtype=bool)
     # Each block of `account` is one InverseEx. da.apply_gufunc would do the same, but fails with array query
     # planning (dask 2026.8).
     account = a.map_blocks(_account_of_block, options, dtype=object, drop_axis=core, meta=batch_like.astype(object))

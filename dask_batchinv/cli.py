@@ -18,7 +18,7 @@ from dask_batchinv.job.driver import run_job
 from dask_batchinv.job.plan import Plan
 from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
 from dask_batchinv.job.report import status_of
-from dask_batchinv.job.verify import verify_store
+from dask_batchinv.job.verify import verify
 from dask_batchinv.kernels import DeviceError
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.place import redact
@@ -74,6 +74,8 @@ _cluster_options = _options(
                  help="Processes on this machine. Default: one per core."),
     click.option("--threads-per-worker", type=click.IntRange(1), metavar="N",
                  help="Threads of each. Default: 1."),
+    click.option("--dashboard", type=click.IntRange(0, 65535), metavar="PORT",
+                 help="Serve Dask's dashboard on this port of this machine. Default: none."),
     click.option("--memory-limit", metavar="BYTES",
                  help="Memory of each, such as 4GiB. Default: a fair share of the machine."),
 )  # fmt: skip
@@ -141,23 +143,24 @@ def status(target: str, as_json: bool) -> None:
         click.echo(json.dumps(found.to_json()) if as_json else str(found))
 
 
-@main.command()
+@main.command("verify")
 @click.argument("target")
 @click.option("--source", metavar="SOURCE", help="Also multiply every matrix of SOURCE with its inverse.")
 @_cluster_options
 @_json_option
-def verify(target: str, source: str | None, as_json: bool, **arguments: Any) -> None:
+def verify_command(target: str, source: str | None, as_json: bool, **arguments: Any) -> None:
     """Read TARGET back, every chunk, and check it. Exit code 1 if something is not right."""
     with _exit_codes():
-        report = verify_store(target, source=source, **arguments)
+        report = verify(target, source, ClusterOptions(**arguments))
         click.echo(json.dumps(report.to_json()) if as_json else str(report))
         sys.exit(0 if report.ok else 1)
 
 
+_CLUSTER_ARGUMENTS = ("scheduler", "workers", "threads_per_worker", "memory_limit", "dashboard")
+
+
 def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
-    cluster = ClusterOptions(
-        **{name: arguments.pop(name) for name in ("scheduler", "workers", "threads_per_worker", "memory_limit")}
-    )
+    cluster = ClusterOptions(**{name: arguments.pop(name) for name in _CLUSTER_ARGUMENTS})
     source, target = arguments.pop("source"), arguments.pop("target")
     if arguments["dims"] is not None:
         arguments["dims"] = tuple(arguments["dims"].split(","))

@@ -37,12 +37,15 @@ class ClusterOptions:
     """Their threads; by default one."""
     memory_limit: str | int | None = None
     """Memory of each of them, such as "4GiB", 0 for no limit; by default a fair share of the machine."""
+    dashboard: int | None = None
+    """Port of this machine on which to serve Dask's dashboard; by default there is none."""
 
     def __post_init__(self) -> None:
         mine = {
             "workers": self.workers,
             "threads-per-worker": self.threads_per_worker,
             "memory-limit": self.memory_limit,
+            "dashboard": self.dashboard,
         }
         given = [name for name, value in mine.items() if value is not None]
         if self.client is not None and self.scheduler is not None:
@@ -108,7 +111,9 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
             memory_limit=wanted.memory or 0,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            # Without a dashboard there still is a small HTTP server: on the loopback interface, at any free port.
+            dashboard_address=f"127.0.0.1:{options.dashboard or 0}",
+            scheduler_kwargs={"dashboard": options.dashboard is not None},
             silence_logs=logging.ERROR,
         )
         with cluster, Client(cluster, set_as_default=False) as client:

@@ -217,7 +217,7 @@ def project_memory(layout: Layout, limits: Limits, tile: tuple[int, ...]) -> int
     elements = math.prod(tile)
     source, result = elements * layout.itemsize_in, elements * layout.itemsize_out
     units = math.prod(
-        min(_cuts(size, unit) + 1, _cuts(whole, unit))
+        min(_cuts(size, unit) + bool(size % unit and unit % size), _cuts(whole, unit))
         for size, unit, whole in zip(tile, layout.read_unit, layout.shape, strict=True)
     )
     in_flight = units if limits.read_concurrency is None else min(units, limits.read_concurrency)
@@ -248,8 +248,10 @@ def _tile_of(layout: Layout, nbytes: int) -> tuple[int, ...]:
 def _shrunk(layout: Layout, tile: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return a tile of about half the size, or None if it is one matrix already."""
     for axis in layout.batch:  # the slowest axis first, for the same reason
-        if tile[axis] > 1:
-            return (*tile[:axis], _divisor_near(tile[axis], tile[axis] // 2), *tile[axis + 1 :])
+        size, unit = tile[axis], layout.read_unit[axis]
+        if size > 1:
+            half = size // 2 // unit * unit if size >= 2 * unit else _divisor_near(min(size, unit), max(1, size // 2))
+            return (*tile[:axis], half, *tile[axis + 1 :])
     return None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.place import Place
+from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import KEPT
 from dask_batchinv.storage import StrictStore
 
@@ -115,8 +115,8 @@ def open_source(
     except SourceError:
         raise
     except Exception as error:  # whatever a file system may raise
-        text = f"the source {Place.parse(location).name} cannot be opened: {type(error).__name__}: {error}"
-        raise SourceError(text) from error
+        text = f"the source {os.fspath(location)} cannot be opened: {type(error).__name__}: {error}"
+        raise SourceError(redact(text)) from error
 
 
 def _open_source(location: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
@@ -126,7 +126,7 @@ def _open_source(location: str | os.PathLike[str], variable: str | None, dims: S
         raise SourceError(f"there is no Zarr array or group at {place.name}")
     if not node.is_array:
         group = place
-        variable = _known_variable(place, variable)
+        variable = _known_variable(place, variable, dims)
         place = place / variable
         node = _read_node(place)
         if node is None or not node.is_array:
@@ -182,12 +182,15 @@ def _read_node(place: Place) -> _Node | None:
     return None
 
 
-def _known_variable(group: Place, variable: str | None) -> str:
+def _known_variable(group: Place, variable: str | None, dims: Sequence[str] | None) -> str:
     if variable is not None:
         if not variable or {"..", "."} & set(variable.split("/")) or variable.startswith("/"):
             raise SourceError(f"variable {variable!r} is not a name inside the group")
         return variable
-    stacks = [name for name, shape in array_names(group).items() if len(shape) >= 2 and shape[-1] == shape[-2]]
+    if dims is None:
+        stacks = [name for name, shape in array_names(group).items() if len(shape) >= 2 and shape[-1] == shape[-2]]
+    else:
+        stacks = [name for name, node in _array_nodes(group) if set(dims) <= set(_stored_names(node) or ())]
     if len(stacks) == 1:
         return stacks[0]
     raise SourceError(f"{group.name} is a group: name the stack with --variable; it has {_listed(group)}")
@@ -195,14 +198,16 @@ def _known_variable(group: Place, variable: str | None) -> str:
 
 def array_names(group: Place) -> dict[str, tuple[int, ...]]:
     """Return the arrays of a group with their shapes, by name."""
+    return {name: tuple(node.meta["shape"]) for name, node in _array_nodes(group)}
+
+
+def _array_nodes(group: Place) -> Iterator[tuple[str, _Node]]:
     fs, path = group.filesystem()
-    found = {}
     for child in sorted(fs.ls(path, detail=False)):
         name = child.rstrip("/").rpartition("/")[2]
         node = _read_node(group / name)
         if node is not None and node.is_array:
-            found[name] = tuple(node.meta["shape"])
-    return found
+            yield name, node
 
 
 def _listed(group: Place) -> str:

@@ -18,7 +18,7 @@ from dask_batchinv.job import ledger
 from dask_batchinv.job.plan import Tiling
 from dask_batchinv.job.source import Source, array_names
 from dask_batchinv.outcome import Info, TargetError
-from dask_batchinv.place import Place
+from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import real_dtype, result_dtype
 
 #: The attribute that says a group is ours.
@@ -97,7 +97,20 @@ def refuse_overlap(source: Source, target: Place) -> None:
 
 
 def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprint) -> None:
-    """Create the target, metadata first. The mark is written before anything else, ``ready`` last."""
+    """Create the target, metadata first. The mark is written before anything else, ``ready`` last.
+
+    Raises
+    ------
+    TargetError
+        If the place cannot be written.
+    """
+    try:
+        _create(place, source, tiling, fingerprint)
+    except OSError as error:
+        raise TargetError(redact(f"the target {place.name} cannot be created: {error}")) from error
+
+
+def _create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprint) -> None:
     mark = {"format": FORMAT, "fingerprint": fingerprint, "tile": list(tiling.tile), "ready": False}
     if place.exists():  # `look` has seen our mark there, or an empty directory
         place.remove(last="zarr.json")

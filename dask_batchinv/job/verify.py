@@ -132,6 +132,13 @@ def verify_store(
     RefusedError
         If there is no target of ours, or `source` is not what it was made from.
     """
+    return verify(target, source, ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit))
+
+
+def verify(
+    target: str | os.PathLike[str], source: str | os.PathLike[str] | None, cluster: ClusterOptions
+) -> VerifyReport:
+    """Do what `verify_store` promises."""
     place = Place.parse(target)
     begun = targets.look(place)
     if begun is None or not begun.ready:
@@ -149,7 +156,7 @@ def verify_store(
     ledger = Ledger(place, read_only=True)
     rows: list[dict[str, int]] = []
     bad: list[TileResult] = []
-    with connect(ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit)) as (
+    with connect(cluster) as (
         running,
         has,
     ):
@@ -205,16 +212,19 @@ def _verify_tile(task: VerifyTask, number: int) -> dict[str, int]:
     }
     info, rcond = parts["info"].reshape(-1), parts["rcond"].reshape(-1)
     n = task.tiling.shape[task.tiling.core[0]]
-    inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(-1, n, n)
+    inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(info.size, n, n)
     if (info == Info.PENDING).any():
         raise ValueError("some matrices were never computed")
     good = info == Info.GOOD
     _refuse(good & ~np.isfinite(inverse).all(axis=(1, 2)), region, "not finite, but info says good")
     if n:
         _refuse(~good & ~np.isnan(inverse).all(axis=(1, 2)), region, "not NaN, but info says failed")
+    # A little over 1 by rounding; NaN is neither.
+    _refuse(good & ~((rcond >= 0) & (rcond < 1.1)), region, "good, but their rcond is not between 0 and 1")
+    _refuse((info > 0) & (rcond != 0), region, "singular, but their rcond is not 0")
     row = count(info, rcond) | {"residuals": 0, "largest_ratio_bits": 0}
     if task.source is not None and n:
-        stack = read_stack(task.run, task.source, task.missing, task.tiling, number).reshape(-1, n, n)
+        stack = read_stack(task.run, task.source, task.missing, task.tiling, number).reshape(info.size, n, n)
         ratio = residual_ratios(read_part(stack[good], task.assume_a), inverse[good])
         large = np.zeros(len(info), bool)
         large[good] = ~(ratio <= LARGEST_RATIO)

@@ -1,0 +1,542 @@
+"""Jobs, from Zarr to Zarr."""
+
+import json
+import os
+import pickle
+import shutil
+import time
+
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from conftest import read_target
+from stacks import DTYPES, assert_same_bits, conditioned, residual_ratio
+from zarr.codecs import Crc32cCodec
+
+from dask_batchinv import JobFailedError, TargetError, inverse_ex, invert_store, verify_store
+from dask_batchinv.job import driver, ledger, target
+from dask_batchinv.job.report import status_of
+from dask_batchinv.place import Place
+
+
+def tree(path):
+    """Every file with its content."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def data_of(path):
+    """The chunks of the three arrays, byte for byte."""
+    return {name: content for name, content in tree(path).items() if "/c" in name and not name.startswith("ledger")}
+
+
+def spoilt(m=60, n=3):
+    """A stack with some matrices of each kind of failure, and what info must say."""
+    a = conditioned(m, n, 100)
+    info = np.zeros(m, np.int32)
+    for i, (value, code) in {5: (0, 1), 11: (0, 1), 20: (np.nan, -1), 33: (np.inf, -1), 41: (1e-320, -2)}.items():
+        a[i] = value if not np.isfinite(value) else value * np.eye(n)
+        info[i] = code
+    return a, info
+
+
+@pytest.fixture
+def client(threads):
+    return threads
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("chunks", "shards"),
+    [((7, 3, 3), None), ((60, 3, 3), None), ((7, 2, 1), None), ((5, 3, 3), (15, 3, 3)), ((5, 1, 3), (10, 3, 3))],
+    ids=["plain", "one chunk", "core split", "sharded", "sharded, core split"],
+)
+def test_every_kind_of_source(tmp_path, make_source, client, zarr_format, chunks, shards):
+    if shards and zarr_format == 2:
+        pytest.skip("Zarr format 2 has no shards")
+    a, info = spoilt()
+    source = make_source(a, chunks=chunks, shards=shards, zarr_format=zarr_format)
+    before = tree(source)
+    report = invert_store(source, tmp_path / "t", client=client, tile_size=15 * 72, max_failed=5)
+    assert tree(source) == before
+    want = inverse_ex(a)
+    for got, part in zip(read_target(tmp_path / "t"), want, strict=True):
+        assert_same_bits(got, part)
+    assert_same_bits(want.info, info)
+    assert report.exit_code == 0
+    assert report.complete
+    assert report.matrices == report.matrices_done == 60
+    assert report.failed == {"singular": 2, "not_finite": 2, "overflow": 1, "below_min_rcond": 0}
+    assert report.first_failed["singular"] == [(5,), (11,)]
+    assert report.first_failed["overflow"] == [(41,)]
+    assert report.smallest_rcond == want.rcond[info == 0].min()
+    assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, ">f8", "i2", "f2", "?"])
+def test_dtypes(tmp_path, make_source, client, dtype):
+    a = conditioned(20, 2, 3, "float64")
+    a = (a * 100).round().astype(dtype) if dtype in ("i2", "?") else a.astype(dtype)
+    source = make_source(a, zarr_format=2 if dtype == ">f8" else 3)
+    invert_store(source, tmp_path / "t", client=client, max_failed=None)
+    for got, part in zip(read_target(tmp_path / "t"), inverse_ex(a), strict=True):
+        assert_same_bits(got, part)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (4, 0, 3, 3), (3, 3), (5, 0, 0), (4, 1, 1)])
+def test_empty_and_smallest(tmp_path, client, shape):
+    source = zarr.create_array(tmp_path / "s", shape=shape, chunks=tuple(max(1, k) for k in shape), dtype="f8")
+    if shape[-1]:
+        source[...] = np.broadcast_to(np.eye(shape[-1]), shape)
+    report = invert_store(tmp_path / "s", tmp_path / "t", client=client)
+    assert report.complete
+    assert zarr.open_group(tmp_path / "t").attrs["complete"] is True
+    for got, part in zip(
+        read_target(tmp_path / "t"), inverse_ex(np.broadcast_to(np.eye(shape[-1]), shape)), strict=True
+    ):
+        assert_same_bits(got, part)
+    assert verify_store(tmp_path / "t", client=client).ok
+
+
+@pytest.mark.parametrize("structure", ["positive definite", "upper triangular"])
+def test_structure_is_passed_on(tmp_path, make_source, client, structure):
+    a = conditioned(20, 4, 10, structure=structure)
+    a[:, 3, 0] = np.nan  # not read
+    source = make_source(a)
+    invert_store(source, tmp_path / "t", client=client, assume_a=structure)
+    assert_same_bits(read_target(tmp_path / "t")[0], inverse_ex(a, assume_a=structure).inverse)
+    assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
+def test_tiles_do_not_show(tmp_path, make_source, client):
+    source = make_source(conditioned(60, 3, 1e6), chunks=(7, 3, 3))
+    for size in (72, 500, 10**6):
+        invert_store(source, tmp_path / str(size), client=client, tile_size=size)
+    a, b, c = (read_target(tmp_path / str(size)) for size in (72, 500, 10**6))
+    for parts in zip(a, b, c, strict=True):
+        assert_same_bits(parts[0], parts[1])
+        assert_same_bits(parts[0], parts[2])
+
+
+# --- Xarray ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset():
+    return xr.Dataset(
+        {
+            "cov": (("y", "x", "p", "q"), conditioned(12, 2, 10).reshape(3, 4, 2, 2), {"units": "m2"}),
+            "mask": (("y", "x"), np.ones((3, 4), bool)),
+        },
+        coords={
+            "x": [1.0, 2.0, 4.0, 8.0],
+            "time": ("y", np.array(["2001-01-01", "2002-01-01", "2003-01-01"], "M8[ns]")),
+            "lat": (("y", "x"), np.arange(12.0).reshape(3, 4)),
+            "p": ["rate", "delay"],
+            "q": ["rate", "delay"],
+        },
+    )
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.filterwarnings("ignore:The data type:FutureWarning", "ignore:Consolidated metadata:UserWarning")
+def test_a_target_opens_in_xarray_with_the_coordinates_of_the_source(tmp_path, dataset, client, zarr_format):
+    dataset.to_zarr(tmp_path / "s", zarr_format=zarr_format)
+    invert_store(tmp_path / "s", tmp_path / "t", variable="cov", client=client)
+    with dask.config.set(scheduler="sync"):
+        opened = xr.open_zarr(tmp_path / "t")  # a warning is an error here
+        xr.testing.assert_equal(opened.coords.to_dataset(), dataset.coords.to_dataset())
+        assert opened["inverse"].dims == dataset["cov"].dims
+        assert opened["info"].dims == opened["rcond"].dims == ("y", "x")
+        assert_same_bits(opened["inverse"].values, dataset.cov.linalg.inv().values)
+        assert opened["info"].dtype == np.int32
+        assert opened.attrs["complete"] is True
+        assert set(opened.data_vars) == {"inverse", "info", "rcond"}
+
+
+def test_core_dimensions_anywhere(tmp_path, dataset, client):
+    moved = dataset[["cov"]].transpose("p", "y", "q", "x").drop_vars(["p", "q"])
+    moved.to_zarr(tmp_path / "s", consolidated=False)
+    invert_store(tmp_path / "s", tmp_path / "t", dims=("p", "q"), client=client, tile_size=100)
+    with dask.config.set(scheduler="sync"):
+        opened = xr.open_zarr(tmp_path / "t")
+        assert opened["inverse"].dims == ("p", "y", "q", "x")
+        want = dataset.cov.linalg.inv().transpose(*opened["inverse"].dims)
+        assert_same_bits(opened["inverse"].values, want.values)
+    assert verify_store(tmp_path / "t", source=tmp_path / "s", client=client).ok
+
+
+def test_the_only_stack_of_a_group_needs_no_name(tmp_path, dataset, client):
+    dataset.drop_vars(["p", "q"]).to_zarr(tmp_path / "s", consolidated=False)
+    assert invert_store(tmp_path / "s", tmp_path / "t", client=client).complete
+
+
+def test_one_name_for_both_core_dimensions(tmp_path, make_source, client):
+    source = make_source(conditioned(8, 2, 3), dimension_names=("x", "p", "p"))
+    invert_store(source, tmp_path / "t", client=client)
+    with dask.config.set(scheduler="sync"):
+        assert xr.open_zarr(tmp_path / "t")["inverse"].dims == ("x", "p", "p_2")
+    assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
+# --- doing it again -------------------------------------------------------------------------------------------
+
+
+def test_a_complete_target_is_left_alone(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10))
+    invert_store(source, tmp_path / "t", client=client)
+    before = tree(tmp_path / "t")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")}
+    # Not even a cluster is needed.
+    report = invert_store(source, tmp_path / "t", scheduler="tcp://127.0.0.1:9")
+    assert report.complete
+    assert report.exit_code == 0
+    assert (report.tiles_now, report.matrices_done) == (0, 40)
+    assert tree(tmp_path / "t") == before
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")} == stamps
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 9])
+def test_an_interrupted_job_is_finished_by_the_same_call(tmp_path, make_source, client, after):
+    a, _ = spoilt(100)
+    source = make_source(a, chunks=(10, 3, 3))
+    options = {"client": client, "tile_size": 720, "max_failed": None}
+    invert_store(source, tmp_path / "whole", **options)
+
+    def stop(progress):
+        if progress.matrices_done >= 10 * after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", on_progress=stop, **options)
+    found = status_of(tmp_path / "t")
+    assert not found.complete
+    assert found.tiles_done >= after
+    recorded = np.flatnonzero(ledger.Ledger(Place.parse(tmp_path / "t"), read_only=True).done)
+    assert len(recorded) == found.tiles_done
+
+    def stamps():
+        return [(tmp_path / "t" / f"inverse/c/{number}/0/0").stat().st_mtime_ns for number in recorded]
+
+    before = stamps()
+    report = invert_store(source, tmp_path / "t", **options)
+    assert report.tiles_now == 10 - len(recorded)
+    assert stamps() == before  # what was recorded is not computed twice
+    assert data_of(tmp_path / "t") == data_of(tmp_path / "whole")
+    assert report.failed == status_of(tmp_path / "whole").failed
+
+
+def test_a_creation_that_was_interrupted_starts_again(tmp_path, make_source, client, monkeypatch):
+    source = make_source(conditioned(40, 3, 10))
+    for step in ("zarr.consolidate_metadata", "dask_batchinv.job.ledger.create"):
+        with monkeypatch.context() as patch:
+
+            def die(*args, **options):
+                raise KeyboardInterrupt
+
+            patch.setattr(step, die)
+            with pytest.raises(KeyboardInterrupt):
+                invert_store(source, tmp_path / "t", client=client)
+        with pytest.raises(TargetError, match="there is no target"):
+            status_of(tmp_path / "t")
+    assert invert_store(source, tmp_path / "t", client=client).complete
+
+
+def test_an_empty_directory_is_a_fine_target(tmp_path, make_source, client):
+    (tmp_path / "t").mkdir()
+    assert invert_store(make_source(conditioned(4, 3, 10)), tmp_path / "t", client=client).complete
+
+
+def test_overwrite_replaces_a_target_of_ours(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10, structure="symmetric"))
+    invert_store(source, tmp_path / "t", client=client)
+    invert_store(source, tmp_path / "t", client=client, assume_a="symmetric", overwrite=True)
+    fresh = tmp_path / "fresh"
+    invert_store(source, fresh, client=client, assume_a="symmetric")
+    assert data_of(tmp_path / "t") == data_of(fresh)
+
+
+def test_a_target_of_another_format_is_refused(tmp_path, make_source, client):
+    source = make_source(conditioned(4, 3, 10))
+    invert_store(source, tmp_path / "t", client=client)
+    meta = json.loads((tmp_path / "t" / "zarr.json").read_text())
+    meta["attributes"]["dask_batchinv"]["format"] = 0
+    (tmp_path / "t" / "zarr.json").write_text(json.dumps(meta))
+    with pytest.raises(TargetError, match="format was 0"):
+        invert_store(source, tmp_path / "t", client=client)
+    assert invert_store(source, tmp_path / "t", client=client, overwrite=True).complete
+
+
+def test_a_damaged_ledger_means_doing_it_again(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10))
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", client=client, on_progress=stop)
+    chunk = tmp_path / "t" / "ledger" / "tiles" / "c" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    assert status_of(tmp_path / "t").tiles_done == 0
+    assert invert_store(source, tmp_path / "t", client=client).complete
+    assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
+def test_the_ledger_needs_less_than_200_bytes_per_tile():
+    assert 8 * len(ledger.COLUMNS) <= 200
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------
+
+
+def damaged(path, kind):
+    """Spoil one chunk of a source."""
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "flipped"])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_damaged_chunk_is_named_and_the_rest_is_done(tmp_path, make_source, client, kind, zarr_format):
+    a = conditioned(40, 3, 10)
+    if zarr_format == 3:
+        source = make_source(a, chunks=(10, 3, 3), compressors=[Crc32cCodec()])
+        chunk = source / "c" / "2" / "0" / "0"
+    else:
+        source = make_source(a, chunks=(10, 3, 3), zarr_format=2, compressors={"id": "gzip"})
+        chunk = source / "2.0.0"
+    whole = shutil.copytree(source, tmp_path / "whole")
+    damaged(chunk, kind)
+    with pytest.raises(JobFailedError, match=r"1 of 4 tiles could not be done, first cause") as caught:
+        invert_store(source, tmp_path / "t", client=client, tile_size=720)
+    report = pickle.loads(pickle.dumps(caught.value)).report
+    assert report.exit_code == 1
+    assert [(tile.number, tile.region) for tile in report.failed_tiles] == [(2, ((20, 30),))]
+    if kind == "missing":
+        assert "is not in the store" in report.failed_tiles[0].cause
+    assert report.matrices_done == 30
+    assert not report.complete
+    assert zarr.open_group(tmp_path / "t").attrs["complete"] is False
+    x, info, _ = read_target(tmp_path / "t")  # Zarr gives the fill value where nothing was written
+    assert_same_bits(x[:20], inverse_ex(a).inverse[:20])
+    assert_same_bits(x[30:], inverse_ex(a).inverse[30:])
+    assert (info[20:30] == -(2**31)).all()
+    # Mended, the same call does the rest.
+    shutil.copy(whole / chunk.relative_to(source), chunk)
+    report = invert_store(source, tmp_path / "t", client=client, tile_size=720)
+    assert report.complete
+    assert report.tiles_now == 1
+    assert_same_bits(read_target(tmp_path / "t")[0], inverse_ex(a).inverse)
+
+
+def test_a_missing_chunk_may_stand_for_the_fill_value(tmp_path, client):
+    source = zarr.create_array(tmp_path / "s", shape=(30, 2, 2), chunks=(10, 2, 2), dtype="f8", fill_value=0)
+    source[:10] = source[20:] = np.broadcast_to(np.eye(2), (10, 2, 2))
+    with pytest.raises(JobFailedError, match="is not in the store"):
+        invert_store(tmp_path / "s", tmp_path / "t", client=client, tile_size=720)
+    report = invert_store(tmp_path / "s", tmp_path / "u", client=client, missing="fill", max_failed=10)
+    assert report.failed["singular"] == 10
+    assert verify_store(tmp_path / "u", source=tmp_path / "s", client=client).ok
+
+
+def test_max_failed_and_min_rcond(tmp_path, make_source, client):
+    a = conditioned(40, 2, 1)
+    a[[3, 4]] = np.diag([1, 1e-8])
+    source = make_source(a)
+    assert invert_store(source, tmp_path / "t", client=client).n_failed == 0
+    with pytest.raises(JobFailedError, match=r"2 matrices have no inverse, 1 were allowed.*complete") as caught:
+        invert_store(source, tmp_path / "u", client=client, min_rcond=1e-6, max_failed=1)
+    report = caught.value.report
+    assert report.exit_code == 3
+    assert report.complete
+    assert report.failed["below_min_rcond"] == 2
+    assert report.first_failed["below_min_rcond"] == [(3,), (4,)]
+    assert zarr.open_group(tmp_path / "u").attrs["complete"] is True
+    # Done already, but that does not make it good.
+    with pytest.raises(JobFailedError):
+        invert_store(source, tmp_path / "u", client=client, min_rcond=1e-6, max_failed=1)
+    assert invert_store(source, tmp_path / "u", client=client, min_rcond=1e-6, max_failed=2).exit_code == 0
+
+
+def test_tiles_that_fail_at_first_are_tried_again(tmp_path, make_source, client, monkeypatch):
+    source = make_source(conditioned(40, 3, 10))
+    run_tile, log = driver.run_tile, tmp_path / "log"
+
+    def flaky(task, number):
+        with log.open("a") as file:
+            file.write(str(number))
+        if number == 2 and log.read_text().count("2") < 3:
+            return driver.TileResult(number, None, "OSError: try again")
+        return run_tile(task, number)
+
+    monkeypatch.setattr(driver, "run_tile", flaky)
+    report = invert_store(source, tmp_path / "t", client=client, tile_size=720)
+    assert report.complete
+    assert report.retries == 2
+    assert sorted(log.read_text()) == list("012223")
+
+
+def test_a_worker_that_dies_again_and_again_costs_one_tile_at_most(tmp_path, make_source, processes, monkeypatch):
+    source = make_source(conditioned(40, 3, 10), chunks=(10, 3, 3))
+    monkeypatch.setattr(driver, "run_tile", deadly)
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0, "batchinv.job.attempts": 2}):
+        report = driver_report(source, tmp_path / "t", processes)
+    assert 2 in [tile.number for tile in report.failed_tiles]
+    monkeypatch.undo()
+    assert invert_store(source, tmp_path / "t", client=processes, tile_size=720).complete
+    assert_same_bits(read_target(tmp_path / "t")[0], inverse_ex(conditioned(40, 3, 10)).inverse)
+
+
+def deadly(task, number):
+    if number == 2:
+        os._exit(1)
+    from dask_batchinv.job.tile import run_tile
+
+    time.sleep(0.05)
+    return run_tile(task, number)
+
+
+def driver_report(source, target, client):
+    with pytest.raises(JobFailedError) as caught:
+        invert_store(source, target, client=client, tile_size=720)
+    return caught.value.report
+
+
+def test_credentials_are_in_no_output(tmp_path, make_source, client):
+    """A source whose URL has a password: it must not stand in the target nor in the report."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    source = make_source(conditioned(4, 3, 10))
+    for name, content in tree(source).items():
+        memory.pipe(f"/CANARY@host/{name}", content)
+    try:
+        report = invert_store("memory://CANARY@host", tmp_path / "t", client=client)
+    finally:
+        memory.rm("/CANARY@host", recursive=True)
+    assert report.complete
+    assert "CANARY" not in str(report) + json.dumps(report.to_json())
+    assert not [name for name, content in tree(tmp_path / "t").items() if b"CANARY" in content]
+
+
+# --- verify ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def done(tmp_path, make_source, client):
+    a, _ = spoilt(60)
+    source = make_source(a[:40], chunks=(10, 3, 3))
+    invert_store(source, tmp_path / "t", client=client, tile_size=720, max_failed=None)
+    return source, tmp_path / "t"
+
+
+def test_verify_finds_any_flipped_bit(done, client):
+    source, path = done
+    rng = np.random.default_rng(0)
+    for name in ("inverse/c/2/0/0", "info/c/2", "rcond/c/2"):
+        content = (path / name).read_bytes()
+        for _ in range(5):
+            flipped = bytearray(content)
+            flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+            (path / name).write_bytes(flipped)
+            report = verify_store(path, client=client)
+            assert not report.ok
+            assert [tile.number for tile in report.bad_tiles] == [2]
+        (path / name).unlink()
+        assert [tile.cause for tile in verify_store(path, client=client).bad_tiles] == [
+            f"MissingChunkError: chunk {'c/2/0/0' if 'inverse' in name else 'c/2'} is not in the store"
+        ]
+        (path / name).write_bytes(content)
+    assert verify_store(path, source=source, client=client).ok
+
+
+def change(path, name, index, value):
+    array = zarr.open_array(path / name, config={"write_empty_chunks": True})
+    array[index] = value
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "problem"),
+    [
+        ("inverse", (13, 0, 0), 7.0, r"1 matrices are not the inverse.*first \(13,\)"),
+        ("inverse", (13, 0, 0), np.nan, r"not finite, but info says good; first \(13,\)"),
+        ("inverse", (11, 0, 0), 1.0, r"not NaN, but info says failed; first \(11,\)"),
+        ("info", (12,), -(2**31), "never computed"),
+        ("rcond", (11,), 0.5, r"singular, but their rcond is not 0"),
+        ("rcond", (12,), np.nan, r"good, but their rcond is not between 0 and 1; first \(12,\)"),
+    ],
+)
+def test_verify_finds_wrong_numbers_with_right_checksums(done, client, name, index, value, problem):
+    source, path = done
+    change(path, name, index, value)
+    report = verify_store(path, source=source, client=client)
+    assert not report.ok
+    assert len(report.bad_tiles) == 1
+    assert report.bad_tiles[0].number == 1
+    import re
+
+    assert re.search(problem, report.bad_tiles[0].cause)
+
+
+def test_verify_compares_with_the_ledger(done, client):
+    _, path = done
+    change(path, "info", (13,), 3)
+    change(path, "inverse", (13,), np.nan)
+    report = verify_store(path, client=client)
+    assert [tile.cause for tile in report.bad_tiles] == ["2 singular, but the ledger says 1"]
+
+
+def test_verify_of_an_unfinished_target(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10), chunks=(10, 3, 3))
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", client=client, tile_size=720, on_progress=stop)
+    report = verify_store(tmp_path / "t", client=client)
+    assert not report.ok
+    assert not report.complete
+    assert "no: run the job again" in str(report)
+
+
+def test_verify_refuses_what_does_not_belong_together(done, make_source, client, tmp_path):
+    _, path = done
+    other = make_source(conditioned(30, 3, 10), name="other")
+    with pytest.raises(TargetError, match=r"was made from .*source.zarr"):
+        verify_store(path, source=other, client=client)
+    with pytest.raises(TargetError, match=r"no target of dask_batchinv"):
+        verify_store(tmp_path / "nothing", client=client)
+
+
+def test_residuals_of_verify_are_those_of_lapack():
+    from dask_batchinv.job.verify import residual_ratios
+
+    for cond in (10, 1e10):
+        a = conditioned(30, 5, cond)
+        x = inverse_ex(a).inverse
+        np.testing.assert_allclose(residual_ratios(a, x), residual_ratio(a, x), rtol=0.7, atol=0.02)
+        for power in (-900, 900):
+            scaled = residual_ratios(np.ldexp(a, power), np.ldexp(x, -power))
+            assert_same_bits(scaled, residual_ratios(a, x))
+
+
+def test_look_reads_nothing_but_the_mark(tmp_path, make_source, client):
+    assert target.look(Place.parse(tmp_path / "nothing")) is None
+    invert_store(make_source(conditioned(4, 3, 10)), tmp_path / "t", client=client)
+    begun = target.look(Place.parse(tmp_path / "t"))
+    assert begun.ready
+    assert begun.complete
+    assert begun.fingerprint["assume_a"] == "general"
+    assert set(begun.fingerprint["versions"]) == {"dask_batchinv", "numpy", "scipy"}
