@@ -492,6 +492,7 @@ def test_verify_finds_wrong_numbers_with_right_checksums(done, client, name, ind
 def test_verify_compares_with_the_ledger(done, client):
     _, path = done
     change(path, "info", (13,), 3)
+    change(path, "rcond", (13,), 0)
     change(path, "inverse", (13,), np.nan)
     report = verify_store(path, client=client)
     assert [tile.cause for tile in report.bad_tiles] == ["2 singular, but the ledger says 1"]

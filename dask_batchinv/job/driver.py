@@ -13,6 +13,8 @@ from typing import Any
 
 import dask.config
 from distributed import Client, Future
+from distributed.client import CancelledError
+from distributed.comm import CommClosedError
 
 from dask_batchinv.job import target as targets
 from dask_batchinv.job.cluster import ClusterOptions, Workers, check_reach, connect
@@ -22,7 +24,6 @@ from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
 from dask_batchinv.job.report import FailedTile, JobFailedError, JobReport, first_failed
 from dask_batchinv.job.source import Missing
 from dask_batchinv.job.tile import TileResult, TileTask, run_tile
-from dask_batchinv.outcome import ClusterError
 from dask_batchinv.place import redact
 from dask_batchinv.stack import AssumeA, Device
 
@@ -53,6 +54,10 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+class ClusterLostError(ConnectionError):
+    """The scheduler was lost while a job was running."""
 
 
 def invert_store(
@@ -173,6 +178,7 @@ class _Outcome:
     retries: int = 0
     seconds: float = 0.0
     failed: tuple[TileResult, ...] = ()
+    lost: str | None = None
 
 
 def _invert_tiles(
@@ -206,6 +212,8 @@ def _invert_tiles(
                     seconds=now - start,
                 )
             )
+    except ClusterLostError as error:
+        outcome.lost = str(error)
     finally:
         # Also when interrupted: what is recorded is not done again.
         ledger.flush()
@@ -236,7 +244,7 @@ def run_tiles(
 
     Raises
     ------
-    ClusterError
+    ClusterLostError
         If the scheduler is lost.
     """
     window = _Window(client, function, task, attempts or int(dask.config.get("batchinv.job.attempts")))
@@ -280,6 +288,9 @@ class _Window:
         future = self._client.submit(
             self._function, self._task, number, pure=False, key=f"tile-{number}-{uuid.uuid4().hex}"
         )
+        self._watch(future, number)
+
+    def _watch(self, future: Future, number: int) -> None:
         self._running[future] = number
         future.add_done_callback(self._finished.put)
 
@@ -297,7 +308,7 @@ class _Window:
             futures = [self._finished.get(timeout=patience)]
         except queue.Empty:
             if self._client.status not in ("running", "connecting"):
-                raise ClusterError("the connection to the scheduler is closed") from None
+                raise ClusterLostError("the connection to the scheduler was closed") from None
             yield None, 0
             return
         while not self._finished.empty():
@@ -305,6 +316,10 @@ class _Window:
         for future in futures:
             number = self._running.pop(future)
             result = self._result(future, number)
+            if result is None:
+                # The worker died with the result. Dask does the tile again by itself.
+                self._watch(future, number)
+                continue
             tried = self._tried[number]
             if result.error is not None and tried < self._attempts:
                 due = time.monotonic() + BACK_OFF_SECONDS * 2 ** (tried - 1)
@@ -313,14 +328,17 @@ class _Window:
                 del self._tried[number]
                 yield result, tried
 
-    def _result(self, future: Future, number: int) -> TileResult:
-        if future.status == "finished":
+    def _result(self, future: Future, number: int) -> TileResult | None:
+        status = future.status
+        if status in ("pending", "lost"):
+            return None
+        try:
             result: TileResult = future.result()
             return result
-        if future.status == "error":  # not of the tile's own making: a worker that died too often, for one
-            error = future.exception()
+        except (CancelledError, CommClosedError) as error:
+            raise ClusterLostError("the scheduler was lost") from error
+        except Exception as error:  # not of the tile's own making: a worker that died too often, for one
             return TileResult(number, None, redact(f"{type(error).__name__}: {error}"))
-        raise ClusterError(f"the scheduler was lost while {len(self._running) + 1} tiles were on the cluster")
 
     def cancel(self) -> None:
         if self._running and self._client.status == "running":
@@ -356,5 +374,5 @@ def _report(job: Job, plan: Plan, workers: Workers, outcome: _Outcome, ledger: L
         threads_per_worker=workers.threads,
         kernel=job.kernel.name,
         source_checked=job.source.checksummed,
-        notes=("nothing was left to do",) if job.complete else (),
+        notes=tuple(filter(None, ("nothing was left to do" if job.complete else None, outcome.lost))),
     )

@@ -225,7 +225,7 @@ class JobFailedError(RuntimeError):
     def __str__(self) -> str:
         report = self.report
         if not report.complete:
-            first = report.failed_tiles[0].cause if report.failed_tiles else "the cluster was lost"
+            first = report.failed_tiles[0].cause if report.failed_tiles else ", ".join(report.notes)
             missing = report.tiles - report.tiles_done
             return (f"{missing} of {report.tiles} tiles could not be done, first cause: {first}. "
                     f"Once it is mended, the same call does the rest.\n{report}")  # fmt: skip
