@@ -27,6 +27,7 @@ ORDER = [
     "job.ledger",
     "job.target",
     "job.tile",
+    "job.worker_setup",
     "job.cluster",
     "job.prepare",
     "job.report",

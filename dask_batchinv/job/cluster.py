@@ -115,6 +115,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
             dashboard_address=f"127.0.0.1:{options.dashboard or 0}",
             scheduler_kwargs={"dashboard": options.dashboard is not None},
             silence_logs=logging.ERROR,
+            preload=["dask_batchinv.job.worker_setup"],
         )
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client, wanted

@@ -185,7 +185,7 @@ def _invert_tiles(
     client: Client, workers: Workers, task: TileTask, ledger: Ledger, on_progress: OnProgress
 ) -> _Outcome:
     outcome, failed = _Outcome(), []
-    start = flushed = time.monotonic()
+    start, flushed = time.monotonic(), -FLUSH_SECONDS
     before = ledger.total("matrices")
     todo = [number for number in range(task.tiling.n_tiles) if not ledger.done[number]]
     try:

@@ -1,0 +1,220 @@
+"""The command line, as a person or a batch system runs it."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import zarr
+from click.testing import CliRunner
+from conftest import read_target
+from stacks import assert_same_bits, conditioned
+
+import dask_batchinv
+from dask_batchinv import inverse_ex
+from dask_batchinv.cli import main
+from dask_batchinv.job.driver import Progress
+from dask_batchinv.job.progress import shown
+
+COMMAND = [sys.executable, "-m", "dask_batchinv.cli"]
+
+
+def cli(*arguments, code=0, **options):
+    """Run the command and return its standard output and standard error."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture
+def source(make_source):
+    a = conditioned(400, 3, 10)
+    a[7] = 0
+    return make_source(a, chunks=(10, 3, 3))
+
+
+def test_a_job_from_plan_to_verify(source, tmp_path):
+    target = tmp_path / "t"
+    text, _ = cli("plan", source, target)
+    assert "400 of 3 x 3" in text
+    assert cli("run", source, target, "--dry-run")[0] == text
+    assert not target.exists()
+
+    report, progress = cli("run", source, target, code=3)
+    assert "400, 1 without an inverse" in report
+    assert "1 singular (or not positive definite): (7,)" in report
+    assert "400 of 400 matrices (100%)" in progress
+    assert_same_bits(read_target(target)[0], inverse_ex(read_source(source)).inverse)
+
+    assert "complete" in cli("status", target)[0]
+    assert "verified" in cli("verify", target, "--source", source)[0]
+    again, _ = cli("run", source, target, "--max-failed", "1")
+    assert "nothing was left to do" in again
+
+
+def read_source(path):
+    return zarr.open_array(path, mode="r")[...]
+
+
+def test_json_is_one_object_on_standard_output(source, tmp_path):
+    target = tmp_path / "t"
+    plan = json.loads(cli("plan", source, target, "--json")[0])
+    assert plan["matrices"] == 400
+    out, _ = cli("run", source, target, "--json", "--max-failed", "any")
+    report = json.loads(out)
+    assert report["complete"] is True
+    assert report["failed"]["singular"] == 1
+    assert report["first_failed"]["singular"] == [[7]]
+    assert json.loads(cli("status", target, "--json")[0])["tiles_done"] == report["tiles"]
+    assert json.loads(cli("verify", target, "--json")[0])["ok"] is True
+    assert_same_bits(read_target(target)[0], inverse_ex(read_source(source)).inverse)
+
+
+def test_quiet(source, tmp_path):
+    assert cli("run", source, tmp_path / "t", "--quiet", "--max-failed", "1") == ("", "")
+    out, err = cli("run", source, tmp_path / "u", "--quiet", code=3)
+    assert "1 without an inverse" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nowhere", "{tmp}/t"], "no Zarr array or group"),
+        (["{source}", "{source}/inside"], "lies inside, the source"),
+        (["{source}", "{tmp}/mine"], "not a target of dask_batchinv"),
+        (["{source}", "{tmp}/t", "--variable", "A"], "is an array, not a group"),
+        (["{source}", "{tmp}/t", "--dims", "a"], "two different names"),
+        (["{source}", "{tmp}/t", "--assume-a", "pos"], "'pos' is not one of"),
+        (["{source}", "{tmp}/t", "--max-failed", "few"], "takes a number or 'any'"),
+        (["{source}", "{tmp}/t", "--device", "gpu"], "no GPU kernels"),
+        (["{source}", "{tmp}/t", "--memory-limit", "1MiB"], "do not fit|does not fit"),
+        (["{source}", "{tmp}/t", "--scheduler", "tcp://127.0.0.1:9"], "no scheduler at tcp://127.0.0.1:9"),
+        (["{source}", "memory://t", "--workers", "1"], "memory of this process"),
+        (["{source}"], "Missing argument 'TARGET'"),
+    ],
+    ids=lambda value: " ".join(value[2:]) or "bad place" if isinstance(value, list) else None,
+)
+def test_refused_with_exit_code_2_before_anything_is_written(source, tmp_path, arguments, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").touch()
+    before = sorted(tmp_path.rglob("*"))
+    start = time.monotonic()
+    out, err = cli("run", *(text.format(tmp=tmp_path, source=source) for text in arguments), code=2)
+    assert re.search(message, err)
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+    assert time.monotonic() - start < 20
+
+
+def test_a_damaged_source_is_exit_code_1_and_mended_by_the_same_command(source, tmp_path):
+    target = tmp_path / "t"
+    chunk = source / "c" / "3" / "0" / "0"
+    shutil.move(chunk, tmp_path / "kept")
+    options = ["run", source, target, "--tile-size", "720", "--max-failed", "any"]
+    out, err = cli(*options, code=1)
+    assert "tile 3 [30:40]: MissingChunkError: chunk c/3/0/0 is not in the store" in out
+    assert "the same command does the rest" in err
+    shutil.move(tmp_path / "kept", chunk)
+    assert "40 of 40, 1 in this run" in cli(*options)[0]
+    cli("verify", target, "--source", source)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp_path, sign):
+    a = conditioned(4000, 40, 10)
+    source, target = make_source(a, chunks=(20, 40, 40)), tmp_path / "t"
+    command = [*COMMAND, "run", source, target, "--tile-size", "256kB", "--workers", "1"]
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (target / "inverse" / "c" / "10").exists():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # A terminal sends Ctrl-C to the whole process group, a batch system SIGTERM to the process that it started.
+    if sign == signal.SIGINT:
+        os.killpg(running.pid, sign)
+    else:
+        running.send_signal(sign)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, out + err
+    assert "the same command does the rest" in err
+    assert "Traceback" not in err
+    before = json.loads(cli("status", target, "--json")[0])
+    assert not before["complete"]
+    assert before["tiles_done"] > 0
+    report = json.loads(cli(*command[len(COMMAND) :], "--json")[0])
+    assert report["tiles_now"] == report["tiles"] - before["tiles_done"]
+    assert_same_bits(read_target(target)[0], inverse_ex(a).inverse)
+
+
+def test_help_suffices():
+    runner = CliRunner()
+    top = runner.invoke(main, ["--help"])
+    assert top.exit_code == 0
+    for command in ("run", "plan", "status", "verify"):
+        assert command in top.output
+        told = runner.invoke(main, [command, "-h"]).output
+        for option in main.commands[command].params:
+            assert option.opts[0] in told or option.name.upper() in told
+            assert option.param_type_name == "argument" or option.help, f"{command} {option.name} has no help"
+    assert "130  interrupted" in runner.invoke(main, ["run", "--help"]).output
+    assert dask_batchinv.__version__ in runner.invoke(main, ["--version"]).output
+
+
+def test_installed_commands():
+    scripts = Path(sys.executable).parent
+    for command in (["dask-batchinv"], ["dask", "batchinv"]):
+        done = subprocess.run([scripts / command[0], *command[1:], "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "Invert every matrix of a Zarr store" in done.stdout
+
+
+def progress(done, before=0, failed=0, seconds=2.0):
+    return Progress(1000, done, before, failed, 0, seconds)
+
+
+def test_progress_lines(capsys):
+    with shown(stream=sys.stdout) as callback:
+        callback(progress(200, before=100, failed=3))
+        callback(progress(300))
+        callback(progress(1000, seconds=10.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "200 of 1,000 matrices (20%), 50/s, 16 s left, 3 without an inverse",
+        "1,000 of 1,000 matrices (100%), 100/s, 0 s left, 0 without an inverse",
+    ]
+
+
+def test_progress_bar_on_a_terminal():
+    read, write = pty.openpty()
+    termios.tcsetwinsize(write, (24, 120))
+    text = ""
+    with os.fdopen(write, "w") as stream:
+        with shown(stream=stream) as callback:
+            for done in (200, 700):
+                time.sleep(0.2)  # tqdm draws ten times a second at most
+                callback(progress(done, before=100, failed=4))
+        while select.select([read], [], [], 0.1)[0]:
+            text += os.read(read, 100_000).decode()
+    os.close(read)
+    assert "70%" in text
+    assert "700/1.00k" in text
+    assert "4 without an inverse" in text
+
+
+def test_progress_can_be_off():
+    with shown(enabled=False) as callback:
+        assert callback is None
