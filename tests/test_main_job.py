@@ -90,19 +90,19 @@ def separate_processes(folder, workers=2):
     dask = Path(sys.executable).with_name("dask")
     scheduler_file = folder / "scheduler.json"
     common = ["--scheduler-file", scheduler_file, "--no-dashboard"]
-    started = [
-        subprocess.Popen([dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0",
-                          *common], stderr=subprocess.DEVNULL, start_new_session=True)
-    ]  # fmt: skip
+    host = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"]
+
+    def start(*arguments):
+        started.append(subprocess.Popen([dask, *arguments], stderr=subprocess.DEVNULL, start_new_session=True))
+
+    started = []
+    start("scheduler", *host, "--port", "0", *common)
     try:
         while not scheduler_file.exists():
             assert started[0].poll() is None
             time.sleep(0.05)
-        started += [
-            subprocess.Popen([dask, "worker", *common, "--nthreads", "1", "--memory-limit", "2GiB",
-                              "--host", "127.0.0.1", "--local-directory", folder], stderr=subprocess.DEVNULL, start_new_session=True)
-            for _ in range(workers)
-        ]  # fmt: skip
+        for _ in range(workers):
+            start("worker", *host, *common, "--nthreads", "1", "--memory-limit", "2GiB", "--local-directory", folder)
         address = json.loads(scheduler_file.read_text())["address"]
         with Client(address, set_as_default=False) as client:
             client.wait_for_workers(workers, timeout=60)
