@@ -243,6 +243,23 @@ def test_a_creation_that_was_interrupted_starts_again(tmp_path, make_source, cli
     assert invert_store(source, tmp_path / "t", client=client).complete
 
 
+def test_what_killed_workers_left_is_swept_up(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10))
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", client=client, on_progress=stop)
+    left = tmp_path / "t" / "inverse" / "c" / "0" / "0" / f"0.{'5d9f' * 8}.partial"
+    mine = left.with_name("notes.partial")
+    left.write_text("half a chunk")
+    mine.write_text("keep")
+    invert_store(source, tmp_path / "t", client=client)
+    assert not left.exists()
+    assert mine.exists()
+
+
 def test_an_empty_directory_is_a_fine_target(tmp_path, make_source, client):
     (tmp_path / "t").mkdir()
     assert invert_store(make_source(conditioned(4, 3, 10)), tmp_path / "t", client=client).complete

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,9 @@ from dask_batchinv.stack import real_dtype, result_dtype
 MARK = "dask_batchinv"
 #: Raised when targets of older versions cannot be continued by this one.
 FORMAT = 1
+
+#: What Zarr writes a chunk to before it gives it its name.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 Fingerprint = dict[str, Any]
 
@@ -173,5 +178,11 @@ def _unspecified() -> Iterator[None]:
 
 
 def finish(place: Place) -> None:
-    """Mark the target as complete: the last write of a job."""
+    """Sweep up what killed workers left, and mark the target as complete: the last write of a job."""
+    if place.is_local:
+        for folder, _, files in os.walk(place.url):
+            for name in files:
+                if _UNFINISHED.search(name):
+                    with suppress(FileNotFoundError):
+                        os.unlink(os.path.join(folder, name))
     _set_attributes(place, {"complete": True})
