@@ -14,7 +14,7 @@ import click
 from dask_batchinv import __version__
 from dask_batchinv.job import progress
 from dask_batchinv.job.cluster import ClusterOptions, connect, embedded_workers
-from dask_batchinv.job.driver import ClusterLostError, run_job
+from dask_batchinv.job.driver import run_job
 from dask_batchinv.job.plan import Plan
 from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
 from dask_batchinv.job.report import status_of
@@ -192,7 +192,7 @@ def _exit_codes() -> Iterator[None]:
     except (RefusedError, DeviceError) as error:
         click.echo(f"Error: {redact(str(error))}", err=True)
         sys.exit(REFUSED)
-    except ClusterLostError as error:
+    except OSError as error:  # a lost cluster, a full disk
         click.echo(f"Error: {redact(str(error))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import dask.config
+import numpy as np
 from distributed import Client, Future
 from distributed.client import CancelledError
 from distributed.comm import CommClosedError
 
 from dask_batchinv.job import target as targets
 from dask_batchinv.job.cluster import ClusterOptions, Workers, check_reach, connect
-from dask_batchinv.job.ledger import Ledger
+from dask_batchinv.job.ledger import FAILED, Ledger
 from dask_batchinv.job.plan import Plan
 from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
 from dask_batchinv.job.report import FailedTile, JobFailedError, JobReport, first_failed
@@ -186,8 +187,9 @@ def _invert_tiles(
 ) -> _Outcome:
     outcome, failed = _Outcome(), []
     start, flushed = time.monotonic(), -FLUSH_SECONDS
-    before = ledger.total("matrices")
-    todo = [number for number in range(task.tiling.n_tiles) if not ledger.done[number]]
+    before = done = ledger.total("matrices")
+    without_inverse = sum(ledger.failed.values())
+    todo = np.flatnonzero(~ledger.done).tolist()
     try:
         for result, attempts in run_tiles(client, workers, run_tile, task, todo):
             outcome.retries += max(0, attempts - 1)
@@ -197,6 +199,8 @@ def _invert_tiles(
                 failed.append(result)
             else:
                 outcome.tiles += 1
+                done += result.row["matrices"]
+                without_inverse += sum(result.row[kind] for kind in FAILED)
                 ledger.record(result.number, result.row | {"attempts": attempts})
             now = time.monotonic()
             if now - flushed > FLUSH_SECONDS:
@@ -205,9 +209,9 @@ def _invert_tiles(
             on_progress(
                 Progress(
                     matrices=task.tiling.n_matrices,
-                    matrices_done=ledger.total("matrices"),
+                    matrices_done=done,
                     matrices_before=before,
-                    failed=sum(ledger.failed.values()),
+                    failed=without_inverse,
                     failed_tiles=len(failed),
                     seconds=now - start,
                 )
