@@ -18,13 +18,17 @@ Dims = Sequence[Hashable]
 
 def candidate(variable: xr.DataArray) -> tuple[Hashable, Hashable] | None:
     """Return the last two dimensions of a variable if they can be the rows and columns of matrices."""
-    if variable.ndim < 2 or variable.shape[-1] != variable.shape[-2]:
+    if variable.ndim < 2 or variable.shape[-1] != variable.shape[-2] or not _has_inverse(variable):
         return None
+    return variable.dims[-2], variable.dims[-1]
+
+
+def _has_inverse(variable: xr.DataArray) -> bool:
     try:
         result_dtype(variable.dtype)
     except TypeError:
-        return None
-    return variable.dims[-2], variable.dims[-1]
+        return False
+    return True
 
 
 def choose_dims(ds: xr.Dataset, dims: Dims | None) -> tuple[Hashable, Hashable]:
@@ -65,8 +69,7 @@ def _(a: xr.Dataset, options: Options, out: Any) -> Any:
 
 @invert_any_ex.register
 def _(a: xr.DataArray, options: Options) -> InverseEx:
-    parts = _data_array_inv_ex(a, None, options)
-    return InverseEx(parts["inverse"], parts["info"], parts["rcond"])
+    return _data_array_parts(a, None, options)
 
 
 @invert_any_ex.register
@@ -84,12 +87,12 @@ def _data_array_inv(a: xr.DataArray, dims: Dims | None, options: Options, out: A
         input_core_dims=[core],
         output_core_dims=[core],
         dask="allowed",
-        keep_attrs=False,
+        keep_attrs=True,
     )
     return _labelled(result.transpose(*a.dims), a)
 
 
-def _data_array_inv_ex(a: xr.DataArray, dims: Dims | None, options: Options) -> xr.Dataset:
+def _data_array_parts(a: xr.DataArray, dims: Dims | None, options: Options) -> InverseEx:
     core = _core(a, dims)
     inv, info, rcond = xr.apply_ufunc(
         lambda stack: tuple(invert_any_ex(stack, options)),
@@ -97,21 +100,32 @@ def _data_array_inv_ex(a: xr.DataArray, dims: Dims | None, options: Options) -> 
         input_core_dims=[core],
         output_core_dims=[core, [], []],
         dask="allowed",
-        keep_attrs=False,
+        keep_attrs=True,
     )
-    inv = _labelled(inv.transpose(*a.dims), a)
-    return xr.Dataset({"inverse": inv, "info": info, "rcond": rcond})
+    info.attrs, rcond.attrs = {}, {"units": "1"}
+    return InverseEx(_labelled(inv.transpose(*a.dims), a), info.rename("info"), rcond.rename("rcond"))
+
+
+def _data_array_inv_ex(a: xr.DataArray, dims: Dims | None, options: Options) -> xr.Dataset:
+    parts = _data_array_parts(a, dims, options)._asdict()
+    if taken := [name for name in parts if name in a.coords or name in a.dims]:
+        raise ValueError(f"{', '.join(taken)} are names of coordinates or dimensions already: rename those first")
+    return xr.Dataset(parts)
 
 
 def _dataset_inv(ds: xr.Dataset, dims: Dims | None, options: Options, out: Any = None) -> xr.Dataset:
     if out is not None:
         raise TypeError("out= is not for Xarray objects: use .to_zarr on the result")
     core = choose_dims(ds, dims)
-    inverted = {
-        name: _data_array_inv(variable, core, options)
-        for name, variable in ds.data_vars.items()
-        if set(core) <= set(variable.dims)
-    }
+    inverted = {}
+    for name, variable in ds.data_vars.items():
+        # Text with the dimensions of the matrices is their labels, unless it was named as matrices.
+        if set(core) <= set(variable.dims) and (dims is not None or _has_inverse(variable)):
+            try:
+                inverted[name] = _data_array_inv(variable, core, options)
+            except (np.linalg.LinAlgError, TypeError) as error:
+                error.add_note(f"in variable {name!r}")
+                raise
     if not inverted:
         raise ValueError(f"no variable has both dimensions {core}; the Dataset has {tuple(ds.dims)}")
     return ds.assign(inverted)
@@ -130,7 +144,7 @@ def _core(a: xr.DataArray, dims: Dims | None) -> tuple[Hashable, Hashable]:
 
 def _labelled(result: xr.DataArray, a: xr.DataArray) -> xr.DataArray:
     result.attrs = dict(a.attrs)
-    if units := a.attrs.get("units"):
+    if (units := a.attrs.get("units", "1")) not in ("", "1", 1):
         # The one attribute that would become a lie.
         result.attrs["units"] = f"1/({units})"
     return result
@@ -217,6 +231,8 @@ def _register_data_array_accessor() -> type:
             device: Device = "auto",
         ) -> xr.Dataset:
             """Return a Dataset of ``inverse``, ``info`` and ``rcond``; see `dask_batchinv.inverse_ex`.
+
+            Take them by name, ``["info"]``: ``.info`` is a method of every Dataset.
 
             Parameters
             ----------

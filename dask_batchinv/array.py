@@ -16,6 +16,7 @@ import zarr
 from dask_batchinv import storage
 from dask_batchinv.kernels import invert_block, parse_device
 from dask_batchinv.outcome import raise_failed
+from dask_batchinv.place import Place
 from dask_batchinv.stack import (
     AssumeA,
     Device,
@@ -184,11 +185,17 @@ def invert_any_ex(a: Any, options: Options) -> InverseEx:
 
 
 def _in_memory(a: Any) -> Any:
+    _refuse_masked(a)
     if type(a).__module__.partition(".")[0] != "cupy":
         a = np.asarray(a)
     check_shape(a.shape)
     result_dtype(a.dtype)
     return a
+
+
+def _refuse_masked(a: Any) -> None:
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError("masked arrays have no inverse here: fill them first, with .filled(numpy.nan) for example")
 
 
 # --- lazy arrays ----------------------------------------------------------------------------------------------
@@ -242,6 +249,7 @@ def _lazy(a: zarr.Array[Any]) -> da.Array:
 
 def _whole(a: da.Array) -> da.Array:
     """Return a stack checked, and with no matrix split over chunks."""
+    _refuse_masked(a._meta)
     check_shape(a.shape)
     result_dtype(a.dtype)
     wanted = whole_matrices(a.chunks, a.dtype.itemsize)
@@ -285,6 +293,7 @@ def _fill(out: Any, result: da.Array) -> Any:
     """Compute `result` into `out`."""
     if isinstance(out, np.ndarray):
         _check_out(out, result)
+        storage.refuse_overlap(out, result)
         # Not da.store: on a cluster of processes it would fill copies of `out`.
         out[...] = result.compute()
         return out
@@ -292,11 +301,20 @@ def _fill(out: Any, result: da.Array) -> Any:
         if any(math.isnan(size) for size in result.shape):
             raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
         chunks = storage.regular_chunks(result.chunks)
-        out = storage.create_array(out, result.shape, chunks, result.dtype)
-    elif not isinstance(out, zarr.Array):
+        created = storage.create_array(out, result.shape, chunks, result.dtype)
+        try:
+            return _fill(created, result)
+        except BaseException:
+            # What is half filled must not be taken for a result, nor be in the way of the next try.
+            Place.parse(out).remove(last="zarr.json")
+            raise
+    if not isinstance(out, zarr.Array):
         raise TypeError(f"out must be a NumPy array, a zarr.Array or a store location, got {type(out).__name__}")
     _check_out(out, result)
     storage.refuse_overlap(out, result)
+    if storage.is_in_memory(out):
+        out[...] = result.compute()
+        return out
     result = result.rechunk(storage.safe_chunks(result.chunks, storage.write_unit(out)))
     written = result.map_blocks(
         _write_block, out, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),

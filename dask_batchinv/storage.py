@@ -103,36 +103,66 @@ def shares_memory(a: Any, b: npt.NDArray[Any]) -> bool:
         return True
 
 
-def refuse_overlap(out: zarr.Array[Any], result: da.Array) -> None:
-    """Raise ValueError if computing `result` reads the array that `out` writes.
+def refuse_overlap(out: Any, result: da.Array) -> None:
+    """Raise ValueError if computing `result` reads the memory or the Zarr array that `out` writes.
 
-    Sees the Zarr arrays that stand in the graph as such, not those that other wrappers hide.
+    Sees the arrays in the graph, also inside Xarray's wrappers; not those that a task opens by itself.
     """
-    for source in _zarr_arrays(result):
-        if _location(source) == _location(out):
+    for source in _arrays_in(result):
+        if isinstance(out, np.ndarray):
+            if isinstance(source, np.ndarray) and shares_memory(source, out):
+                raise ValueError("out overlaps the input: pass an array of its own memory")
+        elif isinstance(source, zarr.Array) and _location(source) == _location(out):
             raise ValueError(f"out is the array at {out.store_path} that the input is read from: write elsewhere")
+
+
+def is_in_memory(array: zarr.Array[Any]) -> bool:
+    """Tell whether an array lives in this process alone, so that no other can write to it."""
+    store = _innermost(array)
+    return isinstance(store, zarr.storage.MemoryStore) or (
+        isinstance(store, zarr.storage.FsspecStore) and _protocol(store) == "memory"
+    )
+
+
+def _innermost(array: zarr.Array[Any]) -> Any:
+    store: Any = array.store
+    while isinstance(store, zarr.storage.WrapperStore):
+        store = store._store
+    return store
+
+
+def _protocol(store: zarr.storage.FsspecStore) -> str:
+    protocol = store.fs.protocol
+    return protocol if isinstance(protocol, str) else protocol[0]
 
 
 def _location(array: zarr.Array[Any]) -> object:
     """Return what two arrays have in common if and only if they are one."""
-    store: Any = array.store
-    while isinstance(store, zarr.storage.WrapperStore):
-        store = store._store
+    store = _innermost(array)
     if isinstance(store, zarr.storage.LocalStore):
         return os.path.realpath(os.path.join(store.root, array.path))
     if isinstance(store, zarr.storage.FsspecStore):
-        protocol = store.fs.protocol if isinstance(store.fs.protocol, str) else store.fs.protocol[0]
-        path = f"{store.path}/{array.path}".rstrip("/")
+        protocol, path = _protocol(store), f"{store.path}/{array.path}".rstrip("/")
         return os.path.realpath(path) if protocol in ("file", "local") else f"{protocol}://{path}"
     return store, array.path
 
 
-def _zarr_arrays(collection: da.Array) -> Iterator[zarr.Array[Any]]:
-    for node in dict(collection.__dask_graph__()).values():
-        for held in (node, *getattr(node, "args", ())):
-            thing = getattr(held, "value", held)
-            if isinstance(thing, zarr.Array):
-                yield thing
+def _arrays_in(collection: da.Array) -> Iterator[Any]:
+    """Yield the NumPy and Zarr arrays that the tasks of a collection hold."""
+    seen: set[int] = set()
+    todo = list(dict(collection.__dask_graph__()).values())
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, (np.ndarray, zarr.Array)):
+            yield thing
+        elif isinstance(thing, (tuple, list)):
+            todo += thing
+        else:
+            # Tasks of Dask, and the lazy arrays of Xarray, which wrap each other.
+            todo += [getattr(thing, name) for name in ("value", "args", "array", "_array") if hasattr(thing, name)]
 
 
 def open_array(place: Place, *, read_only: bool = False) -> zarr.Array[Any]:

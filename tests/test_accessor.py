@@ -128,6 +128,37 @@ def test_text_is_no_candidate_but_an_error_when_named():
         ds.linalg.inv(dims=("i", "j"))
 
 
+def test_attributes_of_coordinates_stay(ds):
+    ds["lat"].attrs["units"] = "degrees_north"
+    ds["x"].attrs["axis"] = "X"
+    parts = ds.cov.linalg.inv_ex()
+    for result in (ds.linalg.inv(), ds.cov.linalg.inv(), parts, parts["info"], inverse_ex(ds.cov).rcond):
+        assert result["lat"].attrs == {"units": "degrees_north"}
+        assert result["x"].attrs == {"axis": "X"}
+    assert parts["info"].attrs == {}
+    assert parts["rcond"].attrs == {"units": "1"}
+
+
+def test_units_of_one_stay(ds):
+    assert ds.cov.assign_attrs(units="1").linalg.inv().attrs["units"] == "1"
+
+
+def test_names_that_are_taken(ds):
+    account = inverse_ex(ds.cov.assign_coords(rcond=("y", [1, 2, 3])))
+    assert account.inverse.name == "cov"
+    assert list(account.inverse["rcond"].values) == [1, 2, 3]
+    with pytest.raises(ValueError, match="rcond are names of coordinates or dimensions already"):
+        account.inverse.linalg.inv_ex()
+
+
+def test_labels_with_the_dimensions_of_the_matrices_pass_through(ds):
+    ds["label"] = ("row", "col"), np.full((3, 3), "z")
+    xr.testing.assert_identical(ds.linalg.inv()["label"], ds["label"])
+    with pytest.raises(TypeError) as caught:
+        ds.linalg.inv(dims=("row", "col"))
+    assert caught.value.__notes__ == ["in variable 'label'"]
+
+
 def test_nothing_is_computed(ds, no_compute):
     lazy = ds.chunk({"y": 1})
     lazy.linalg.inv()

@@ -9,6 +9,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
 from stacks import DTYPES, assert_same_bits, conditioned, residual_ratio
 
@@ -339,6 +340,50 @@ def test_overlapping_input_and_output_are_refused(tmp_path):
             with pytest.raises(ValueError, match="that the input is read from"):
                 inverse(source, out=out)
     assert_same_bits(z[...], a)
+
+
+def test_overlap_is_seen_through_dask_and_xarray(tmp_path):
+    a = conditioned(12, 2, 10)
+    before = a.copy()
+    # from_array makes a copy; an array that comes in by delayed is the user's own.
+    for source, out in ((a, a), (a[:6], a[3:9])):
+        lazy = da.from_delayed(dask.delayed(source), source.shape, dtype=source.dtype)
+        with pytest.raises(ValueError, match="out overlaps the input"):
+            inverse(lazy * 1, out=out)
+    assert_same_bits(a, before)
+    xr.Dataset({"A": (("t", "r", "c"), a)}).chunk(t=5).to_zarr(tmp_path / "ds", consolidated=False)
+    opened = xr.open_zarr(tmp_path / "ds", consolidated=False).A.data[::-1]
+    with pytest.raises(ValueError, match="that the input is read from"):
+        inverse(opened, out=zarr.open_array(tmp_path / "ds" / "A"))
+    assert_same_bits(zarr.open_array(tmp_path / "ds" / "A")[...], before)
+
+
+@pytest.mark.parametrize("store", ["memory", "fsspec"])
+def test_an_array_in_memory_is_filled_from_worker_processes_too(store, processes):
+    a = conditioned(12, 2, 10)
+    place = zarr.storage.MemoryStore() if store == "memory" else zarr.storage.FsspecStore.from_url("memory://filled")
+    out = zarr.create_array(place, shape=a.shape, chunks=(5, 2, 2), dtype=a.dtype)
+    with dask.config.set(scheduler=processes.get):
+        inverse(da.from_array(a, chunks=(2, 2, 2)), out=out)
+    assert_same_bits(out[...], inverse(a))
+
+
+def test_a_failed_new_store_leaves_nothing(tmp_path):
+    a = conditioned(6, 2, 10)
+    bad = a.copy()
+    bad[5] = 0
+    with pytest.raises(SingularMatrixError):
+        inverse(da.from_array(bad, chunks=(2, 2, 2)), out=tmp_path / "x")
+    with pytest.raises(FileNotFoundError):
+        zarr.open_array(tmp_path / "x", mode="r")
+    assert_same_bits(inverse(da.from_array(a, chunks=(2, 2, 2)), out=tmp_path / "x")[...], inverse(a))
+
+
+def test_masked_arrays_are_refused():
+    a = np.ma.masked_less(conditioned(4, 2, 10), 0)
+    for masked in (a, da.from_array(a)):
+        with pytest.raises(TypeError, match="masked arrays have no inverse here: fill them first"):
+            inverse(masked)
 
 
 @pytest.mark.parametrize("chunks", [(5, 3, 3), (7, 3, 3), (64, 3, 3), (1, 3, 3), (5, 1, 2)])

@@ -156,6 +156,34 @@ def test_where_an_inverse_is_the_largest_number_it_stands():
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_and_the_smallest_number_in_one_matrix(structure, dtype):
+    info = np.finfo(dtype)
+    large = info.max / 64
+    a = np.array([[[large, info.smallest_subnormal], [info.smallest_subnormal, 1]]]).astype(dtype)
+    if structure in ("upper triangular", "lower triangular"):
+        a = np.triu(a) if structure == "upper triangular" else np.tril(a)
+    x, codes, _ = run(a, structure)
+    assert codes[0] == 0
+    np.testing.assert_allclose(x[0, [0, 1], [0, 1]], [1 / large, 1], rtol=4 * info.eps, atol=info.smallest_subnormal)
+
+
+def test_single_precision_may_have_an_inverse_beyond_its_range_before_scaling():
+    n = 150
+    a = ((np.triu(-np.ones((n, n)), 1) + np.eye(n)) * 2.0**110).astype(np.float32)[None]
+    x, info, _ = run(a)
+    assert info[0] == 0
+    np.testing.assert_allclose(x, np.linalg.inv(a.astype(float)), rtol=1e-5)
+
+
+def test_an_output_of_any_layout():
+    a = conditioned(5, 3, 10, "complex128")
+    out = np.empty(a.shape, a.dtype, order="F")
+    choose_kernel("general").invert(a, out, np.empty(5, np.int32), np.empty(5))
+    assert_same_bits(out, run(a)[0])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_empty_stacks_and_matrices(structure):
     x, info, _ = run(np.empty((0, 3, 3)), structure)
     assert x.shape == (0, 3, 3)

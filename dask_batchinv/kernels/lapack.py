@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 #: Bytes of matrices worked on at a time: they stay in the cache, and bound the scratch memory.
 GROUP_NBYTES = 2**18
-#: Copies of a group that are alive at once: the part read, its absolute values, what LAPACK returns, temporaries.
+#: Copies of a group that are alive at once: the part read, its absolute values, the inverse, temporaries.
 _GROUP_COPIES = 8
 
 
@@ -61,11 +61,13 @@ def _invert_group(a: Array, out: Array, info: Array, rcond: Array, structure: St
     not_finite = ~np.isfinite(s).all(axis=(1, 2))
     s[not_finite] = np.eye(s.shape[-1], dtype=s.dtype)
     shift = _scale(s)
-    info[:] = structure.solve(s, out)
+    x = np.empty_like(s)
+    info[:] = structure.solve(s, x)
     # Two divisions: the product of the norms may overflow where the quotient does not.
-    rcond[:] = 1 / _norm1(s) / _norm1(out)
+    rcond[:] = 1 / _norm1(s) / _norm1(x)
     rcond[(info > 0) | np.isnan(rcond)] = 0
-    _shift_exponents(out, shift)
+    _shift_exponents(x, shift)
+    out[:] = x
     overflow = ~np.isfinite(out).all(axis=(1, 2))
     info[(info == 0) & overflow] = -2
     info[not_finite] = -1
@@ -89,7 +91,7 @@ def _scale(s: Array) -> Array:
     largest = size.max(axis=(1, 2))
     smallest = np.where(size == 0, np.inf, size).min(axis=(1, 2))
     lowest = np.finfo(s.dtype).minexp + 1
-    shift: Array = np.maximum(-np.frexp(largest)[1], lowest - np.frexp(smallest)[1])
+    shift: Array = np.maximum(-np.frexp(largest)[1], np.minimum(lowest - np.frexp(smallest)[1], 0))
     shift[largest == 0] = 0
     _shift_exponents(s, shift)
     return shift
@@ -109,7 +111,8 @@ def _shift_exponents(a: Array, shift: Array) -> None:
 
 
 def _read_general(a: Array) -> Array:
-    return np.array(a, order="C")
+    # NumPy inverts in double precision: let the result stay there until it has its own scale again.
+    return np.array(a, dtype=np.result_type(a, np.float64), order="C")
 
 
 def _read_symmetric(a: Array) -> Array:
