@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -87,6 +88,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.version_option(__version__, prog_name="dask-batchinv")
 def main() -> None:
     """Invert every matrix of a Zarr store, on a Dask cluster, with an account of each."""
+    # What matters of this is in our own report and errors; the rest would bury it.
+    for name in ("distributed", "asyncio", "tornado"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @main.command(epilog=EXIT_CODES)
@@ -149,7 +153,7 @@ def status(target: str, as_json: bool) -> None:
 @_cluster_options
 @_json_option
 def verify_command(target: str, source: str | None, as_json: bool, **arguments: Any) -> None:
-    """Read TARGET back, every chunk, and check it. Exit code 1 if something is not right."""
+    """Read TARGET back, every chunk of its arrays, and check it. Exit code 1 if something is not right."""
     with _exit_codes():
         report = verify(target, source, ClusterOptions(**arguments))
         click.echo(json.dumps(report.to_json()) if as_json else str(report))

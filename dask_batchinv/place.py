@@ -12,8 +12,10 @@ import fsspec
 import zarr.abc.store
 import zarr.storage
 
-_SECRET = re.compile(r"(?i)((?:key|secret|token|sig|signature|password|passwd|credential)[^=&\s]*=)[^&\s]+")
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_SECRET = re.compile(
+    r"(?i)((?:key|secret|token|sig|signature|password|passwd|pwd|credential|auth|sas)[^=&\s]*=)[^&\s]+"
+)
+_USER = re.compile(r"(?<=://)[^/\s]+@")
 
 
 def redact(text: str) -> str:
@@ -42,11 +44,14 @@ class Place:
             raise ValueError("expected a path or a URL, got an empty string")
         if text.startswith(("file://", "local://")):
             text = text.partition("://")[2]
+        if "::" in text:  # a chain of file systems: fsspec knows what it means
+            return cls(text.rstrip("/"))
         if "://" in text:
             head, _, query = text.partition("?")
-            protocol, _, path = head.partition("://")
-            path = "/".join(_resolved([part for part in path.split("/") if part], text))
-            return cls(f"{protocol}://{path}" + (f"?{query}" if query else ""))
+            protocol, _, rest = head.partition("://")
+            authority, _, path = rest.partition("/")
+            parts = _resolved([part for part in path.split("/") if part], text)
+            return cls(f"{protocol}://{'/'.join([authority, *parts])}" + (f"?{query}" if query else ""))
         return cls(os.path.realpath(os.path.expanduser(text)))
 
     @property
@@ -65,6 +70,8 @@ class Place:
         return self.url.startswith("memory://")
 
     def __truediv__(self, part: str) -> Place:
+        if self.is_local:
+            return Place(os.path.realpath(os.path.join(self.url, part)))
         head, mark, query = self.url.partition("?")
         return Place(f"{head}/{part}{mark}{query}")
 
@@ -74,7 +81,7 @@ class Place:
 
     def _parts(self) -> list[str]:
         # Who asks does not change what is there.
-        url = _USER.sub("", self.url.partition("?")[0])
+        url = self.url if self.is_local else _USER.sub("", self.url.partition("?")[0])
         return [part for part in url.split("/") if part]
 
     def store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
@@ -110,12 +117,17 @@ class Place:
             raise ValueError(f"expected a JSON object in {key}, got {type(content).__name__}")
         return content
 
+    def children(self) -> list[str]:
+        """Return the names of what is directly inside."""
+        fs, path = self.filesystem()
+        return sorted(child.rstrip("/").rpartition("/")[2] for child in fs.ls(path, detail=False))
+
     def remove(self, *, last: str) -> None:
         """Delete everything here, the file `last` after all others, so that a break leaves it in place."""
         fs, path = self.filesystem()
-        for child in fs.ls(path, detail=False):
-            if child.rstrip("/").rpartition("/")[2] != last:
-                fs.rm(child, recursive=True)
+        for child in self.children():
+            if child != last:
+                fs.rm(f"{path}/{child}", recursive=True)
         fs.rm(path, recursive=True)
 
 
@@ -123,7 +135,7 @@ def _resolved(parts: list[str], url: str) -> list[str]:
     done: list[str] = []
     for part in parts:
         if part == "..":
-            if len(done) < 2:
+            if not done:
                 raise ValueError(f"{redact(url)} leads out of its store by '..'")
             done.pop()
         elif part != ".":

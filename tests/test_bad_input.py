@@ -170,6 +170,39 @@ def test_metadata_that_make_no_sense(refused, source, content):
     refused(SourceError, r"cannot be opened|no Zarr array")
 
 
+@pytest.mark.parametrize(
+    "encoding",
+    [{"dtype": "i2", "scale_factor": 0.001, "_FillValue": -32768}, {"_FillValue": -9999.0}, {"add_offset": 1.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_packed_numbers(refused, tmp_path, encoding, zarr_format):
+    ds = xr.Dataset({"A": (("t", "i", "j"), conditioned(4, 2, 3))})
+    ds.to_zarr(tmp_path / "cf", zarr_format=zarr_format, encoding={"A": encoding}, consolidated=False)
+    refused(SourceError, r"is packed, its metadata have", source=tmp_path / "cf")
+
+
+@pytest.mark.parametrize("name", ["info", "inverse", "rcond", "ledger"])
+def test_names_that_the_target_needs(refused, tmp_path, name):
+    a = conditioned(4, 2, 3)
+    xr.Dataset({"A": (("t", "i", "j"), a)}, coords={name: ("t", np.ones(4))}).to_zarr(
+        tmp_path / "coordinate", consolidated=False
+    )
+    refused(SourceError, rf"{name} of .* are names", source=tmp_path / "coordinate", variable="A")
+    xr.Dataset({"A": ((name, "i", "j"), a)}).to_zarr(tmp_path / "dimension", consolidated=False)
+    refused(SourceError, rf"{name} of .* are names", source=tmp_path / "dimension")
+
+
+def test_coordinates_that_cannot_be_read(refused, tmp_path, threads):
+    ds = xr.Dataset({"A": (("t", "i", "j"), conditioned(4, 2, 3))}, coords={"lat": ("t", np.ones(4))})
+    ds.to_zarr(tmp_path / "ds", consolidated=False)
+    (tmp_path / "ds" / "lat" / "c" / "0").write_bytes(b"junk")
+    refused(SourceError, r"coordinates of .* cannot be read", source=tmp_path / "ds", client=threads, cluster=True)
+    meta = tmp_path / "ds" / "lat" / "zarr.json"
+    meta.write_text(meta.read_text().replace('"shape": [\n    4', '"shape": [\n    3'))
+    refused(SourceError, r"lat is not as long as its dimensions", source=tmp_path / "ds")
+
+
 # --- the target -----------------------------------------------------------------------------------------------
 
 
@@ -186,6 +219,18 @@ def test_source_and_target_in_each_other(refused, source, tmp_path):
     refused(TargetError, r"the source .* lies inside the target", target=tmp_path)
     for target in (tmp_path / "ds", tmp_path / "ds" / "A", tmp_path / "ds" / "new"):
         refused(TargetError, r"is, or lies inside, the source", source=tmp_path / "ds", target=target, overwrite=True)
+
+
+def test_a_source_that_is_a_link_into_the_target(refused, source, tmp_path, threads):
+    invert_store(source, tmp_path / "target", client=threads)
+    zarr.create_group(tmp_path / "group")
+    (tmp_path / "group" / "A").symlink_to(tmp_path / "target" / "inverse")
+    refused(TargetError, r"lies inside the target", source=tmp_path / "group", variable="A", overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["", "nosuch://x/y"])
+def test_a_target_that_makes_no_sense(refused, target):
+    refused(TargetError, r"empty string|cannot be looked at", target=target)
 
 
 def test_a_target_that_is_not_ours_is_never_touched(refused, tmp_path):

@@ -17,6 +17,8 @@ from zarr.codecs import Crc32cCodec
 
 from dask_batchinv import JobFailedError, TargetError, inverse_ex, invert_store, verify_store
 from dask_batchinv.job import driver, ledger, target
+from dask_batchinv.job.cluster import ClusterOptions
+from dask_batchinv.job.prepare import Options, prepare
 from dask_batchinv.job.report import status_of
 from dask_batchinv.place import Place
 
@@ -153,6 +155,50 @@ def test_a_target_opens_in_xarray_with_the_coordinates_of_the_source(tmp_path, d
         assert opened["info"].dtype == np.int32
         assert opened.attrs["complete"] is True
         assert set(opened.data_vars) == {"inverse", "info", "rcond"}
+
+
+@pytest.mark.filterwarnings("ignore:The data type:FutureWarning", "ignore:Consolidated metadata:UserWarning")
+def test_a_job_with_coordinates_is_resumed(tmp_path, dataset, client):
+    dataset.to_zarr(tmp_path / "s", zarr_format=2, encoding={"cov": {"chunks": (1, 4, 2, 2)}})
+    chunk = tmp_path / "s" / "cov" / "1.0.0.0"
+    shutil.move(chunk, tmp_path / "kept")
+    with pytest.raises(JobFailedError, match="--missing fill"):
+        invert_store(tmp_path / "s", tmp_path / "t", variable="cov", client=client, tile_size=128)
+    assert not status_of(tmp_path / "t").complete
+    shutil.move(tmp_path / "kept", chunk)
+    assert invert_store(tmp_path / "s", tmp_path / "t", variable="cov", client=client, tile_size=128).tiles_now == 1
+    invert_store(
+        tmp_path / "s", tmp_path / "t", variable="cov", client=client, assume_a="symmetric", overwrite=True,
+        max_failed=None,
+    )  # fmt: skip
+    with dask.config.set(scheduler="sync"):
+        xr.testing.assert_equal(xr.open_zarr(tmp_path / "t").coords.to_dataset(), dataset.coords.to_dataset())
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_complex_numbers_from_xarray(tmp_path, client, zarr_format):
+    a = conditioned(8, 2, 3, "complex128")
+    xr.Dataset({"A": (("t", "i", "j"), a)}).to_zarr(tmp_path / "s", zarr_format=zarr_format, consolidated=False)
+    invert_store(tmp_path / "s", tmp_path / "t", client=client)
+    assert_same_bits(read_target(tmp_path / "t")[0], inverse_ex(a).inverse)
+
+
+def test_a_variable_of_a_group_within_a_group(tmp_path, client):
+    a = conditioned(8, 2, 3)
+    xr.Dataset(coords={"x": np.arange(3)}).to_zarr(tmp_path / "s", consolidated=False)
+    inner = xr.Dataset({"A": (("x", "i", "j"), a)}, coords={"x": np.arange(8) + 5})
+    inner.to_zarr(tmp_path / "s", group="sub", consolidated=False, mode="a")
+    invert_store(tmp_path / "s", tmp_path / "t", variable="sub/A", client=client)
+    with dask.config.set(scheduler="sync"):
+        assert list(xr.open_zarr(tmp_path / "t").x.values) == list(range(5, 13))
+    assert verify_store(tmp_path / "t", source=tmp_path / "s", client=client).ok
+
+
+def test_a_path_may_have_any_characters(tmp_path, make_source, client):
+    source = make_source(conditioned(8, 2, 3), name="a?b=1 #ü.zarr")
+    invert_store(source, tmp_path / "t?1 &c.zarr", client=client)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a?b=1 #ü.zarr", "t?1 &c.zarr"]
+    assert verify_store(tmp_path / "t?1 &c.zarr", source=source, client=client).ok
 
 
 def test_core_dimensions_anywhere(tmp_path, dataset, client):
@@ -300,6 +346,60 @@ def test_a_damaged_ledger_means_doing_it_again(tmp_path, make_source, client):
     assert status_of(tmp_path / "t").tiles_done == 0
     assert invert_store(source, tmp_path / "t", client=client).complete
     assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
+def test_a_complete_target_whose_ledger_was_lost_is_done_again(done, client):
+    source, path = done
+    (path / "ledger" / "tiles" / "c" / "0" / "0").unlink()
+    report = invert_store(source, path, client=client, tile_size=720, max_failed=None)
+    assert report.complete
+    assert report.tiles_now == 4
+    assert verify_store(path, source=source, client=client).ok
+
+
+def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, client, monkeypatch):
+    source, path = done
+
+    def die(self, path, **options):
+        shutil.rmtree(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fsspec.implementations.local.LocalFileSystem.rm", die)
+        with pytest.raises(KeyboardInterrupt):
+            invert_store(source, path, client=client, assume_a="diagonal", overwrite=True)
+    with pytest.raises(TargetError, match="no target"):
+        status_of(path)
+    with pytest.raises(TargetError, match="belongs to another job"):
+        invert_store(source, path, client=client)
+    assert invert_store(source, path, client=client, assume_a="diagonal", overwrite=True, max_failed=None).complete
+
+
+def test_overwrite_takes_nothing_that_is_not_ours(done, client, tmp_path):
+    source, path = done
+    overwrite = {"client": client, "assume_a": "diagonal", "overwrite": True, "max_failed": None}
+    (path / "thesis.tex").write_text("dear")
+    before = tree(path)
+    with pytest.raises(TargetError, match=r"did not put there \(thesis.tex\)"):
+        invert_store(source, path, **overwrite)
+    assert tree(path) == before
+    (path / "thesis.tex").unlink()
+    # Attributes travel with data made from a target.
+    with dask.config.set(scheduler="sync"):
+        xr.open_zarr(path).assign(mine=3).drop_encoding().to_zarr(tmp_path / "made", consolidated=False)
+    before = tree(tmp_path / "made")
+    with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
+        invert_store(source, tmp_path / "made", **overwrite)
+    assert tree(tmp_path / "made") == before
+
+
+def test_what_appears_at_the_target_after_the_job_was_prepared_is_not_touched(tmp_path, make_source, client):
+    job = prepare(make_source(conditioned(4, 3, 10)), tmp_path / "t", Options())
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "precious").write_text("x")
+    with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
+        driver.run_job(job, ClusterOptions(client=client))
+    assert (tmp_path / "t" / "precious").read_text() == "x"
 
 
 def test_the_ledger_needs_less_than_200_bytes_per_tile():

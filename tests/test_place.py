@@ -28,10 +28,16 @@ def test_one_place_has_one_name(tmp_path, monkeypatch):
         ("s3://b/x", "s3://b/xy", False),
         ("s3://b/x", "gs://b/x", False),
         ("s3://me:secret@b/x", "s3://b/x/y", True),
+        ("/a/b?1", "/a/b?2", False),
+        ("memory:///b", "memory://b/c", True),
     ],
 )
 def test_contains(outer, inner, contains):
     assert Place.parse(outer).contains(Place.parse(inner)) is contains
+
+
+def test_a_chain_of_file_systems_is_left_as_it_is():
+    assert Place.parse("simplecache::file:///tmp/x/").url == "simplecache::file:///tmp/x"
 
 
 def test_a_url_cannot_leave_its_store():
@@ -45,6 +51,8 @@ def test_a_url_cannot_leave_its_store():
     "text",
     [
         "s3://user:CANARY@host/path",
+        "ftp://user:pass@CANARY@host/path",
+        "https://h/x?pwd=CANARY",
         "https://h/x?X-Amz-Signature=CANARY&y=1",
         "https://h/x?sig=CANARY",
         "error for https://h/x?access_token=CANARY: no",

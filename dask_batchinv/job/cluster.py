@@ -141,7 +141,10 @@ def check_reach(client: Client, source: Source | None, target: Place) -> None:
                 f"{place.name} lives in the memory of this process, where worker processes cannot reach it: "
                 "use a path or a shared store, or a Client with processes=False"
             )
-    blind = {address: why for address, why in client.run(_blind, source, target).items() if why}
+    try:
+        blind = {address: why for address, why in client.run(_blind, source, target).items() if why}
+    except ImportError as error:
+        raise ClusterError(f"the workers cannot import what they need: {error}") from error
     if blind:
         address, why = next(iter(blind.items()))
         raise ClusterError(

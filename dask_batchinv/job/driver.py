@@ -146,9 +146,9 @@ def invert_store(
 
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
     """Run a prepared job to its end and return the report, whatever it says."""
-    if job.complete:
+    if job.complete and (ledger := Ledger(job.target, read_only=True)).done.all():
         nobody = Workers(0, 0, None)
-        return _report(job, plan_for(job, nobody), nobody, _Outcome(), Ledger(job.target, read_only=True))
+        return _report(job, plan_for(job, nobody), nobody, _Outcome(), ledger)
     with connect(options) as (client, workers):
         plan = plan_for(job, workers)
         check_reach(client, job.source, job.target)
@@ -353,6 +353,17 @@ def _nobody_looks(progress: Progress) -> None:
     """Take no notice of progress."""
 
 
+def _notes(outcome: _Outcome) -> tuple[str, ...]:
+    notes = []
+    if not outcome.tiles and not outcome.failed and not outcome.lost:
+        notes.append("nothing was left to do")
+    if any("MissingChunkError" in (result.error or "") for result in outcome.failed):
+        notes.append("if chunks that are not stored stand for matrices of the fill value, pass --missing fill")
+    if outcome.lost:
+        notes.append(outcome.lost)
+    return tuple(notes)
+
+
 def _report(job: Job, plan: Plan, workers: Workers, outcome: _Outcome, ledger: Ledger) -> JobReport:
     tiles_done = int(ledger.done.sum())
     share = outcome.tiles / max(1, plan.tiling.n_tiles)
@@ -378,5 +389,5 @@ def _report(job: Job, plan: Plan, workers: Workers, outcome: _Outcome, ledger: L
         threads_per_worker=workers.threads,
         kernel=job.kernel.name,
         source_checked=job.source.checksummed,
-        notes=tuple(filter(None, ("nothing was left to do" if job.complete else None, outcome.lost))),
+        notes=_notes(outcome),
     )

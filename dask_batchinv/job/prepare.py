@@ -64,7 +64,7 @@ class Options:
         size = self.tile_size or dask.config.get("batchinv.job.tile-size")
         try:
             return int(parse_bytes(size))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise RefusedError(f"tile_size {size!r} is not a number of bytes such as 32MiB") from error
 
 
@@ -100,10 +100,7 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
         With what to change; nothing was written.
     """
     opened = open_source(source, options.variable, options.dims)
-    try:
-        place = Place.parse(target)
-    except ValueError as error:
-        raise TargetError(str(error)) from error
+    place = targets.parse_place(target)
     targets.refuse_overlap(opened, place)
     kernel = choose_kernel(options.assume_a, options.device)
     fingerprint = _fingerprint(opened, options, kernel)
@@ -122,7 +119,6 @@ def _fingerprint(source: Source, options: Options, kernel: Kernel) -> targets.Fi
         "dims": [source.dims[axis] for axis in source.core],
         "assume_a": options.assume_a,
         "min_rcond": options.min_rcond,
-        "missing": options.missing,
         "kernel": kernel.name,
         "versions": {"dask_batchinv": __version__, "numpy": np.__version__, "scipy": scipy.__version__},
     }

@@ -193,7 +193,7 @@ class JobStatus:
 
 def status_of(target: str | os.PathLike[str]) -> JobStatus:
     """Return how far the job that writes `target` is, from its ledger."""
-    place = Place.parse(target)
+    place = targets.parse_place(target)
     begun = targets.look(place)
     if begun is None or not begun.ready:
         raise TargetError(f"there is no target of dask_batchinv at {place.name}")

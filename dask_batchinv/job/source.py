@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 import os
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +34,8 @@ _ALLOWED_V3 = frozenset(
     ["blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd"]
     + [f"numcodecs.{name}" for name in _NUMCODECS]
 )
+#: What the target holds; dimensions and coordinates cannot have these names.
+RESERVED = ("inverse", "info", "rcond", "ledger")
 _CHECKSUMS = frozenset(["adler32", "crc32", "crc32c", "fletcher32", "gzip", "jenkins_lookup3", "zlib"])
 _DTYPES = frozenset([*KEPT, "bool", "float16", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))])
 
@@ -41,6 +46,8 @@ class Source:
 
     place: Place
     """Where the array is."""
+    root: Place
+    """What the user named: the array itself, or a group above it."""
     group: Place | None
     """The group (Xarray dataset) that it is a variable of."""
     variable: str | None
@@ -120,17 +127,19 @@ def open_source(
 
 
 def _open_source(location: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
-    place, group = Place.parse(location), None
+    root, group = Place.parse(location), None
+    place = root
     node = _read_node(place)
     if node is None:
         raise SourceError(f"there is no Zarr array or group at {place.name}")
     if not node.is_array:
-        group = place
-        variable = _known_variable(place, variable, dims)
-        place = place / variable
+        variable = _known_variable(root, variable, dims)
+        inner, _, name = variable.rpartition("/")
+        group = root / inner if inner else root
+        place = root / variable
         node = _read_node(place)
         if node is None or not node.is_array:
-            raise SourceError(f"there is no variable {variable!r} in {group.name}; it has {_listed(group)}")
+            raise SourceError(f"there is no variable {variable!r} in {root.name}; it has {_listed(root)}")
     elif variable is not None:
         raise SourceError(f"{place.name} is an array, not a group: leave --variable out")
     dtype = _checked_dtype(node.meta)
@@ -142,10 +151,18 @@ def _open_source(location: str | os.PathLike[str], variable: str | None, dims: S
             f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {place.name} are not equally long: "
             f"shape {array.shape}. Name others with --dims row,column"
         )
-    coordinates = () if group is None else _coordinates(group, node, names, str(variable))
+    _check_not_packed(node, place)
+    sizes = dict(zip(names, array.shape, strict=True))
+    coordinates = () if group is None else _coordinates(group, node, sizes, name)
+    if taken := sorted({*names, *coordinates} & set(RESERVED)):
+        raise SourceError(
+            f"{', '.join(taken)} of {place.name} are names of dimensions or coordinates that the target needs itself: "
+            "rename those first"
+        )
     canonical = json.dumps([node.meta, coordinates], sort_keys=True)
     return Source(
         place=place,
+        root=root,
         group=group,
         variable=variable,
         zarr_format=node.zarr_format,
@@ -270,7 +287,9 @@ def _name_dims(
     for name, spare in zip(known, made_up, strict=True):
         unique = str(name) if name else spare
         # Covariances are often stored as (*, p, p) with one name twice; Xarray cannot address that.
-        names.append(f"{unique}_2" if unique in names else unique)
+        while unique in names:
+            unique += "_2"
+        names.append(unique)
     if dims is None:
         core = (ndim - 2, ndim - 1)
     else:
@@ -282,17 +301,51 @@ def _name_dims(
     return tuple(names), core
 
 
-def _coordinates(group: Place, node: _Node, names: tuple[str, ...], variable: str) -> tuple[str, ...]:
+def _check_not_packed(node: _Node, place: Place) -> None:
+    """Refuse numbers that are not what they stand for: Xarray would decode them, and we would not."""
+    packed = {"scale_factor", "add_offset"} & set(node.attributes)
+    for name in ("_FillValue", "missing_value"):
+        if name in node.attributes and not _is_nan(node.attributes[name]):
+            packed.add(name)
+    if node.zarr_format == 2 and "_ARRAY_DIMENSIONS" in node.attributes:
+        # Written by Xarray, which takes the fill value of format 2 for "no number"; 0 is everybody's default.
+        fill = node.meta.get("fill_value")
+        if fill not in (None, 0) and not _is_nan(fill):
+            packed.add("fill_value")
+    if packed:
+        raise SourceError(
+            f"{place.name} is packed, its metadata have {', '.join(sorted(packed))}: store it as plain numbers first, "
+            "with xarray.open_zarr and then drop_encoding().to_zarr"
+        )
+
+
+def _is_nan(value: Any) -> bool:
+    """Tell whether a fill value is NaN, which Xarray stores as a number, as text, or as a float64 in base64."""
+    if isinstance(value, list):  # of a complex number
+        return all(map(_is_nan, value))
+    if isinstance(value, str) and value != "NaN":
+        try:
+            (value,) = struct.unpack("<d", base64.b64decode(value, validate=True))
+        except (ValueError, struct.error):
+            return False
+    return value == "NaN" or (isinstance(value, float) and math.isnan(value))
+
+
+def _coordinates(group: Place, node: _Node, sizes: dict[str, int], variable: str) -> tuple[str, ...]:
     """Return the arrays of the group that are coordinates of the variable, by CF's and Xarray's rules."""
     root = _read_node(group)
     listed = [node.attributes.get("coordinates"), root.attributes.get("coordinates") if root else None]
-    wanted = {*names, *(name for text in listed if isinstance(text, str) for name in text.split())} - {variable}
+    wanted = {*sizes, *(name for text in listed if isinstance(text, str) for name in text.split())} - {variable}
     found = []
     for name in sorted(wanted):
         coordinate = _read_node(group / name)
         if coordinate is None or not coordinate.is_array:
             continue
-        if set(_stored_names(coordinate) or ()) <= set(names):
+        along = _stored_names(coordinate) or ()
+        if set(along) <= set(sizes):
+            lengths = tuple(sizes[str(dim)] for dim in along)
+            if len(along) and lengths != tuple(coordinate.meta["shape"]):
+                raise SourceError(f"the coordinate {(group / name).name} is not as long as its dimensions")
             _check_coordinate(coordinate, group / name)
             found.append(name)
     return tuple(found)

@@ -19,7 +19,7 @@ from dask_batchinv import storage
 from dask_batchinv.job import ledger
 from dask_batchinv.job.plan import Tiling
 from dask_batchinv.job.source import Source, array_names
-from dask_batchinv.outcome import Info, TargetError
+from dask_batchinv.outcome import Info, SourceError, TargetError
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import real_dtype, result_dtype
 
@@ -46,6 +46,16 @@ class Begun:
     """Whether all its metadata were created."""
     complete: bool
     """Whether it is finished."""
+    names: tuple[str, ...]
+    """What else than its metadata is in it."""
+
+
+def parse_place(location: str | os.PathLike[str]) -> Place:
+    """Return the place of a target, or raise TargetError."""
+    try:
+        return Place.parse(location)
+    except ValueError as error:
+        raise TargetError(str(error)) from error
 
 
 def look(place: Place) -> Begun | None:
@@ -56,8 +66,18 @@ def look(place: Place) -> Begun | None:
     Raises
     ------
     TargetError
-        If something is there that is not ours.
+        If something is there that is not ours, or the place cannot be looked at.
     """
+    try:
+        return _look(place)
+    except TargetError:
+        raise
+    except Exception as error:  # whatever a file system may raise
+        text = f"the target {place.name} cannot be looked at: {type(error).__name__}: {error}"
+        raise TargetError(redact(text)) from error
+
+
+def _look(place: Place) -> Begun | None:
     if not place.exists():
         return None
     try:
@@ -65,17 +85,20 @@ def look(place: Place) -> Begun | None:
     except ValueError:
         meta = {}
     fs, path = place.filesystem()
-    if meta is None and fs.isdir(path) and not fs.ls(path):
+    if meta is None and fs.isdir(path) and not place.children():
         return None
     attributes = (meta or {}).get("attributes") or {}
     mark = attributes.get(MARK)
-    if not isinstance(mark, dict):
+    # Attributes travel with data that a user makes from a target; the ledger does not.
+    copied = isinstance(mark, dict) and mark.get("ready") and (place / "ledger").read_json("zarr.json") is None
+    if not isinstance(mark, dict) or copied:
         raise TargetError(
             f"{place.name} exists and is not a target of dask_batchinv: choose another place, or remove it yourself"
         )
+    names = tuple(mark.get("names", ()))
     if mark.get("format") != FORMAT:
-        return Begun({"format": mark.get("format")}, (), ready=False, complete=False)
-    return Begun(mark["fingerprint"], tuple(mark["tile"]), mark["ready"], attributes["complete"])
+        return Begun({"format": mark.get("format")}, (), ready=False, complete=False, names=names)
+    return Begun(mark["fingerprint"], tuple(mark["tile"]), mark["ready"], attributes["complete"], names)
 
 
 def tiling_of(place: Place, begun: Begun) -> Tiling:
@@ -94,7 +117,7 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
 
 def refuse_overlap(source: Source, target: Place) -> None:
     """Raise TargetError if source and target are one place, or one lies inside the other."""
-    for place in filter(None, (source.group, source.place)):
+    for place in (source.root, source.place):
         if place.contains(target):
             raise TargetError(f"the target {target.name} is, or lies inside, the source {place.name}")
         if target.contains(place):
@@ -104,22 +127,44 @@ def refuse_overlap(source: Source, target: Place) -> None:
 def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprint) -> None:
     """Create the target, metadata first. The mark is written before anything else, ``ready`` last.
 
+    An old target of ours is removed, but only if there is nothing in it that is not ours.
+
     Raises
     ------
+    SourceError
+        If a coordinate cannot be read.
     TargetError
-        If the place cannot be written.
+        If the place cannot be written, or holds what is not ours.
     """
+    coordinates = _read_coordinates(source)
+    _clear(place)
+    names = ["inverse", "rcond", "info", "ledger", *source.coordinates]
+    mark = {"format": FORMAT, "fingerprint": fingerprint, "tile": list(tiling.tile), "ready": False, "names": names}
     try:
-        _create(place, source, tiling, fingerprint)
+        _create(place, source, tiling, coordinates, {"complete": False, MARK: mark})
     except OSError as error:
         raise TargetError(redact(f"the target {place.name} cannot be created: {error}")) from error
 
 
-def _create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprint) -> None:
-    mark = {"format": FORMAT, "fingerprint": fingerprint, "tile": list(tiling.tile), "ready": False}
-    if place.exists():  # `look` has seen our mark there, or an empty directory
-        place.remove(last="zarr.json")
-    group = zarr.create_group(place.store(), attributes={"complete": False, MARK: mark})
+def _clear(place: Place) -> None:
+    """Remove an old target of ours."""
+    begun = look(place)  # again: time has passed since the job was prepared
+    if begun is None:
+        return
+    ours = {"zarr.json", *begun.names}
+    if others := [name for name in place.children() if name not in ours and not _UNFINISHED.search(name)]:
+        raise TargetError(
+            f"{place.name} holds what dask_batchinv did not put there ({', '.join(others[:5])}): move that away first"
+        )
+    if begun.ready or begun.complete:
+        # A break from here on must not leave something that looks finished.
+        mark = {"format": FORMAT, "fingerprint": {}, "tile": [], "ready": False, "names": begun.names}
+        set_attributes(place, {"complete": False, MARK: mark})
+    place.remove(last="zarr.json")
+
+
+def _create(place: Place, source: Source, tiling: Tiling, found: xr.Dataset | None, attributes: dict[str, Any]) -> None:
+    group = zarr.create_group(place.store(), attributes=attributes)
     dtype = result_dtype(source.dtype)
     batch = [source.dims[axis] for axis in tiling.batch]
     batch_shape = tuple(source.shape[axis] for axis in tiling.batch)
@@ -139,28 +184,37 @@ def _create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerpri
         attributes={"long_name": "0 good, k > 0 pivot k is zero, -1 not finite, -2 overflow, -3 rcond below minimum"},
         **storage.array_options(np.int32) | {"fill_value": int(Info.PENDING)},
     )  # fmt: skip
-    _copy_coordinates(source, place)
+    if found is not None:
+        with _unspecified():
+            # Xarray replaces the attributes of the group: by those that it has already.
+            found.assign_attrs(attributes).to_zarr(place.store(), mode="a", zarr_format=3, consolidated=False)
     ledger.create(group, tiling.n_tiles)
     with _unspecified():
         zarr.consolidate_metadata(place.store())
-    _set_attributes(place, {MARK: mark | {"ready": True}})
+    set_attributes(place, {MARK: attributes[MARK] | {"ready": True}})
 
 
-def _copy_coordinates(source: Source, place: Place) -> None:
+def _read_coordinates(source: Source) -> xr.Dataset | None:
+    """Read the coordinates of the source, undecoded, into memory."""
     if not source.coordinates or source.group is None:
-        return
-    others = [name for name in array_names(source.group) if name not in source.coordinates]
-    with _unspecified(), dask.config.set(scheduler="threads"):
-        found = xr.open_zarr(
-            source.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
-            mask_and_scale=False, decode_times=False,
-        )  # fmt: skip
-        # What the source had for codecs and chunks is not for the target.
-        bare = found.drop_encoding().drop_attrs(deep=False)
-        bare.to_zarr(place.store(), mode="a", zarr_format=3, consolidated=False)
+        return None
+    try:
+        others = [name for name in array_names(source.group) if name not in source.coordinates]
+        with _unspecified(), dask.config.set(scheduler="threads"):
+            found = xr.open_zarr(
+                source.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
+                mask_and_scale=False, decode_times=False,
+            ).load()  # fmt: skip
+    except Exception as error:  # whatever a file system or a codec may raise
+        text = f"the coordinates of {source.group.name} cannot be read: {type(error).__name__}: {error}"
+        raise SourceError(redact(text)) from error
+    # What the source had for codecs and chunks is not for the target.
+    bare: xr.Dataset = found.drop_encoding().drop_attrs(deep=False)
+    return bare
 
 
-def _set_attributes(place: Place, attributes: dict[str, Any]) -> None:
+def set_attributes(place: Place, attributes: dict[str, Any]) -> None:
+    """Change attributes of a target; those not named stay."""
     with _unspecified():
         zarr.open_group(place.store(), mode="r+").update_attributes(attributes)
 
@@ -185,4 +239,4 @@ def finish(place: Place) -> None:
                 if _UNFINISHED.search(name):
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(folder, name))
-    _set_attributes(place, {"complete": True})
+    set_attributes(place, {"complete": True})
