@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import Any
 
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security
+from distributed.comm.addressing import parse_address, parse_host_port
+from distributed.comm.registry import backends
 from distributed.system import MEMORY_LIMIT
 
 from dask_batchinv.job.source import Source
@@ -97,6 +100,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
     if options.client is not None:
         yield options.client, _workers_of(options.client)
     elif options.scheduler is not None:
+        _check_address(options.scheduler)
         try:
             client = Client(options.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
@@ -119,6 +123,25 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
         )
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client, wanted
+
+
+def _check_address(address: str) -> None:
+    """Raise ClusterError if nobody listens there: a Client would be slow to give up, and loud."""
+    try:
+        scheme, location = parse_address(address)
+        if scheme not in backends:
+            raise ValueError(f"expected one of {', '.join(sorted(backends))} before ://, got {scheme}")
+        if scheme == "tls" and Security().get_connection_args("client")["ssl_context"] is None:
+            raise ClusterError(
+                f"{address} needs certificates: set distributed.comm.tls.ca-file, .client.key and .client.cert in the "
+                "Dask configuration"
+            )
+        if scheme in ("tcp", "tls"):
+            socket.create_connection(parse_host_port(location), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        if isinstance(error, ClusterError):
+            raise
+        raise ClusterError(f"no scheduler at {address}: {error}") from error
 
 
 def _workers_of(client: Client) -> Workers:
