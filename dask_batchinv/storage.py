@@ -97,8 +97,9 @@ def array_options(dtype: npt.DTypeLike) -> dict[str, Any]:
 
 def shares_memory(a: Any, b: npt.NDArray[Any]) -> bool:
     """Tell whether two arrays share memory; True where that is too hard to say."""
+    effort: Any = 10_000  # NumPy's types know only -1 and 0 in some versions
     try:
-        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # any number is right
+        return np.shares_memory(a, b, max_work=effort)
     except np.exceptions.TooHardError:
         return True
 
