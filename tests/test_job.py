@@ -402,6 +402,17 @@ def test_what_appears_at_the_target_after_the_job_was_prepared_is_not_touched(tm
     assert (tmp_path / "t" / "precious").read_text() == "x"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_target_that_another_run_has_begun_meanwhile_is_not_touched(tmp_path, make_source, client, overwrite):
+    source = make_source(conditioned(4, 3, 10))
+    job = prepare(source, tmp_path / "t", Options(overwrite=overwrite))
+    invert_store(source, tmp_path / "t", client=client)
+    before = tree(tmp_path / "t")
+    with pytest.raises(TargetError, match="another run has begun"):
+        driver.run_job(job, ClusterOptions(client=client))
+    assert tree(tmp_path / "t") == before
+
+
 def test_the_ledger_needs_less_than_200_bytes_per_tile():
     assert 8 * len(ledger.COLUMNS) <= 200
 

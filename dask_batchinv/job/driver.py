@@ -153,7 +153,7 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         plan = plan_for(job, workers)
         check_reach(client, job.source, job.target)
         if job.begun is None:
-            targets.create(job.target, job.source, plan.tiling, job.fingerprint)
+            targets.create(job.target, job.source, plan.tiling, job.fingerprint, overwrite=job.options.overwrite)
         task = TileTask(
             run=uuid.uuid4().hex,
             source=job.source,

@@ -124,10 +124,11 @@ def refuse_overlap(source: Source, target: Place) -> None:
             raise TargetError(f"the source {place.name} lies inside the target {target.name}")
 
 
-def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprint) -> None:
+def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprint, *, overwrite: bool = False) -> None:
     """Create the target, metadata first. The mark is written before anything else, ``ready`` last.
 
-    An old target of ours is removed, but only if there is nothing in it that is not ours.
+    A creation that was interrupted is removed, and with `overwrite` the target of another job, but only if there is
+    nothing in it that is not ours.
 
     Raises
     ------
@@ -137,7 +138,10 @@ def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprin
         If the place cannot be written, or holds what is not ours.
     """
     coordinates = _read_coordinates(source)
-    _clear(place)
+    if (old := look(place)) is not None:  # again: time has passed since the job was prepared
+        if old.ready and (not overwrite or old.fingerprint == fingerprint):
+            raise TargetError(f"another run has begun {place.name} meanwhile: wait for it, then run the command again")
+        _clear(place, old)
     names = ["inverse", "rcond", "info", "ledger", *source.coordinates]
     mark = {"format": FORMAT, "fingerprint": fingerprint, "tile": list(tiling.tile), "ready": False, "names": names}
     try:
@@ -146,11 +150,8 @@ def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprin
         raise TargetError(redact(f"the target {place.name} cannot be created: {error}")) from error
 
 
-def _clear(place: Place) -> None:
+def _clear(place: Place, begun: Begun) -> None:
     """Remove an old target of ours."""
-    begun = look(place)  # again: time has passed since the job was prepared
-    if begun is None:
-        return
     ours = {"zarr.json", *begun.names}
     if others := [name for name in place.children() if name not in ours and not _UNFINISHED.search(name)]:
         raise TargetError(
