@@ -136,8 +136,10 @@ def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp
     source, target = make_source(a, chunks=(20, 40, 40)), tmp_path / "t"
     command = [*COMMAND, "run", source, target, "--tile-size", "256kB", "--workers", "1"]
     running = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell that runs these tests in the background has them ignore SIGINT, and what is ignored is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (target / "inverse" / "c" / "10").exists():
         assert running.poll() is None, running.communicate()
