@@ -134,11 +134,12 @@ def test_a_damaged_source_is_exit_code_1_and_mended_by_the_same_command(source, 
 def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp_path, sign):
     a = conditioned(4000, 40, 10)
     source, target = make_source(a, chunks=(20, 40, 40)), tmp_path / "t"
-    command = [*COMMAND, "run", source, target, "--tile-size", "256kB", "--workers", "1"]
+    arguments = ["run", source, target, "--tile-size", "256kB", "--workers", "1"]
+    # A shell that runs these tests in the background has them ignore SIGINT, and what is ignored is inherited.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     running = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        # A shell that runs these tests in the background has them ignore SIGINT, and what is ignored is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [sys.executable, "-c", f"{heed}; from dask_batchinv.cli import main; main()", *map(str, arguments)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (target / "inverse" / "c" / "10").exists():
@@ -157,7 +158,7 @@ def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp
     before = json.loads(cli("status", target, "--json")[0])
     assert not before["complete"]
     assert before["tiles_done"] > 0
-    report = json.loads(cli(*command[len(COMMAND) :], "--json")[0])
+    report = json.loads(cli(*arguments, "--json")[0])
     assert report["tiles_now"] == report["tiles"] - before["tiles_done"]
     assert_same_bits(read_target(target)[0], inverse_ex(a).inverse)
 
