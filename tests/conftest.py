@@ -8,6 +8,9 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, settings
+from stacks import conditioned
+
+from dask_batchinv import invert_store
 
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=1000, deadline=None)
@@ -83,3 +86,31 @@ def read_target(path):
     """Return the three arrays of a target."""
     group = zarr.open_group(path, mode="r")
     return tuple(np.asarray(group[name][...]) for name in ("inverse", "info", "rcond"))
+
+
+def tree(path):
+    """Every file with its content."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def spoilt(m=60, n=3):
+    """A stack with some matrices of each kind of failure, and what info must say."""
+    a = conditioned(m, n, 100)
+    info = np.zeros(m, np.int32)
+    for i, (value, code) in {5: (0, 1), 11: (0, 1), 20: (np.nan, -1), 33: (np.inf, -1), 41: (1e-320, -2)}.items():
+        a[i] = value if not np.isfinite(value) else value * np.eye(n)
+        info[i] = code
+    return a, info
+
+
+@pytest.fixture
+def client(threads):
+    return threads
+
+
+@pytest.fixture
+def done(tmp_path, make_source, client):
+    a, _ = spoilt(60)
+    source = make_source(a[:40], chunks=(10, 3, 3))
+    invert_store(source, tmp_path / "t", client=client, tile_size=720, max_failed=None)
+    return source, tmp_path / "t"

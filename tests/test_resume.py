@@ -1,0 +1,211 @@
+"""A job that is done again: left alone, finished, or begun anew, and never at the cost of anybody's data."""
+
+import json
+import shutil
+
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+from conftest import spoilt, tree
+from stacks import conditioned
+
+from dask_batchinv import TargetError, invert_store, verify_store
+from dask_batchinv.job import driver, ledger
+from dask_batchinv.job.cluster import ClusterOptions
+from dask_batchinv.job.prepare import Options, prepare
+from dask_batchinv.job.report import status_of
+from dask_batchinv.place import Place
+
+
+def data_of(path):
+    """The chunks of the three arrays, byte for byte."""
+    return {name: content for name, content in tree(path).items() if "/c" in name and not name.startswith("ledger")}
+
+
+def test_a_complete_target_is_left_alone(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10))
+    invert_store(source, tmp_path / "t", client=client)
+    before = tree(tmp_path / "t")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")}
+    # Not even a cluster is needed.
+    report = invert_store(source, tmp_path / "t", scheduler="tcp://127.0.0.1:9")
+    assert report.complete
+    assert report.exit_code == 0
+    assert (report.tiles_now, report.matrices_done) == (0, 40)
+    assert tree(tmp_path / "t") == before
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")} == stamps
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 9])
+def test_an_interrupted_job_is_finished_by_the_same_call(tmp_path, make_source, client, after):
+    a, _ = spoilt(100)
+    source = make_source(a, chunks=(10, 3, 3))
+    options = {"client": client, "tile_size": 720, "max_failed": None}
+    invert_store(source, tmp_path / "whole", **options)
+
+    def stop(progress):
+        if progress.matrices_done >= 10 * after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", on_progress=stop, **options)
+    found = status_of(tmp_path / "t")
+    assert not found.complete
+    assert found.tiles_done >= after
+    recorded = np.flatnonzero(ledger.Ledger(Place.parse(tmp_path / "t"), read_only=True).done)
+    assert len(recorded) == found.tiles_done
+
+    def stamps():
+        return [(tmp_path / "t" / f"inverse/c/{number}/0/0").stat().st_mtime_ns for number in recorded]
+
+    before = stamps()
+    report = invert_store(source, tmp_path / "t", **options)
+    assert report.tiles_now == 10 - len(recorded)
+    assert stamps() == before  # what was recorded is not computed twice
+    assert data_of(tmp_path / "t") == data_of(tmp_path / "whole")
+    assert report.failed == status_of(tmp_path / "whole").failed
+
+
+def test_a_creation_that_was_interrupted_starts_again(tmp_path, make_source, client, monkeypatch):
+    source = make_source(conditioned(40, 3, 10))
+    for step in ("zarr.consolidate_metadata", "dask_batchinv.job.ledger.create"):
+        with monkeypatch.context() as patch:
+
+            def die(*args, **options):
+                raise KeyboardInterrupt
+
+            patch.setattr(step, die)
+            with pytest.raises(KeyboardInterrupt):
+                invert_store(source, tmp_path / "t", client=client)
+        with pytest.raises(TargetError, match="there is no target"):
+            status_of(tmp_path / "t")
+    assert invert_store(source, tmp_path / "t", client=client).complete
+
+
+def test_what_killed_workers_left_is_swept_up(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10))
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", client=client, on_progress=stop)
+    left = tmp_path / "t" / "inverse" / "c" / "0" / "0" / f"0.{'5d9f' * 8}.partial"
+    mine = left.with_name("notes.partial")
+    left.write_text("half a chunk")
+    mine.write_text("keep")
+    invert_store(source, tmp_path / "t", client=client)
+    assert not left.exists()
+    assert mine.exists()
+
+
+def test_an_empty_directory_is_a_fine_target(tmp_path, make_source, client):
+    (tmp_path / "t").mkdir()
+    assert invert_store(make_source(conditioned(4, 3, 10)), tmp_path / "t", client=client).complete
+
+
+def test_overwrite_replaces_a_target_of_ours(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10, structure="symmetric"))
+    invert_store(source, tmp_path / "t", client=client)
+    invert_store(source, tmp_path / "t", client=client, assume_a="symmetric", overwrite=True)
+    fresh = tmp_path / "fresh"
+    invert_store(source, fresh, client=client, assume_a="symmetric")
+    assert data_of(tmp_path / "t") == data_of(fresh)
+
+
+def test_a_target_of_another_format_is_refused(tmp_path, make_source, client):
+    source = make_source(conditioned(4, 3, 10))
+    invert_store(source, tmp_path / "t", client=client)
+    meta = json.loads((tmp_path / "t" / "zarr.json").read_text())
+    meta["attributes"]["dask_batchinv"]["format"] = 0
+    (tmp_path / "t" / "zarr.json").write_text(json.dumps(meta))
+    with pytest.raises(TargetError, match="format was 0"):
+        invert_store(source, tmp_path / "t", client=client)
+    assert invert_store(source, tmp_path / "t", client=client, overwrite=True).complete
+
+
+def test_a_damaged_ledger_means_doing_it_again(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10))
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", client=client, on_progress=stop)
+    chunk = tmp_path / "t" / "ledger" / "tiles" / "c" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    assert status_of(tmp_path / "t").tiles_done == 0
+    assert invert_store(source, tmp_path / "t", client=client).complete
+    assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
+def test_a_complete_target_whose_ledger_was_lost_is_done_again(done, client):
+    source, path = done
+    (path / "ledger" / "tiles" / "c" / "0" / "0").unlink()
+    report = invert_store(source, path, client=client, tile_size=720, max_failed=None)
+    assert report.complete
+    assert report.tiles_now == 4
+    assert verify_store(path, source=source, client=client).ok
+
+
+def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, client, monkeypatch):
+    source, path = done
+
+    def die(self, path, **options):
+        shutil.rmtree(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fsspec.implementations.local.LocalFileSystem.rm", die)
+        with pytest.raises(KeyboardInterrupt):
+            invert_store(source, path, client=client, assume_a="diagonal", overwrite=True)
+    with pytest.raises(TargetError, match="no target"):
+        status_of(path)
+    with pytest.raises(TargetError, match="belongs to another job"):
+        invert_store(source, path, client=client)
+    assert invert_store(source, path, client=client, assume_a="diagonal", overwrite=True, max_failed=None).complete
+
+
+def test_overwrite_takes_nothing_that_is_not_ours(done, client, tmp_path):
+    source, path = done
+    overwrite = {"client": client, "assume_a": "diagonal", "overwrite": True, "max_failed": None}
+    (path / "thesis.tex").write_text("dear")
+    before = tree(path)
+    with pytest.raises(TargetError, match=r"did not put there \(thesis.tex\)"):
+        invert_store(source, path, **overwrite)
+    assert tree(path) == before
+    (path / "thesis.tex").unlink()
+    # Attributes travel with data made from a target.
+    with dask.config.set(scheduler="sync"):
+        xr.open_zarr(path).assign(mine=3).drop_encoding().to_zarr(tmp_path / "made", consolidated=False)
+    before = tree(tmp_path / "made")
+    with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
+        invert_store(source, tmp_path / "made", **overwrite)
+    assert tree(tmp_path / "made") == before
+
+
+def test_what_appears_at_the_target_after_the_job_was_prepared_is_not_touched(tmp_path, make_source, client):
+    job = prepare(make_source(conditioned(4, 3, 10)), tmp_path / "t", Options())
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "precious").write_text("x")
+    with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
+        driver.run_job(job, ClusterOptions(client=client))
+    assert (tmp_path / "t" / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_target_that_another_run_has_begun_meanwhile_is_not_touched(tmp_path, make_source, client, overwrite):
+    source = make_source(conditioned(4, 3, 10))
+    job = prepare(source, tmp_path / "t", Options(overwrite=overwrite))
+    invert_store(source, tmp_path / "t", client=client)
+    before = tree(tmp_path / "t")
+    with pytest.raises(TargetError, match="another run has begun"):
+        driver.run_job(job, ClusterOptions(client=client))
+    assert tree(tmp_path / "t") == before
+
+
+def test_the_ledger_needs_less_than_200_bytes_per_tile():
+    assert 8 * len(ledger.COLUMNS) <= 200

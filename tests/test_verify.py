@@ -1,0 +1,111 @@
+"""`verify_store` finds what is not right in a target, and nothing else."""
+
+import re
+
+import numpy as np
+import pytest
+import zarr
+from stacks import assert_same_bits, conditioned, residual_ratio
+
+from dask_batchinv import TargetError, inverse_ex, invert_store, verify_store
+from dask_batchinv.job import target
+from dask_batchinv.job.verify import residual_ratios
+from dask_batchinv.place import Place
+
+
+def test_verify_finds_any_flipped_bit(done, client):
+    source, path = done
+    rng = np.random.default_rng(0)
+    for name in ("inverse/c/2/0/0", "info/c/2", "rcond/c/2"):
+        content = (path / name).read_bytes()
+        for _ in range(5):
+            flipped = bytearray(content)
+            flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+            (path / name).write_bytes(flipped)
+            report = verify_store(path, client=client)
+            assert not report.ok
+            assert [tile.number for tile in report.bad_tiles] == [2]
+        (path / name).unlink()
+        assert [tile.cause for tile in verify_store(path, client=client).bad_tiles] == [
+            f"MissingChunkError: chunk {'c/2/0/0' if 'inverse' in name else 'c/2'} is not in the store"
+        ]
+        (path / name).write_bytes(content)
+    assert verify_store(path, source=source, client=client).ok
+
+
+def change(path, name, index, value):
+    array = zarr.open_array(path / name, config={"write_empty_chunks": True})
+    array[index] = value
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "problem"),
+    [
+        ("inverse", (13, 0, 0), 7.0, r"1 matrices are not the inverse.*first \(13,\)"),
+        ("inverse", (13, 0, 0), np.nan, r"not finite, but info says good; first \(13,\)"),
+        ("inverse", (11, 0, 0), 1.0, r"not NaN, but info says failed; first \(11,\)"),
+        ("info", (12,), -(2**31), "never computed"),
+        ("rcond", (11,), 0.5, r"singular, but their rcond is not 0"),
+        ("rcond", (12,), np.nan, r"good, but their rcond is not between 0 and 1; first \(12,\)"),
+    ],
+)
+def test_verify_finds_wrong_numbers_with_right_checksums(done, client, name, index, value, problem):
+    source, path = done
+    change(path, name, index, value)
+    report = verify_store(path, source=source, client=client)
+    assert not report.ok
+    assert len(report.bad_tiles) == 1
+    assert report.bad_tiles[0].number == 1
+    assert re.search(problem, report.bad_tiles[0].cause)
+
+
+def test_verify_compares_with_the_ledger(done, client):
+    _, path = done
+    change(path, "info", (13,), 3)
+    change(path, "rcond", (13,), 0)
+    change(path, "inverse", (13,), np.nan)
+    report = verify_store(path, client=client)
+    assert [tile.cause for tile in report.bad_tiles] == ["2 singular, but the ledger says 1"]
+
+
+def test_verify_of_an_unfinished_target(tmp_path, make_source, client):
+    source = make_source(conditioned(40, 3, 10), chunks=(10, 3, 3))
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", client=client, tile_size=720, on_progress=stop)
+    report = verify_store(tmp_path / "t", client=client)
+    assert not report.ok
+    assert not report.complete
+    assert "no: run the job again" in str(report)
+
+
+def test_verify_refuses_what_does_not_belong_together(done, make_source, client, tmp_path):
+    _, path = done
+    other = make_source(conditioned(30, 3, 10), name="other")
+    with pytest.raises(TargetError, match=r"was made from .*source.zarr"):
+        verify_store(path, source=other, client=client)
+    with pytest.raises(TargetError, match=r"no target of dask_batchinv"):
+        verify_store(tmp_path / "nothing", client=client)
+
+
+def test_residuals_of_verify_are_those_of_lapack():
+    for cond in (10, 1e10):
+        a = conditioned(30, 5, cond)
+        x = inverse_ex(a).inverse
+        np.testing.assert_allclose(residual_ratios(a, x), residual_ratio(a, x), rtol=0.7, atol=0.02)
+        for power in (-900, 900):
+            scaled = residual_ratios(np.ldexp(a, power), np.ldexp(x, -power))
+            assert_same_bits(scaled, residual_ratios(a, x))
+
+
+def test_look_reads_nothing_but_the_mark(tmp_path, make_source, client):
+    assert target.look(Place.parse(tmp_path / "nothing")) is None
+    invert_store(make_source(conditioned(4, 3, 10)), tmp_path / "t", client=client)
+    begun = target.look(Place.parse(tmp_path / "t"))
+    assert begun.ready
+    assert begun.complete
+    assert begun.fingerprint["assume_a"] == "general"
+    assert set(begun.fingerprint["versions"]) == {"dask_batchinv", "numpy", "scipy"}
