@@ -78,11 +78,6 @@ class Source:
         """Rows of one matrix."""
         return self.shape[self.core[0]]
 
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The axes that are not core."""
-        return tuple(axis for axis in range(len(self.shape)) if axis not in self.core)
-
     def open(self, missing: Missing = "error") -> zarr.Array[Any]:
         """Open the array for reading.
 
