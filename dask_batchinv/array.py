@@ -302,29 +302,40 @@ def _fill(out: Any, result: da.Array) -> Any:
             raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
         chunks = storage.regular_chunks(result.chunks)
         created = storage.create_array(out, result.shape, chunks, result.dtype)
+        place = Place.parse(out)
         try:
-            return _fill(created, result)
+            storage.refuse_overlap(created, result)
+            _write(created, result, place)
         except BaseException:
             # What is half filled must not be taken for a result, nor be in the way of the next try.
-            Place.parse(out).remove(last="zarr.json")
+            storage.remove_array(place)
             raise
+        return created
     if not isinstance(out, zarr.Array):
         raise TypeError(f"out must be a NumPy array, a zarr.Array or a store location, got {type(out).__name__}")
     _check_out(out, result)
     storage.refuse_overlap(out, result)
-    if storage.is_in_memory(out):
-        out[...] = result.compute()
-        return out
-    result = result.rechunk(storage.safe_chunks(result.chunks, storage.write_unit(out)))
-    written = result.map_blocks(
-        _write_block, out, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
-        meta=np.empty((0,) * result.ndim, bool),
-    )  # fmt: skip
-    written.compute()
+    _write(out, result)
     return out
 
 
-def _write_block(block: Any, out: zarr.Array[Any], block_info: Any = None) -> Any:
+def _write(out: zarr.Array[Any], result: da.Array, place: Place | None = None) -> None:
+    """Write `result` into a Zarr array, which is at `place` if a failure removes it."""
+    if storage.is_in_memory(out):
+        out[...] = result.compute()
+        return
+    result = result.rechunk(storage.safe_chunks(result.chunks, storage.write_unit(out)))
+    written = result.map_blocks(
+        _write_block, out, place, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
+        meta=np.empty((0,) * result.ndim, bool),
+    )  # fmt: skip
+    written.compute()
+
+
+def _write_block(block: Any, out: zarr.Array[Any], place: Place | None, block_info: Any = None) -> Any:
     if block_info:
+        # When one task fails, Dask lets those go on that run: they must not write where no array is any more.
+        if place is not None and not storage.has_array(place):
+            raise FileNotFoundError(f"the array at {place.name} was removed because another block failed")
         out[tuple(slice(*span) for span in block_info[0]["array-location"])] = block
     return np.ones((1,) * block.ndim, bool)

@@ -122,10 +122,10 @@ class Place:
         fs, path = self.filesystem()
         return sorted(child.rstrip("/").rpartition("/")[2] for child in fs.ls(path, detail=False))
 
-    def remove(self, *, last: str) -> None:
-        """Delete everything here, the file `last` after all others, so that a break leaves it in place."""
+    def remove(self, *, first: str | None = None, last: str | None = None) -> None:
+        """Delete everything here, the file `first` before and the file `last` after all others."""
         fs, path = self.filesystem()
-        for child in self.children():
+        for child in sorted(self.children(), key=lambda child: child != first):
             if child != last:
                 fs.rm(f"{path}/{child}", recursive=True)
         fs.rm(path, recursive=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import dask.array as da
@@ -84,6 +86,24 @@ def create_array(
         dtype=dtype,
         **array_options(dtype),
     )
+
+
+def has_array(place: Place) -> bool:
+    """Tell whether there is an array."""
+    return place.read_json("zarr.json") is not None
+
+
+def remove_array(place: Place) -> None:
+    """Remove an array that tasks may still be writing to, if they look at `has_array` before each block."""
+    # First what makes it an array, so that no task begins another block; then again what blocks in hand leave behind.
+    gone = 0
+    for _ in range(100):
+        with suppress(OSError):
+            place.remove(first="zarr.json")
+        gone = gone + 1 if not place.exists() else 0
+        if gone == 3:
+            return
+        time.sleep(0.05)
 
 
 def array_options(dtype: npt.DTypeLike) -> dict[str, Any]:

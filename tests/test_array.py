@@ -3,6 +3,8 @@
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask
@@ -377,6 +379,26 @@ def test_a_failed_new_store_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         zarr.open_array(tmp_path / "x", mode="r")
     assert_same_bits(inverse(da.from_array(a, chunks=(2, 2, 2)), out=tmp_path / "x")[...], inverse(a))
+
+
+def test_tasks_that_run_on_after_a_failure_write_nothing(tmp_path):
+    a = np.concatenate([np.zeros((1, 2, 2)), conditioned(7, 2, 10)])
+    failed, done = threading.Event(), threading.Semaphore(0)
+
+    def late(block, block_info=None):
+        if block_info[0]["chunk-location"][0]:
+            failed.wait(30)
+            done.release()
+        return block
+
+    lazy = da.from_array(a, chunks=(1, 2, 2)).map_blocks(late, dtype=a.dtype, meta=a[:0])
+    with ThreadPoolExecutor(8) as pool, dask.config.set(scheduler="threads", pool=pool):
+        with pytest.raises(SingularMatrixError):
+            inverse(lazy, out=tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+        failed.set()
+    assert done.acquire(blocking=False)  # some task did run on
+    assert not (tmp_path / "x").exists()
 
 
 def test_masked_arrays_are_refused():

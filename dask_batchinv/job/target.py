@@ -161,7 +161,7 @@ def _clear(place: Place, begun: Begun) -> None:
         # A break from here on must not leave something that looks finished.
         mark = {"format": FORMAT, "fingerprint": {}, "tile": [], "ready": False, "names": begun.names}
         set_attributes(place, {"complete": False, MARK: mark})
-    place.remove(last="zarr.json")
+    place.remove(last="zarr.json")  # so that a break leaves the mark in place
 
 
 def _create(place: Place, source: Source, tiling: Tiling, found: xr.Dataset | None, attributes: dict[str, Any]) -> None:
