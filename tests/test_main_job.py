@@ -191,7 +191,7 @@ def peak_memory():
 
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_worker_needs_no_more_memory_than_the_plan_said(tmp_path, threads):
-    limit, n, chunk = 320 * 2**20, 16, 4096
+    limit, n, chunk = 448 * 2**20, 16, 4096
     matrices = 10 * limit // (n * n * 8) // chunk * chunk + chunk
     source = zarr.create_array(tmp_path / "s", shape=(matrices, n, n), chunks=(chunk, n, n), dtype="f8")
     block = np.random.default_rng(0).normal(size=(chunk, n, n))

@@ -94,8 +94,9 @@ def test_verify_refuses_what_does_not_belong_together(done, make_source, client,
 def test_residuals_of_verify_are_those_of_lapack():
     for cond in (10, 1e10):
         a = conditioned(30, 5, cond)
-        x = inverse_ex(a).inverse
-        np.testing.assert_allclose(residual_ratios(a, x), residual_ratio(a, x), rtol=0.7, atol=0.02)
+        # Errors well above what the measuring itself, in double precision, adds.
+        x = inverse_ex(a).inverse * (1 + 1e-14 * np.random.default_rng(0).normal(size=a.shape))
+        np.testing.assert_allclose(residual_ratios(a, x), residual_ratio(a, x), rtol=0.2)
         for power in (-900, 900):
             scaled = residual_ratios(np.ldexp(a, power), np.ldexp(x, -power))
             assert_same_bits(scaled, residual_ratios(a, x))
@@ -108,4 +109,4 @@ def test_look_reads_nothing_but_the_mark(tmp_path, make_source, client):
     assert begun.ready
     assert begun.complete
     assert begun.fingerprint["assume_a"] == "general"
-    assert set(begun.fingerprint["versions"]) == {"dask_batchinv", "numpy", "scipy"}
+    assert set(begun.fingerprint["versions"]) == {"dask_batchinv", "llvmlite", "numpy", "scipy"}

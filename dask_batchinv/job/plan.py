@@ -63,6 +63,8 @@ class Limits:
     """Working memory of the kernel, per thread."""
     read_concurrency: int | None
     """Chunks that Zarr reads at once, per thread; None if it may be all of a tile."""
+    compiling: int = 0
+    """What the kernel takes before its first use, per process."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def project_memory(layout: Layout, limits: Limits, tile: tuple[int, ...]) -> int
     writing = 3 * result
     per_matrix = 3 * 12 * elements // max(1, layout.n**2)
     task = max(reading, inverting, writing) + per_matrix
-    return IDLE_WORKER_NBYTES + limits.threads * task
+    return IDLE_WORKER_NBYTES + limits.compiling + limits.threads * task
 
 
 def _tile_of(layout: Layout, nbytes: int) -> tuple[int, ...]:
@@ -285,7 +287,8 @@ def _does_not_fit(layout: Layout, limits: Limits, tile: tuple[int, ...], need: i
     unit = math.prod(layout.read_unit) * layout.itemsize_in
     return (
         f"this job does not fit the memory of a worker: {format_bytes(need)} are needed ("
-        f"{format_bytes(IDLE_WORKER_NBYTES)} for the process and {limits.threads} thread(s) with a tile of shape "
+        f"{format_bytes(IDLE_WORKER_NBYTES + limits.compiling)} for the process and "
+        f"{limits.threads} thread(s) with a tile of shape "
         f"{tile} each, and with source chunks of {format_bytes(unit)} that must be decoded whole), but only "
         f"{format_bytes(USABLE * limits.memory)} of the {format_bytes(limits.memory)} allowed are usable, because Dask "
         f"pauses a worker at {USABLE:.0%}. Raise --memory-limit to {format_bytes(need / USABLE)}, or lower "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dask.config
+import llvmlite
 import numpy as np
 import scipy
 import zarr
@@ -120,7 +121,12 @@ def _fingerprint(source: Source, options: Options, kernel: Kernel) -> targets.Fi
         "assume_a": options.assume_a,
         "min_rcond": options.min_rcond,
         "kernel": kernel.name,
-        "versions": {"dask_batchinv": __version__, "numpy": np.__version__, "scipy": scipy.__version__},
+        "versions": {
+            "dask_batchinv": __version__,
+            "llvmlite": llvmlite.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+        },
     }
 
 
@@ -158,6 +164,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         memory=workers.memory,
         threads=workers.threads,
         scratch=job.kernel.scratch_nbytes(source.n, dtype),
+        compiling=job.kernel.compile_nbytes(source.n, dtype),
         read_concurrency=None if source.sharded else int(zarr.config.get("async.concurrency")),
     )
     tile = job.begun.tile if job.begun else None

@@ -17,7 +17,7 @@ import dask.config
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.kernels import lapack
+from dask_batchinv.kernels import compiled, lapack
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
@@ -39,6 +39,8 @@ class Kernel:
     """The kernel itself: ``invert(a, out, info, rcond)``."""
     scratch_nbytes: Callable[[int, npt.DTypeLike], int]
     """``scratch_nbytes(n, dtype)``: its working memory in bytes."""
+    compile_nbytes: Callable[[int, npt.DTypeLike], int]
+    """``compile_nbytes(n, dtype)``: what it takes in bytes before its first use in a process."""
 
 
 def parse_device(device: Device) -> Device:
@@ -57,15 +59,24 @@ def choose_kernel(assume_a: AssumeA, device: Device = "auto") -> Kernel:
     Examples
     --------
     >>> choose_kernel("positive definite").name
-    'lapack: positive definite'
+    'compiled: positive definite'
     """
     parse_choice("assume_a", assume_a, AssumeA)
     parse_device(device)
+    if assume_a == "general" or assume_a == "positive definite":
+        return Kernel(
+            name=f"compiled: {assume_a}",
+            device="cpu",
+            invert=partial(compiled.invert, kind=assume_a),
+            scratch_nbytes=partial(compiled.scratch_nbytes, kind=assume_a),
+            compile_nbytes=partial(compiled.compile_nbytes, kind=assume_a),
+        )
     return Kernel(
         name=f"lapack: {assume_a}",
         device="cpu",
         invert=partial(lapack.invert, structure=lapack.STRUCTURES[assume_a]),
         scratch_nbytes=lapack.scratch_nbytes,
+        compile_nbytes=lambda n, dtype: 0,
     )
 
 

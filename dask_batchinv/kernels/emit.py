@@ -1,0 +1,502 @@
+"""Writing vector code: LLVM's instructions behind Python's operators.
+
+A kernel is a Python function that runs once, at compile time, and leaves machine code behind: a ``for`` over a
+`range` is unrolled, a ``with e.loop(...)`` is a loop in the machine code. Every operation here rounds like its
+NumPy counterpart and is never merged with another (no fast-math), so a matrix has the same inverse whatever
+the width of the vectors. Fused multiply-add is used where `Emitter.fma` says so, on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+_I1 = ir.IntType(1)
+INT = ir.IntType(64)
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A number, a vector, or a mask in the machine code; Python numbers mix with it."""
+
+    builder: ir.IRBuilder
+    raw: Any
+
+    @property
+    def type(self) -> Any:
+        """The LLVM type."""
+        return self.raw.type
+
+    @property
+    def element(self) -> Any:
+        """The LLVM type of one lane."""
+        return self.type.element if isinstance(self.type, ir.VectorType) else self.type
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether this has lanes."""
+        return isinstance(self.type, ir.VectorType)
+
+    def lift(self, other: Any) -> Any:
+        """Return a raw operand of this value's type: a constant in all lanes, or the other value itself."""
+        if isinstance(other, Value):
+            return other.raw
+        return constant(self.type, other)
+
+    def _op(self, integer: str, floating: str, other: Any) -> Value:
+        name = integer if isinstance(self.element, ir.IntType) else floating
+        return Value(self.builder, getattr(self.builder, name)(self.raw, self.lift(other)))
+
+    def __add__(self, other: Any) -> Value:
+        return self._op("add", "fadd", other)
+
+    def __sub__(self, other: Any) -> Value:
+        return self._op("sub", "fsub", other)
+
+    def __mul__(self, other: Any) -> Value:
+        return self._op("mul", "fmul", other)
+
+    def __rsub__(self, other: Any) -> Value:
+        return Value(self.builder, self.lift(other)) - self
+
+    def __truediv__(self, other: Any) -> Value:
+        return self._op("sdiv", "fdiv", other)
+
+    def __and__(self, other: Any) -> Value:
+        return self._op("and_", "", other)
+
+    def __or__(self, other: Any) -> Value:
+        return self._op("or_", "", other)
+
+    def __lshift__(self, other: Any) -> Value:
+        return self._op("shl", "", other)
+
+    def __rshift__(self, other: Any) -> Value:
+        """Shift right, bringing in copies of the sign bit."""
+        return self._op("ashr", "", other)
+
+    def __neg__(self) -> Value:
+        if isinstance(self.element, ir.IntType):
+            return Value(self.builder, self.builder.neg(self.raw))
+        return Value(self.builder, self.builder.fneg(self.raw))
+
+    def __invert__(self) -> Value:
+        return Value(self.builder, self.builder.not_(self.raw))
+
+    def _compare(self, sign: str, other: Any) -> Value:
+        compare = self.builder.icmp_signed if isinstance(self.element, ir.IntType) else self.builder.fcmp_ordered
+        return Value(self.builder, compare(sign, self.raw, self.lift(other)))
+
+    def eq(self, other: Any) -> Value:
+        """Mask of the lanes that are equal."""
+        return self._compare("==", other)
+
+    def __lt__(self, other: Any) -> Value:
+        return self._compare("<", other)
+
+    def __gt__(self, other: Any) -> Value:
+        return self._compare(">", other)
+
+    def __le__(self, other: Any) -> Value:
+        return self._compare("<=", other)
+
+    def __ge__(self, other: Any) -> Value:
+        return self._compare(">=", other)
+
+    def above(self, other: Any) -> Value:
+        """Mask of the lanes that are greater as unsigned integers."""
+        return Value(self.builder, self.builder.icmp_unsigned(">", self.raw, self.lift(other)))
+
+
+def constant(type_: Any, number: Any) -> Any:
+    """Return an LLVM constant; a single number goes to all lanes, a list gives each lane its own."""
+    if isinstance(type_, ir.VectorType):
+        lanes = number if isinstance(number, list) else [number] * type_.count
+        return ir.Constant(type_, [ir.Constant(type_.element, lane) for lane in lanes])
+    return ir.Constant(type_, number)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A place that keeps a value from one round of a loop to the next; the compiler makes it a register."""
+
+    emitter: Emitter
+    slot: Any
+    type: Any
+
+    def get(self) -> Value:
+        """Return the value of now."""
+        return Value(self.emitter.builder, self.emitter.builder.load(self.slot, typ=self.type))
+
+    def set(self, value: Value) -> None:
+        """Replace the value."""
+        self.emitter.builder.store(value.raw, self.slot)
+
+
+class Emitter:
+    """Writes one function ``void name(pointer × 4, int64 count, pointer scratch)`` for one real type and width.
+
+    Parameters
+    ----------
+    name : str
+        The function's name in the machine code.
+    itemsize : int
+        Bytes of a real number: 4 or 8.
+    lanes : int
+        Real numbers in a vector.
+    """
+
+    def __init__(self, name: str, itemsize: int, lanes: int):
+        self.itemsize, self.lanes = itemsize, lanes
+        self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
+        self.word = ir.IntType(8 * itemsize)
+        self.vector = ir.VectorType(self.real, lanes)
+        self.words = ir.VectorType(self.word, lanes)
+        self.int32 = ir.IntType(32)
+        self.module = ir.Module(name)
+        pointer = ir.PointerType()
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [pointer] * 4 + [INT, pointer]), name)
+        for i in (0, 1, 2, 3, 5):
+            function.args[i].add_attribute("noalias")
+        self._entry = function.append_basic_block("entry")
+        self.builder = ir.IRBuilder(self._entry)
+        self.arguments = [self.value(argument) for argument in function.args]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a vector."""
+        return self.lanes * self.itemsize
+
+    @property
+    def can_permute(self) -> bool:
+        """Whether `permute` is at hand: LLVM has no shuffle by numbers known at run time but the processor's own."""
+        return self.nbytes == 64
+
+    def value(self, raw: Any) -> Value:
+        """Wrap what LLVM returned."""
+        return Value(self.builder, raw)
+
+    # --- constants --------------------------------------------------------------------------------------------
+
+    def integer(self, number: int) -> Value:
+        """Return a 64-bit integer."""
+        return self.value(constant(INT, number))
+
+    def numbers(self, number: Any) -> Value:
+        """Return a vector of reals."""
+        return self.value(constant(self.vector, number))
+
+    def integers(self, number: Any) -> Value:
+        """Return a vector of integers as wide as the reals."""
+        return self.value(constant(self.words, number))
+
+    def counting(self, start: int, count: int) -> Value:
+        """Return start, start + 1, … as a vector of 64-bit integers."""
+        return self.value(constant(ir.VectorType(INT, count), list(range(start, start + count))))
+
+    @property
+    def iota(self) -> Value:
+        """0, 1, 2, … in the lanes."""
+        return self.integers(list(range(self.lanes)))
+
+    # --- memory -----------------------------------------------------------------------------------------------
+
+    def at(self, pointer: Value, index: Value | int, type_: Any = None) -> Value:
+        """Return the address of the index-th number after a pointer."""
+        index = self.integer(index) if isinstance(index, int) else index
+        return self.value(self.builder.gep(pointer.raw, [index.raw], source_etype=type_ or self.real))
+
+    def launder(self, pointer: Value) -> Value:
+        """Return an address that the compiler does not recognise: what is stored there is not kept in registers."""
+        kind = ir.FunctionType(ir.PointerType(), [ir.PointerType()])
+        return self.value(self.builder.asm(kind, "", "=r,0", [pointer.raw], False))
+
+    def load(self, pointer: Value, type_: Any = None, align: int | None = None) -> Value:
+        """Load a vector (or what `type_` says) from any address."""
+        raw = self.builder.load(pointer.raw, typ=type_ or self.vector, align=align or self.itemsize)
+        return self.value(raw)
+
+    def store(self, value: Value, pointer: Value, align: int | None = None) -> None:
+        """Store a value to any address."""
+        self.builder.store(value.raw, pointer.raw, align=align or self.itemsize)
+
+    def prefetch(self, pointer: Value, *, write: bool = False, level: int = 3) -> None:
+        """Ask for a cache line that will be needed; level 3 is the first cache, 2 the second."""
+        numbers = [self.value(ir.Constant(self.int32, number)) for number in (int(write), level, 1)]
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *numbers)
+
+    def load_first(self, pointer: Value, count: int) -> Value:
+        """Load `count` numbers into the first lanes, zero in the others; what lies beyond is not touched."""
+        if count >= self.lanes:
+            return self.load(pointer)
+        if count <= 0:
+            return self.numbers(0.0)
+        mask, name = self._first(count), f"llvm.masked.load.v{self.lanes}f{8 * self.itemsize}.p0"
+        return self.call(name, self.vector, pointer, self._align(), mask, self.numbers(0.0))
+
+    def store_first(self, value: Value, pointer: Value, count: int) -> None:
+        """Store the first `count` lanes."""
+        if count >= self.lanes:
+            self.store(value, pointer)
+            return
+        name = f"llvm.masked.store.v{self.lanes}f{8 * self.itemsize}.p0"
+        self.call(name, ir.VoidType(), value, pointer, self._align(), self._first(count))
+
+    def _first(self, count: int) -> Value:
+        return self.value(constant(ir.VectorType(_I1, self.lanes), [int(i < count) for i in range(self.lanes)]))
+
+    def _align(self) -> Value:
+        return self.value(ir.Constant(self.int32, self.itemsize))
+
+    # --- arithmetic -------------------------------------------------------------------------------------------
+
+    def call(self, name: str, returns: Any, *arguments: Value) -> Value:
+        """Call one of LLVM's intrinsics."""
+        function = self.module.globals.get(name)
+        if function is None:
+            types = [argument.type for argument in arguments]
+            function = ir.Function(self.module, ir.FunctionType(returns, types), name)
+        return self.value(self.builder.call(function, [argument.raw for argument in arguments]))
+
+    def _suffix(self, value: Value) -> str:
+        letter = "i" if isinstance(value.element, ir.IntType) else "f"
+        bits = value.element.width if letter == "i" else 8 * self.itemsize
+        return f"v{value.type.count}{letter}{bits}" if isinstance(value.type, ir.VectorType) else f"{letter}{bits}"
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a·b + c, rounded once."""
+        return self.call(f"llvm.fma.{self._suffix(a)}", a.type, a, b, c)
+
+    def absolute(self, a: Value) -> Value:
+        """|a| of reals."""
+        return self.call(f"llvm.fabs.{self._suffix(a)}", a.type, a)
+
+    def sqrt(self, a: Value) -> Value:
+        """The square root."""
+        return self.call(f"llvm.sqrt.{self._suffix(a)}", a.type, a)
+
+    def select(self, mask: Value, yes: Value, no: Value | float | int) -> Value:
+        """Lane by lane, `yes` where the mask is set, else `no`."""
+        return self.value(self.builder.select(mask.raw, yes.raw, yes.lift(no)))
+
+    def larger(self, a: Value, b: Value) -> Value:
+        """The larger, `b` where they are not ordered."""
+        return self.select(a > b, a, b)
+
+    def unsigned(self, what: str, a: Value, b: Value) -> Value:
+        """Return "umax" or "umin" of integers."""
+        return self.call(f"llvm.{what}.{self._suffix(a)}", a.type, a, b)
+
+    def signed(self, what: str, a: Value, b: Value | int) -> Value:
+        """Return "smax" or "smin" of integers."""
+        return self.call(f"llvm.{what}.{self._suffix(a)}", a.type, a, self.value(a.lift(b)))
+
+    def reduce(self, what: str, a: Value) -> Value:
+        """Bring a vector down to one number: "umax", "umin", "fmax" (NaN loses)."""
+        return self.call(f"llvm.vector.reduce.{what}.{self._suffix(a)}", a.element, a)
+
+    def leading_zeros(self, a: Value) -> Value:
+        """Leading zero bits of integers."""
+        return self.call(f"llvm.ctlz.{self._suffix(a)}", a.type, a, self.value(ir.Constant(_I1, 0)))
+
+    def trailing_zeros(self, a: Value) -> Value:
+        """Trailing zero bits of an integer; its size where it is 0."""
+        return self.call(f"llvm.cttz.{self._suffix(a)}", a.type, a, self.value(ir.Constant(_I1, 0)))
+
+    def bits(self, a: Value) -> Value:
+        """Reals as integers of their size."""
+        return self.value(self.builder.bitcast(a.raw, self._like(a, self.word)))
+
+    def from_bits(self, a: Value) -> Value:
+        """Integers as the reals with their bits."""
+        return self.value(self.builder.bitcast(a.raw, self._like(a, self.real)))
+
+    def like(self, a: Value, number: float) -> Value:
+        """Return a constant of the type of a value."""
+        return self.value(constant(a.type, number))
+
+    def exponent(self, bits: Value) -> Value:
+        """The exponent of numbers as `numpy.frexp` gives it, from the bits of their absolute values."""
+        digits, lowest = self._digits, self.lowest
+        tiny = (lowest - digits + 8 * self.itemsize) - self.leading_zeros(bits)
+        return self.select(bits < (1 << digits), tiny, (bits >> digits) + (lowest - 1))
+
+    def power_of_two(self, exponent: Value) -> Value:
+        """2**exponent, brought into the range of normal numbers."""
+        exponent = self.signed("smin", self.signed("smax", exponent, self.lowest), 1 - self.lowest)
+        return self.from_bits((exponent + (1 - self.lowest)) << self._digits)
+
+    @property
+    def _digits(self) -> int:
+        return 23 if self.itemsize == 4 else 52
+
+    @property
+    def lowest(self) -> int:
+        """The exponent of the smallest normal number, 2**lowest."""
+        return -126 if self.itemsize == 4 else -1022
+
+    @property
+    def infinity_bits(self) -> int:
+        """The bits of infinity; those of NaN are larger."""
+        return (1 - 2 * self.lowest + 2) << self._digits
+
+    def mask_bits(self, mask: Value) -> Value:
+        """Return a mask as an integer, lane 0 in the lowest bit."""
+        narrow = self.builder.bitcast(mask.raw, ir.IntType(mask.type.count))
+        return self.value(self.builder.zext(narrow, INT))
+
+    def number_of(self, condition: Value) -> Value:
+        """Return 1 or 0 for a scalar condition."""
+        return self.value(self.builder.zext(condition.raw, INT))
+
+    def mask_from(self, bits: Value) -> Value:
+        """Return the mask whose lanes are the lowest bits of an integer."""
+        narrow = self.builder.trunc(bits.raw, ir.IntType(self.lanes))
+        return self.value(self.builder.bitcast(narrow, ir.VectorType(_I1, self.lanes)))
+
+    def bit_words(self, mask: Value) -> Value:
+        """Return integers with all bits set where the mask is set."""
+        return self.value(self.builder.sext(mask.raw, self._like(mask, self.word)))
+
+    def resize(self, a: Value, element: Any) -> Value:
+        """Integers of another size; they must fit."""
+        if element.width == a.element.width:
+            return a
+        change = self.builder.sext if element.width > a.element.width else self.builder.trunc
+        return self.value(change(a.raw, self._like(a, element)))
+
+    @staticmethod
+    def _like(a: Value, element: Any) -> Any:
+        return ir.VectorType(element, a.type.count) if isinstance(a.type, ir.VectorType) else element
+
+    # --- lanes ------------------------------------------------------------------------------------------------
+
+    def splat(self, scalar: Value) -> Value:
+        """Return a vector with the same number in all lanes."""
+        type_ = ir.VectorType(scalar.type, self.lanes)
+        one = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar.raw, ir.Constant(self.int32, 0))
+        return self.shuffle(self.value(one), None, [0] * self.lanes)
+
+    def lane(self, vector: Value, index: int) -> Value:
+        """Return one lane."""
+        return self.value(self.builder.extract_element(vector.raw, ir.Constant(self.int32, index)))
+
+    def shuffle(self, a: Value, b: Value | None, lanes: Sequence[int]) -> Value:
+        """Return the lanes named, counted through `a` and on through `b`."""
+        order = ir.Constant(ir.VectorType(self.int32, len(lanes)), [ir.Constant(self.int32, i) for i in lanes])
+        other = b.raw if b is not None else ir.Constant(a.type, ir.Undefined)
+        return self.value(self.builder.shuffle_vector(a.raw, other, order))
+
+    def permute(self, values: Sequence[Value], order: Value) -> Value:
+        """Return the lanes that `order` names at run time, counted through one vector or two."""
+        kind = "df" if self.itemsize == 8 else "sf"
+        if len(values) == 1:
+            return self.call(f"llvm.x86.avx512.permvar.{kind}.512", self.vector, values[0], order)
+        kind = "pd" if self.itemsize == 8 else "ps"
+        return self.call(f"llvm.x86.avx512.vpermi2var.{kind}.512", self.vector, values[0], order, values[1])
+
+    def load_columns(self, address: Callable[[int], Value], count: int) -> list[Value]:
+        """Load `count` numbers from as many addresses as there are lanes, and turn them.
+
+        Lane i of value j is the j-th number at ``address(i)``. Nothing beyond the numbers asked for is touched.
+        """
+        w, size = self.lanes, self._piece(count)
+        columns: list[Value] = []
+        for start in self._pieces(count, size):
+            # Loading pieces into the lanes where they belong takes the place of the first rounds of exchanges.
+            rows = []
+            for i in range(size):
+                pieces = [self._load_piece(self.at(address(j), start), size) for j in range(i, w, size)]
+                rows.append(self._join(pieces))
+            columns[start:] = self._exchange(rows, size)
+        return columns
+
+    def store_columns(self, columns: Sequence[Value], address: Callable[[int], Value]) -> None:
+        """Store values to as many addresses as there are lanes; the opposite of `load_columns`."""
+        w, size = self.lanes, self._piece(len(columns))
+        for start in self._pieces(len(columns), size):
+            rows = self._exchange(columns[start : start + size], size)
+            for i, row in enumerate(rows):
+                for j in range(i, w, size):
+                    piece = self.shuffle(row, None, range(j - i, j - i + size))
+                    self.store(piece, self.at(address(j), start))
+
+    def _piece(self, count: int) -> int:
+        return min(max(1, self.lanes // 2), 1 << (count.bit_length() - 1))
+
+    @staticmethod
+    def _pieces(count: int, size: int) -> list[int]:
+        """Return where pieces start; the last may overlap the one before."""
+        return [*range(0, count - size + 1, size), *([count - size] if count % size else [])]
+
+    def _load_piece(self, pointer: Value, size: int) -> Value:
+        return self.load(pointer, ir.VectorType(self.real, size))
+
+    def _join(self, pieces: Sequence[Value]) -> Value:
+        while len(pieces) > 1:
+            pairs = zip(pieces[::2], pieces[1::2], strict=True)
+            pieces = [self.shuffle(a, b, range(2 * a.type.count)) for a, b in pairs]
+        return pieces[0]
+
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """Turn as many vectors as there are lanes: lane j of vector i becomes lane i of vector j."""
+        return self._exchange(rows, self.lanes)
+
+    def _exchange(self, rows: Sequence[Value], size: int) -> list[Value]:
+        """Transpose each of the size × size squares that stand side by side in `size` vectors."""
+        values, distance = list(rows), size // 2
+        while distance:
+            low = [i if not i & distance else self.lanes + i - distance for i in range(self.lanes)]
+            high = [i + distance if not i & distance else self.lanes + i for i in range(self.lanes)]
+            for i in range(size):
+                if not i & distance:
+                    a, b = values[i], values[i + distance]
+                    values[i], values[i + distance] = self.shuffle(a, b, low), self.shuffle(a, b, high)
+            distance //= 2
+        return values
+
+    # --- control ----------------------------------------------------------------------------------------------
+
+    def variable(self, value: Value) -> Variable:
+        """Return a new variable with a first value."""
+        with self.builder.goto_block(self._entry):
+            # Before the entry's jump, once, however often the code around it runs.
+            slot = self.builder.alloca(value.type)
+        made = Variable(self, slot, value.type)
+        made.set(value)
+        return made
+
+    @contextmanager
+    def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
+        """Run the body for start, start + step, … while less than stop."""
+        index = self.variable(self.integer(start) if isinstance(start, int) else start)
+        stop = self.integer(stop) if isinstance(stop, int) else stop
+        head, body, after = (self.builder.append_basic_block(name) for name in ("head", "body", "after"))
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+        now = index.get()
+        self.builder.cbranch((now < stop).raw, body, after)
+        self.builder.position_at_end(body)
+        yield now
+        index.set(now + step)
+        self.builder.branch(head)
+        self.builder.position_at_end(after)
+
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        """Run the body if a scalar condition holds; it seldom does."""
+        with self.builder.if_then(condition.raw, likely=False):
+            yield
+
+    def any(self, mask: Value) -> Value:
+        """Whether the mask is set in some lane."""
+        return ~self.mask_bits(mask).eq(0)
+
+    def finish(self) -> str:
+        """Close the function and return LLVM's text of it."""
+        self.builder.ret_void()
+        return str(self.module)

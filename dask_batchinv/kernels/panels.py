@@ -1,0 +1,249 @@
+"""Vectors within a matrix: for general matrices too large for a lane.
+
+The scratch holds the transposed matrix: its row j is column j of the matrix, so that the search for a pivot and
+every update run along contiguous numbers. Gauss-Jordan elimination in place, by panels of columns. Rows of the
+matrix are never exchanged: where the pivots stood decides where the results are written.
+
+With P the column that takes the place of column k, and r its pivot's row, one step is
+
+    every other column:  a[:, j] <- (a[:, j] with a[r, j] set to 0) + a[r, j] P
+
+and after the columns of a panel the same holds for all others with the sum over the panel.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dask_batchinv.kernels.emit import INT, Emitter, Value
+from dask_batchinv.kernels.numbers import Number
+from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
+from dask_batchinv.kernels.scratch import (
+    PANEL,
+    Matrix,
+    Measure,
+    Shape,
+    across,
+    ask_ahead,
+    each_block,
+    each_vector,
+    first_lane,
+    report,
+    scale_back,
+)
+
+#: Vectors of a column up to which the search for a pivot is unrolled.
+_SEARCHED_AT_ONCE = 16
+
+
+def write(name: str, s: Shape) -> str:
+    """Write the kernel: it inverts `count` groups of ``s.together`` general matrices."""
+    e = Emitter(name, s.itemsize, s.lanes)
+    every = range(s.together)
+    with e.loop(0, e.arguments[4]) as group:
+        first = group * s.together
+        with e.loop(0, s.together) as g:
+            _read(Matrix(e, s, g), first + g)
+
+        def panel(k0: Value, width: int) -> None:
+            matrices = [Matrix(e, s, e.integer(g)) for g in every]
+            rows = [_search(a, k0) for a in matrices]
+            for p in range(width):
+                ask_ahead(e, s, first, k0 + p)
+                steps = [_Step(a, k0, p, row) for a, row in zip(matrices, rows, strict=True)]
+                # The next search waits for one column only: it runs while the others are updated.
+                ahead = [p + 1] if p + 1 < width else []
+                for step in steps:
+                    step.apply(ahead, first=True)
+                if ahead:
+                    rows = [_search(a, k0 + (p + 1)) for a in matrices]
+                for step in steps:
+                    step.apply([q for q in range(width) if q not in (p, p + 1)], first=False)
+            with e.loop(0, s.together) as g:
+                _update_others(Matrix(e, s, g), k0, width)
+
+        each_block(e, s.n, PANEL, panel)
+        with e.loop(0, s.together) as g:
+            _write(Matrix(e, s, g), first + g)
+    return e.finish()
+
+
+def _modulus(e: Emitter, s: Shape, row: Value) -> Value:
+    """Return |z| of numbers as they stand in memory; of complex ones in both of their lanes."""
+    if s.parts == 1:
+        return e.absolute(row)
+    square = row * row
+    return e.sqrt(square + e.shuffle(square, None, [i ^ 1 for i in range(e.lanes)]))
+
+
+def _read(a: Matrix, index: Value) -> None:
+    """Bring a matrix to unit size, sum up its columns, and turn it."""
+    e, s = a.e, a.s
+    source = e.at(e.arguments[0], index * s.size)
+    measure = Measure(e)
+
+    def look(start: Value, count: int) -> None:
+        for at in range(0, count, e.lanes):
+            measure.look(e.load_first(e.at(source, start + at), count - at))
+
+    each_block(e, s.size, 4 * e.lanes, look)
+    scale = measure.settle(a)
+    norm = e.variable(e.numbers(0.0))
+
+    def columns(c: Value, width: int) -> None:
+        total = e.variable(e.numbers(0.0))
+
+        def rows(r: Value, height: int) -> None:
+            block = []
+            for t in range(height):
+                numbers = e.load_first(e.at(source, (r + t) * (s.n * s.parts) + c), width)
+                block.append(numbers * scale.first * scale.second)
+                total.set(total.get() + _modulus(e, s, block[-1]))
+            turned = e.transpose(block + [e.numbers(0.0)] * (e.lanes - height))
+            for q in range(width):
+                row, part = c / s.parts + q // s.parts, q % s.parts
+                e.store(turned[q], e.at(a.rows, row * s.stride + r + part * s.length), align=e.nbytes)
+
+        each_block(e, s.n, e.lanes, rows)
+        norm.set(larger_sum(e, total.get(), norm.get()))
+
+    each_block(e, s.n * s.parts, e.lanes, columns)
+    e.store(e.lane(across(e, norm.get(), partial(larger_sum, e)), 0), a.norm)
+    for v in range(s.vectors):
+        rows = min(e.lanes, s.n - v * e.lanes)
+        a.set(a.used, v, e.integer((1 << e.lanes) - (1 << rows)))
+    # Where overflow makes NaN, a row may be chosen twice: what no row is chosen for must still be within bounds.
+    for start in range(0, s.length, 8):
+        count = min(8, s.length - start)
+        e.store(e.counting(start, count), e.at(a.columns, start, INT))
+
+
+def _search(a: Matrix, k: Value) -> Value:
+    """Find the largest number of column k in rows that have not been pivots; note its size, return its row."""
+    e, s = a.e, a.s
+
+    def key(v: Value) -> Value:
+        return e.select(e.mask_from(a.get(a.used, v)), e.numbers(-1.0), a.load(a.rows, k, v).size())
+
+    if s.vectors <= _SEARCHED_AT_ONCE:
+        best = [key(e.integer(v)) for v in range(s.vectors)]
+        while len(best) > 1:
+            best = [e.larger(*best[i : i + 2]) if i + 1 < len(best) else best[i] for i in range(0, len(best), 2)]
+        largest = across(e, best[0], e.larger)
+        row = first_lane(e, [key(e.integer(v)).eq(largest) for v in range(s.vectors)])
+    else:
+        kept, first = e.variable(e.numbers(-1.0)), e.variable(e.integer(s.length))
+        with e.loop(0, s.vectors) as v:
+            kept.set(e.larger(key(v), kept.get()))
+        largest = across(e, kept.get(), e.larger)
+        with e.loop(0, s.vectors) as v:
+            found = first_lane(e, [key(v).eq(largest)]) + v * e.lanes
+            first.set(e.unsigned("umin", first.get(), found))
+        row = first.get()
+    e.store(e.lane(largest, 0), e.at(a.pivot_sizes, k))
+    # Where overflow has made NaN of all keys, any row will do.
+    return e.unsigned("umin", row, e.integer(s.n - 1))
+
+
+class _Step:
+    """One step of the elimination within a panel."""
+
+    def __init__(self, a: Matrix, k0: Value, p: int, row: Value):
+        e, s = a.e, a.s
+        self.a, self.k0, self.p, self.row = a, k0, p, row
+        a.set(a.pivots, k0 + p, row)
+        a.set(a.columns, row, k0 + p)
+        self.inverse = a.entry(a.rows, k0 + p, row).splat().reciprocal()
+        if p == 0:
+            for v in range(s.vectors):
+                a.set(a.fresh, v, e.integer(0))
+        word, bit = row >> (e.lanes.bit_length() - 1), e.integer(1) << (row & (e.lanes - 1))
+        for table in (a.used, a.fresh):
+            a.set(table, word, a.get(table, word) | bit)
+
+    def apply(self, columns: list[int], *, first: bool) -> None:
+        """Update some columns of the panel; the first time also make P of the pivot's own."""
+        a, e, k0, k = self.a, self.a.e, self.k0, self.k0 + self.p
+        factors = [a.entry(a.rows, k0 + q, self.row).splat() for q in columns]
+        row = e.splat(e.resize(self.row, e.word))
+        minus = -self.inverse
+
+        def body(v: Value) -> None:
+            here = (e.iota + e.splat(e.resize(v * e.lanes, e.word))).eq(row)
+            replacing = a.load(a.rows, k, v)
+            if first:
+                replacing = self.inverse.where(here, replacing * minus)
+                a.store(replacing, a.rows, k, v)
+            for q, factor in zip(columns, factors, strict=True):
+                old = _without(a, here, a.load(a.rows, k0 + q, v))
+                a.store(old.plus_product(factor, replacing), a.rows, k0 + q, v)
+
+        each_vector(e, a.s.vectors, body)
+
+
+def _without(a: Matrix, mask: Value, number: Number) -> Number:
+    nothing = Number(a.e, tuple(a.e.numbers(0.0) for _ in range(a.s.parts)))
+    return nothing.where(mask, number)
+
+
+def _update_others(a: Matrix, k0: Value, width: int) -> None:
+    """Update the columns outside the panel."""
+    e, s = a.e, a.s
+    pivots = [a.get(a.pivots, k0 + p) for p in range(width)]
+
+    def update(j: Value, count: int) -> None:
+        factors = [[a.entry(a.rows, j + t, row).splat() for row in pivots] for t in range(count)]
+
+        def body(v: Value) -> None:
+            gone = e.mask_from(a.get(a.fresh, v))
+            sums = [_without(a, gone, a.load(a.rows, j + t, v)) for t in range(count)]
+            for p in range(width):
+                replacing = a.load(a.rows, k0 + p, v)
+                sums = [total.plus_product(f[p], replacing) for f, total in zip(factors, sums, strict=True)]
+            for t, total in enumerate(sums):
+                a.store(total, a.rows, j + t, v)
+
+        each_vector(e, s.vectors, body)
+
+    # As many columns at a time as let their factors stay in registers.
+    step = 16 // PANEL // s.parts
+    with e.loop(0, k0, step) as j:
+        update(j, step)
+    if width == PANEL:
+        rest = s.n % PANEL % step
+        with e.loop(k0 + width, s.n - rest, step) as j:
+            update(j, step)
+        if rest:
+            update(e.integer(s.n - rest), rest)
+
+
+def _write(a: Matrix, index: Value) -> None:
+    """Turn the inverse back and write it, rows and columns in their order."""
+    e, s = a.e, a.s
+    target = e.at(e.arguments[1], index * s.size)
+    scale = scale_back(a)
+    norm, largest = e.variable(e.numbers(0.0)), e.variable(e.integers(0))
+
+    def columns(c: Value, width: int) -> None:
+        total = e.variable(e.numbers(0.0))
+        sources = []
+        for q in range(width):
+            row, part = a.get(a.columns, c / s.parts + q // s.parts), q % s.parts
+            sources.append(e.at(a.rows, row * s.stride + part * s.length))
+
+        def rows(r: Value, height: int) -> None:
+            block = [e.load(e.at(source, r), align=e.nbytes) for source in sources]
+            turned = e.transpose(block + [e.numbers(0.0)] * (e.lanes - width))
+            for t in range(height):
+                total.set(total.get() + _modulus(e, s, turned[t]))
+                numbers = without_sign_of_zero(e, turned[t] * scale.first, scale.second)
+                largest.set(e.unsigned("umax", largest.get(), e.bits(e.absolute(numbers))))
+                k = a.get(a.columns, r + t)
+                e.store_first(numbers, e.at(target, k * (s.n * s.parts) + c), width)
+
+        each_block(e, s.n, e.lanes, rows)
+        norm.set(larger_sum(e, total.get(), norm.get()))
+
+    each_block(e, s.n * s.parts, e.lanes, columns)
+    total = e.lane(across(e, norm.get(), partial(larger_sum, e)), 0)
+    report(a, index, lambda size: size.eq(0.0), e.reduce("umax", largest.get()), total)

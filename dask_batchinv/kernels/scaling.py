@@ -1,0 +1,79 @@
+"""What all compiled kernels do before and after: bring each matrix to unit size, and account for it.
+
+The largest number of a matrix is brought into [1/2, 1) by a power of two, and the inverse back by the same. Sums
+and products on the way then neither overflow nor underflow unless the inverse does, and matrices that differ by a
+power of two have inverses that do. The smallest number must not become subnormal: where both cannot be had, it
+decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dask_batchinv.kernels.emit import Emitter, Value
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A power of two, as one factor that nearly always is enough and a second for what it lacks."""
+
+    e: Emitter
+    shift: Value
+    """The exponent, an integer per lane or a scalar."""
+    first: Value
+    second: Value
+    rest: Value
+    """The exponent of the second factor."""
+
+    @property
+    def is_long(self) -> Value:
+        """Whether a second factor is needed somewhere."""
+        nonzero = ~self.rest.eq(0)
+        return self.e.any(nonzero) if self.rest.is_vector else nonzero
+
+    def splat(self) -> Scale:
+        """Return a scalar scale for whole vectors."""
+        splat = self.e.splat
+        return Scale(self.e, self.shift, splat(self.first), splat(self.second), self.rest)
+
+
+def power(e: Emitter, shift: Value) -> Scale:
+    """Return the factors of 2**shift."""
+    near = e.signed("smin", e.signed("smax", shift, e.lowest), 1 - e.lowest)
+    rest = shift - near
+    return Scale(e, shift, e.power_of_two(near), e.power_of_two(rest), rest)
+
+
+def unit_scale(e: Emitter, largest: Value, smallest: Value) -> Scale:
+    """Return the scale of matrices from the bits of their largest and smallest nonzero numbers."""
+    bearable = e.signed("smin", (e.lowest + 1) - e.exponent(smallest), 0)
+    shift = e.signed("smax", -e.exponent(largest), bearable)
+    return power(e, e.select(largest.eq(0), shift * 0, shift))
+
+
+def without_sign_of_zero(e: Emitter, value: Value, factor: Value) -> Value:
+    """Return a product in which every zero is positive."""
+    return e.fma(value, factor, e.like(value, 0.0))
+
+
+def is_finite(e: Emitter, largest: Value) -> Value:
+    """Whether numbers are finite, from the bits of the largest."""
+    return largest < e.infinity_bits
+
+
+def larger_sum(e: Emitter, a: Value, b: Value) -> Value:
+    """Return the larger of two sums of absolute values; NaN is the largest of all, lest it be lost."""
+    return e.from_bits(e.unsigned("umax", e.bits(a), e.bits(b)))
+
+
+def outcome(e: Emitter, pivot: Value, finite: Value, overflow: Value) -> Value:
+    """Return ``info`` from the number of the failing pivot (0 if none), and from what else may be wrong."""
+    info = e.select(overflow & pivot.eq(0), pivot * 0 - 2, pivot)
+    return e.select(finite, info, pivot * 0 - 1)
+
+
+def rcond(e: Emitter, info: Value, finite: Value, norm: Value, norm_of_inverse: Value) -> Value:
+    """Return ``rcond`` from the 1-norms of the matrix and of its inverse, both at unit size."""
+    value = e.like(norm, 1.0) / (norm * norm_of_inverse)
+    value = e.select(info > 0, e.like(norm, 0.0), value)
+    return e.select(finite, value, e.like(norm, float("nan")))

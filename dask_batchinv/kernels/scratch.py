@@ -1,0 +1,239 @@
+"""The scratch of kernels that work within a matrix: rows of whole vectors, and tables beside them.
+
+A few matrices are in work together, because one alone would leave the processor waiting for each pivot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from dask_batchinv.kernels import scaling
+from dask_batchinv.kernels.emit import INT, Emitter, Value
+from dask_batchinv.kernels.numbers import Number
+
+#: Columns eliminated together. Part of the arithmetic: another number gives other roundings.
+PANEL = 4
+#: Vectors of a row up to which loops over it are unrolled.
+_UNROLLED = 4
+#: Above this size of a matrix the processor's own prefetching is better.
+_AHEAD_NBYTES = 2**18
+#: What is asked for ahead goes to the first-level cache up to this size, else to the second.
+_FIRST_LEVEL_NBYTES = 2**14
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the matrices and of their scratch."""
+
+    n: int
+    itemsize: int
+    parts: int
+    lanes: int
+    together: int
+    """Matrices in work together."""
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a row, for one part."""
+        return -(-self.n // self.lanes)
+
+    @property
+    def length(self) -> int:
+        """Reals of a row, for one part."""
+        return self.vectors * self.lanes
+
+    @property
+    def stride(self) -> int:
+        """Reals from row to row: an odd number of vectors, lest rows compete for the same places in the cache."""
+        return self.lanes * (self.parts * self.vectors | 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one matrix with its tables, in whole cache lines."""
+        reals = self.length * self.stride + 3 * PANEL * self.stride + self.length
+        return -(-(reals * self.itemsize + (2 * self.length + 2 * self.vectors + _STATES) * 8) // 64) * 64
+
+    @property
+    def size(self) -> int:
+        """Reals of a matrix."""
+        return self.n * self.n * self.parts
+
+
+SHIFT, FINITE, NORM = range(3)
+_STATES = 4
+
+
+class Matrix:
+    """One matrix in the scratch."""
+
+    def __init__(self, e: Emitter, s: Shape, index: Value):
+        self.e, self.s = e, s
+        base = e.at(e.arguments[5], index * s.nbytes, ir.IntType(8))
+        self.rows = base
+        """The matrix, or its transpose: `length` rows."""
+        self.panel = e.at(base, s.length * s.stride)
+        """Rows of a panel as they change, where they cannot stay in place."""
+        self.saved = e.at(self.panel, PANEL * s.stride)
+        """Rows of a panel as they were when it was their turn."""
+        self.scaled = e.at(self.saved, PANEL * s.stride)
+        """The same, divided by their pivots."""
+        self.pivot_sizes = e.at(self.scaled, PANEL * s.stride)
+        """What each pivot is judged by."""
+        self.pivots = e.at(self.pivot_sizes, s.length)
+        """The row of each pivot."""
+        self.columns = e.at(self.pivots, s.length, INT)
+        """For each row the column that it was the pivot of."""
+        self.used = e.at(self.columns, s.length, INT)
+        """Bits, a word for each vector: rows that have been pivots, and those that are no rows."""
+        self.fresh = e.at(self.used, s.vectors, INT)
+        """Bits of the rows that have become pivots in this panel."""
+        self.state = e.at(self.fresh, s.vectors, INT)
+
+    def address(self, rows: Value, row: Value, vector: Value | int, part: int = 0) -> Value:
+        """Return the address of a vector in a table of rows."""
+        e, s = self.e, self.s
+        vector = e.integer(vector) if isinstance(vector, int) else vector
+        return e.at(rows, row * s.stride + vector * s.lanes + part * s.length)
+
+    def load(self, rows: Value, row: Value, vector: Value | int) -> Number:
+        """Load a vector of numbers."""
+        addresses = [self.address(rows, row, vector, part) for part in range(self.s.parts)]
+        return Number(self.e, tuple(self.e.load(address, align=self.e.nbytes) for address in addresses))
+
+    def store(self, number: Number, rows: Value, row: Value, vector: Value | int) -> None:
+        """Store a vector of numbers."""
+        for part, value in enumerate(number.parts):
+            self.e.store(value, self.address(rows, row, vector, part), align=self.e.nbytes)
+
+    def entry(self, rows: Value, row: Value, index: Value) -> Number:
+        """Load one number."""
+        e, s = self.e, self.s
+        first = e.at(rows, row * s.stride + index)
+        return Number(e, tuple(e.load(e.at(first, part * s.length), e.real) for part in range(s.parts)))
+
+    def get(self, table: Value, index: Value | int) -> Value:
+        """Load an integer."""
+        return self.e.load(self.e.at(table, index, INT), INT)
+
+    def set(self, table: Value, index: Value | int, value: Value) -> None:
+        """Store an integer."""
+        self.e.store(value, self.e.at(table, index, INT))
+
+    @property
+    def norm(self) -> Value:
+        """The address of the 1-norm."""
+        return self.e.at(self.state, NORM, INT)
+
+
+def each_block(e: Emitter, total: int, size: int, body: Callable[[Value, int], None]) -> None:
+    """Run the body for each block of a range, with its start and length; the last may be shorter."""
+    if total >= size:
+        with e.loop(0, total - total % size, size) as start:
+            body(start, size)
+    if total % size:
+        body(e.integer(total - total % size), total % size)
+
+
+def each_vector(e: Emitter, count: int, body: Callable[[Value], None]) -> None:
+    """Run the body for each vector of a row."""
+    if count <= _UNROLLED:
+        for number in range(count):
+            body(e.integer(number))
+    else:
+        with e.loop(0, count) as v:
+            body(v)
+
+
+def across(e: Emitter, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """Combine all lanes; every lane holds the result."""
+    distance = e.lanes // 2
+    while distance:
+        vector = combine(vector, e.shuffle(vector, None, [i ^ distance for i in range(e.lanes)]))
+        distance //= 2
+    return vector
+
+
+def first_lane(e: Emitter, masks: list[Value]) -> Value:
+    """Return the number of the first lane that is set, counted through several masks; large if none is."""
+    per = 64 // e.lanes
+    first = e.integer(1 << 32)
+    for start in reversed(range(0, len(masks), per)):
+        bits = e.mask_bits(masks[start])
+        for v in range(start + 1, min(start + per, len(masks))):
+            bits = bits | (e.mask_bits(masks[v]) << ((v - start) * e.lanes))
+        first = e.select(bits.eq(0), first, e.trailing_zeros(bits) + start * e.lanes)
+    return first
+
+
+def ask_ahead(e: Emitter, s: Shape, first: Value, k: Value) -> None:
+    """Ask for the memory of the next matrices, and for that of these inverses, a part in every step."""
+    row = s.n * s.parts * s.itemsize
+    if row * s.n > _AHEAD_NBYTES:
+        return
+    level = 3 if row * s.n * s.together <= _FIRST_LEVEL_NBYTES else 2
+    byte = ir.IntType(8)
+    for g in range(s.together):
+        source = e.at(e.arguments[0], ((first + (g + s.together)) * s.n + k) * row, byte)
+        target = e.at(e.arguments[1], ((first + g) * s.n + k) * row, byte)
+        for at in range(0, row, 64):
+            e.prefetch(e.at(source, at, byte), level=level)
+            e.prefetch(e.at(target, at, byte), write=True, level=level)
+
+
+class Measure:
+    """The largest and the smallest of the numbers looked at."""
+
+    def __init__(self, e: Emitter):
+        self.e = e
+        self.largest, self.smallest = e.variable(e.integers(0)), e.variable(e.integers(-1))
+
+    def look(self, numbers: Value) -> None:
+        """Look at a vector of numbers; zeros do not count."""
+        e = self.e
+        bits = e.bits(e.absolute(numbers))
+        self.largest.set(e.unsigned("umax", self.largest.get(), bits))
+        self.smallest.set(e.unsigned("umin", self.smallest.get(), bits - 1))
+
+    def settle(self, a: Matrix) -> scaling.Scale:
+        """Note whether the matrix is finite and by what it is scaled."""
+        e = self.e
+        largest = e.reduce("umax", self.largest.get())
+        scale = scaling.unit_scale(e, largest, e.reduce("umin", self.smallest.get()) + 1)
+        a.set(a.state, SHIFT, e.resize(scale.shift, INT))
+        a.set(a.state, FINITE, e.number_of(scaling.is_finite(e, largest)))
+        for v in range(a.s.vectors):
+            e.store(e.numbers(1.0), e.at(a.pivot_sizes, v * e.lanes))
+        return scale.splat()
+
+
+def scale_back(a: Matrix) -> scaling.Scale:
+    """Return the scale that `Measure` noted."""
+    return scaling.power(a.e, a.e.resize(a.get(a.state, SHIFT), a.e.word)).splat()
+
+
+def report(a: Matrix, index: Value, failing: Callable[[Value], Value], largest: Value, norm: Value) -> None:
+    """Write info and rcond of a matrix, and NaN over its inverse where info is not 0.
+
+    `failing` says which of the pivots' sizes are failures, `largest` are the bits of the largest number of the
+    inverse, `norm` its 1-norm before scaling.
+    """
+    e, s = a.e, a.s
+    sizes = [e.load(e.at(a.pivot_sizes, v * e.lanes), align=e.nbytes) for v in range(s.vectors)]
+    # What came after the first failure is of no use.
+    pivot = first_lane(e, [failing(size) for size in sizes]) + 1
+    pivot = e.select(pivot > s.n, e.integer(0), pivot)
+    finite = ~a.get(a.state, FINITE).eq(0)
+    info = scaling.outcome(e, pivot, finite, ~scaling.is_finite(e, largest))
+    e.store(e.resize(info, e.int32), e.at(e.arguments[2], index, e.int32), align=4)
+    e.store(scaling.rcond(e, info, finite, e.load(a.norm, e.real), norm), e.at(e.arguments[3], index))
+    target = e.at(e.arguments[1], index * s.size)
+    with e.when(~info.eq(0)):
+        each_block(
+            e,
+            s.size,
+            e.lanes,
+            lambda start, count: e.store_first(e.numbers(float("nan")), e.at(target, start), count),
+        )

@@ -1,0 +1,17 @@
+"""What is timed is right: the table of the benchmarks, with small stacks."""
+
+import numpy as np
+import pytest
+from benchmarks.cases import CASES
+from test_kernels import run
+from test_lapack_types import ratios
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case):
+    a = case.make(2**12)
+    x, info, rcond = run(a, case.kind)
+    assert not info.any()
+    assert (rcond > 1e-4).all()
+    assert ratios(a, x).max() <= 3
+    np.testing.assert_allclose(x[0], np.linalg.inv(a[0].astype(np.result_type(a, np.float64))), rtol=1e-2, atol=1e-4)
