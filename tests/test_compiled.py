@@ -76,6 +76,28 @@ def test_the_memory_beside_a_block_is_left_alone(n, kind):
         assert (x[-1] == 77).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 10])
+def test_writing_past_the_caches_changes_no_bit_and_no_other_byte(monkeypatch, n, dtype, kind):
+    for m in (1, 16, 17, 33, 100):
+        a = conditioned(m, n, 10, dtype, kind)
+        a[m // 2] = 0
+        monkeypatch.setattr(compiled, "PAST_CACHES", 2**60)
+        x, info, rcond = run(a, kind)
+        monkeypatch.setattr(compiled, "PAST_CACHES", 0)
+        for skew in {0, 16 // a.itemsize, 1, 64 // a.itemsize - 1}:
+            around = np.full(a.size + 256, 77, dtype)
+            first = -around.ctypes.data % 64 // a.itemsize + 64 + skew
+            out = around[first : first + a.size].reshape(a.shape)
+            results = out, np.empty_like(info), np.empty_like(rcond)
+            compiled.invert(a, *results, kind=kind)
+            for got, want in zip(results, (x, info, rcond), strict=True):
+                assert_same_bits(got, want)
+            assert (around[:first] == 77).all()
+            assert (around[first + a.size :] == 77).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_unaligned_block_is_served(dtype):
     a = conditioned(9, 5, 10, dtype)
@@ -158,10 +180,10 @@ def counted(text):
     print("compiled")
     return compile_(text)
 machine._compile = counted
-a = np.random.default_rng(0).normal(size=(50, 6, 6))
+a = np.random.default_rng(0).normal(size=(50, 7, 7))
 out, info, rcond = np.empty_like(a), np.empty(50, np.int32), np.empty(50)
 compiled.invert(a, out, info, rcond, kind="general")
-assert abs(out @ a - np.eye(6)).max() < 1e-9
+assert abs(out @ a - np.eye(7)).max() < 1e-9
 print("good")
 """
 
@@ -186,7 +208,7 @@ def test_a_kernel_is_compiled_once(tmp_path):
     assert outcome(call(tmp_path)) == ["compiled", "good"]
     assert outcome(call(tmp_path)) == ["good"]
     (file,) = (tmp_path / "dask_batchinv").iterdir()
-    assert file.name.startswith("interleaved_general_6_d_")
+    assert file.name.startswith("interleaved_general_7_d_")
 
 
 def test_many_processes_share_the_cache(tmp_path):

@@ -23,6 +23,7 @@ ORDER = [
     "kernels.emit",
     "kernels.numbers",
     "kernels.scaling",
+    "kernels.traffic",
     "kernels.scratch",
     "kernels.definite",
     "kernels.registers",

@@ -29,12 +29,14 @@ Kind = Literal["general", "positive definite"]
 #: The largest n with kernels of our own; measured.
 LARGEST = 512
 #: The largest n for one matrix per lane, by bytes of a real and reals of a number; measured.
-_REGISTERS = {"general": {1: 5, 2: 3}, "positive definite": {1: 7, 2: 5}}
+_REGISTERS = {"general": {1: 6, 2: 4}, "positive definite": {1: 8, 2: 6}}
 _INTERLEAVED = {
     "general": {(4, 1): 24, (8, 1): 16, (4, 2): 12, (8, 2): 12},
     "positive definite": {(4, 1): 16, (8, 1): 16, (4, 2): 11, (8, 2): 11},
 }
 _ALIGNMENT = 64
+#: Bytes of inverses from which on they are written past the caches.
+PAST_CACHES = 2**23
 
 
 class KernelError(RuntimeError):
@@ -164,7 +166,7 @@ def _run(kernel: _Loaded, a: Array, out: Array, info: Array, rcond: Array) -> No
 
     def call(start: int, count: int, *arrays: Array) -> None:
         at, *others = (x[start:].ctypes.data for x in arrays)
-        kernel.function(at, others[0], others[1], others[2], count, scratch)
+        kernel.function(at, others[0], others[1], others[2], count, scratch, out.nbytes >= PAST_CACHES)
 
     m, group = len(a), kernel.group
     call(0, m // group, a, out, info, rcond)

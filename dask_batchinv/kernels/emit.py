@@ -159,7 +159,7 @@ class Emitter:
         self.int32 = ir.IntType(32)
         self.module = ir.Module(name)
         pointer = ir.PointerType()
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [pointer] * 4 + [INT, pointer]), name)
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [pointer] * 4 + [INT, pointer, INT]), name)
         for i in (0, 1, 2, 3, 5):
             function.args[i].add_attribute("noalias")
         self._entry = function.append_basic_block("entry")
@@ -185,6 +185,10 @@ class Emitter:
     def integer(self, number: int) -> Value:
         """Return a 64-bit integer."""
         return self.value(constant(INT, number))
+
+    def boolean(self, truth: bool) -> Value:
+        """Return a scalar condition."""
+        return self.value(constant(_I1, int(truth)))
 
     def numbers(self, number: Any) -> Value:
         """Return a vector of reals."""
@@ -229,6 +233,19 @@ class Emitter:
         numbers = [self.value(ir.Constant(self.int32, number)) for number in (int(write), level, 1)]
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *numbers)
 
+    def store_past_caches(self, vector: Value, pointer: Value) -> None:
+        """Store a vector to an address that is a multiple of its size, without reading the line first."""
+        raw = self.builder.store(vector.raw, pointer.raw, align=self.nbytes)
+        raw.set_metadata("nontemporal", self.module.add_metadata([ir.Constant(self.int32, 1)]))
+
+    def fence(self) -> None:
+        """Let all stores be seen before what comes later: those past the caches wait for nobody."""
+        self.builder.fence("seq_cst")
+
+    def address(self, pointer: Value) -> Value:
+        """Return a pointer as an integer."""
+        return self.value(self.builder.ptrtoint(pointer.raw, INT))
+
     def load_first(self, pointer: Value, count: int) -> Value:
         """Load `count` numbers into the first lanes, zero in the others; what lies beyond is not touched."""
         if count >= self.lanes:
@@ -243,8 +260,12 @@ class Emitter:
         if count >= self.lanes:
             self.store(value, pointer)
             return
+        self.store_where(self._first(count), value, pointer)
+
+    def store_where(self, mask: Value, value: Value, pointer: Value) -> None:
+        """Store the lanes where the mask is set."""
         name = f"llvm.masked.store.v{self.lanes}f{8 * self.itemsize}.p0"
-        self.call(name, ir.VoidType(), value, pointer, self._align(), self._first(count))
+        self.call(name, ir.VoidType(), value, pointer, self._align(), mask)
 
     def _first(self, count: int) -> Value:
         return self.value(constant(ir.VectorType(_I1, self.lanes), [int(i < count) for i in range(self.lanes)]))
@@ -321,17 +342,24 @@ class Emitter:
 
     def exponent(self, bits: Value) -> Value:
         """The exponent of numbers as `numpy.frexp` gives it, from the bits of their absolute values."""
-        digits, lowest = self._digits, self.lowest
+        digits, lowest = self.digits, self.lowest
         tiny = (lowest - digits + 8 * self.itemsize) - self.leading_zeros(bits)
         return self.select(bits < (1 << digits), tiny, (bits >> digits) + (lowest - 1))
 
     def power_of_two(self, exponent: Value) -> Value:
         """2**exponent, brought into the range of normal numbers."""
         exponent = self.signed("smin", self.signed("smax", exponent, self.lowest), 1 - self.lowest)
-        return self.from_bits((exponent + (1 - self.lowest)) << self._digits)
+        return self.from_bits((exponent + (1 - self.lowest)) << self.digits)
+
+    def unit_factor(self, bits: Value) -> Value:
+        """Return powers of two that bring numbers of these bits near 1, as near as one normal factor can."""
+        one = 1 << self.digits
+        factor = (1 - 2 * self.lowest) * one - (bits & -one)
+        return self.from_bits(self.signed("smax", factor, one))
 
     @property
-    def _digits(self) -> int:
+    def digits(self) -> int:
+        """Bits of the fraction."""
         return 23 if self.itemsize == 4 else 52
 
     @property
@@ -342,7 +370,7 @@ class Emitter:
     @property
     def infinity_bits(self) -> int:
         """The bits of infinity; those of NaN are larger."""
-        return (1 - 2 * self.lowest + 2) << self._digits
+        return (1 - 2 * self.lowest + 2) << self.digits
 
     def mask_bits(self, mask: Value) -> Value:
         """Return a mask as an integer, lane 0 in the lowest bit."""
@@ -424,6 +452,43 @@ class Emitter:
                 for j in range(i, w, size):
                     piece = self.shuffle(row, None, range(j - i, j - i + size))
                     self.store(piece, self.at(address(j), start))
+
+    def load_stack(self, pointer: Value, count: int) -> list[Value]:
+        """Load as many times `count` adjacent numbers as there are lanes, and turn them as `load_columns` does."""
+        if not self._is_dealt(count):
+            return self.load_columns(lambda lane: self.at(pointer, lane * count), count)
+        return self._deal([self.load(self.at(pointer, i * self.lanes)) for i in range(count)])
+
+    def store_stack(self, columns: Sequence[Value], pointer: Value) -> None:
+        """Store values to adjacent numbers; the opposite of `load_stack`."""
+        count = len(columns)
+        if not self._is_dealt(count):
+            self.store_columns(columns, lambda lane: self.at(pointer, lane * count))
+            return
+        for i, value in enumerate(self._gather(columns)):
+            self.store(value, self.at(pointer, i * self.lanes))
+
+    def _is_dealt(self, count: int) -> bool:
+        return count & (count - 1) == 0 and 2 * count <= self.lanes
+
+    def _deal(self, values: Sequence[Value]) -> list[Value]:
+        """Deal the lanes of some vectors to as many: lane i of vector 0 goes to vector i, and so on in rounds."""
+        if len(values) == 1:
+            return list(values)
+        halves = []
+        for first in range(2):
+            lanes, pairs = range(first, 2 * self.lanes, 2), zip(values[::2], values[1::2], strict=True)
+            halves.append(self._deal([self.shuffle(a, b, lanes) for a, b in pairs]))
+        return [value for pair in zip(*halves, strict=True) for value in pair]
+
+    def _gather(self, values: Sequence[Value]) -> list[Value]:
+        """Do the opposite of `_deal`."""
+        if len(values) == 1:
+            return list(values)
+        halves = [self._gather(values[first::2]) for first in range(2)]
+        w = self.lanes
+        orders = [[at // 2 + at % 2 * w for at in range(start, start + w)] for start in (0, w)]
+        return [self.shuffle(a, b, order) for a, b in zip(*halves, strict=True) for order in orders]
 
     def _piece(self, count: int) -> int:
         return min(max(1, self.lanes // 2), 1 << (count.bit_length() - 1))

@@ -7,39 +7,39 @@ all of them. The arithmetic is that of `registers`, in loops.
 from __future__ import annotations
 
 import itertools
-
-from llvmlite import ir
+from collections.abc import Callable
 
 from dask_batchinv.kernels import definite as definite_inverse
 from dask_batchinv.kernels import scaling
 from dask_batchinv.kernels.emit import Emitter, Value, Variable
 from dask_batchinv.kernels.numbers import Number
+from dask_batchinv.kernels.traffic import Traffic, buffer_nbytes
 
 #: Reals of a row that are kept in registers while the rows pass by.
 _HELD = {64: 16, 32: 8, 16: 8}
-#: What is asked for ahead goes to the first-level cache up to this size of a group, else to the second.
-_FIRST_LEVEL_NBYTES = 2**14
 
 
 def scratch_nbytes(n: int, itemsize: int, parts: int, lanes: int) -> int:
     """Bytes of scratch memory: the matrices, two rows of numbers, and the order of the columns for each lane."""
     vectors = (n + 2) * n * parts + n + lanes * -(-n * parts // lanes)
-    return vectors * lanes * itemsize
+    return vectors * lanes * itemsize + buffer_nbytes(n * n * parts, lanes * itemsize)
 
 
 def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite: bool) -> str:
     """Write the kernel; the parameters are those of `registers.write`."""
     e = Emitter(name, itemsize, lanes)
     g = _Group(e, n, parts)
+    traffic = Traffic(e, g.size, g.buffer)
     with e.loop(0, e.arguments[4]) as group:
         finite, scale = _read(g, group, definite)
         norm = _scale_definite(g, scale) if definite else _scale(g, scale)
         failed = e.variable(e.integers(0))
         if definite:
-            failed.set(_invert_definite(g, group))
+            pauses = itertools.count()
+            failed.set(_invert_definite(g, lambda: traffic.step(group, next(pauses), definite_inverse.pauses(n))))
         else:
             with e.loop(0, n) as k:
-                _ask_ahead(g, group, k, n)
+                traffic.step(group, k, n)
                 _eliminate(g, k, failed)
         norm_of_inverse = _mirror(g) if definite else _norm(g)
         info = _judge(g, failed.get(), finite, scale, norm_of_inverse)
@@ -47,12 +47,13 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
         e.store(e.resize(info, e.int32), e.at(e.arguments[2], at, e.int32), align=4)
         e.store(scaling.rcond(e, info, finite, norm, norm_of_inverse), e.at(e.arguments[3], at))
         if definite:
-            _write_as_it_is(g, group, scale)
+            _write_as_it_is(g, traffic.place(group), scale)
         elif e.can_permute and n * parts <= 2 * lanes:
-            _write_permuted(g, group, scale)
+            _write_permuted(g, traffic.place(group), scale)
         else:
             _exchange_columns(g)
-            _write_as_it_is(g, group, scale)
+            _write_as_it_is(g, traffic.place(group), scale)
+    traffic.finish(e.arguments[4])
     return e.finish()
 
 
@@ -67,6 +68,7 @@ class _Group:
         self.row = self.vector(self.size + n * parts)
         self.chosen = self.vector(self.size + 2 * n * parts)
         self.orders = self.vector(self.size + 2 * n * parts + n)
+        self.buffer = self.vector(self.size + 2 * n * parts + n + e.lanes * -(-n * parts // e.lanes))
 
     def vector(self, index: Value | int, base: Value | None = None) -> Value:
         """Return the address of a vector."""
@@ -189,20 +191,6 @@ def _multiply_rarely(g: _Group, scale: scaling.Scale) -> None:
         e.store(e.load(g.vector(at), align=e.nbytes) * scale.second, g.vector(at), align=e.nbytes)
 
 
-def _ask_ahead(g: _Group, group: Value, step: Value, steps: int) -> None:
-    """Ask for the memory of the next group, and for that of these inverses, a part in each of some steps."""
-    e = g.e
-    nbytes = g.size * e.lanes * e.itemsize
-    lines = -(-nbytes // 64 // steps)
-    level = 3 if nbytes <= _FIRST_LEVEL_NBYTES else 2
-    byte = ir.IntType(8)
-    source = e.at(e.arguments[0], (group + 1) * nbytes + step * (64 * lines), byte)
-    target = e.at(e.arguments[1], group * nbytes + step * (64 * lines), byte)
-    for line in range(lines):
-        e.prefetch(e.at(source, 64 * line, byte), level=level)
-        e.prefetch(e.at(target, 64 * line, byte), write=True, level=level)
-
-
 # --- general matrices -------------------------------------------------------------------------------------------
 
 
@@ -272,14 +260,14 @@ def _pivot_row(g: _Group, k: Value, rows: Value, columns: range) -> list[Number]
 # --- positive definite matrices -----------------------------------------------------------------------------------
 
 
-def _invert_definite(g: _Group, group: Value) -> Value:
+def _invert_definite(g: _Group, step: Callable[[], None]) -> Value:
     # Values are fetched where they are used: the compiler, left to itself, would rather keep more of them in
     # registers than there are.
-    base, pauses = [g.base], itertools.count()
+    base = [g.base]
 
     def pause() -> None:
         base[0] = g.e.launder(g.base)
-        _ask_ahead(g, group, g.e.integer(next(pauses)), definite_inverse.pauses(g.n))
+        step()
 
     def address(i: int, j: int) -> Value:
         return g.vector((i * g.n + j) * g.parts, base[0])
@@ -338,10 +326,9 @@ def _judge(g: _Group, failed: Value, finite: Value, scale: scaling.Scale, norm: 
     return info
 
 
-def _write_as_it_is(g: _Group, group: Value, scale: scaling.Scale) -> None:
+def _write_as_it_is(g: _Group, base: Value, scale: scaling.Scale) -> None:
     e = g.e
     _multiply_rarely(g, scale)
-    base = e.at(e.arguments[1], group * (e.lanes * g.size))
 
     def give(start: Value, count: int) -> None:
         entries = [e.load(g.vector(start + q), align=e.nbytes) for q in range(count)]
@@ -366,7 +353,7 @@ def _exchange_columns(g: _Group) -> None:
             g.keep(mine, g.entry(row, k))
 
 
-def _write_permuted(g: _Group, group: Value, scale: scaling.Scale) -> None:
+def _write_permuted(g: _Group, base: Value, scale: scaling.Scale) -> None:
     """Write row by row, putting the columns in order within the registers."""
     e, n, length = g.e, g.n, g.n * g.parts
     _multiply_rarely(g, scale)
@@ -383,7 +370,6 @@ def _write_permuted(g: _Group, group: Value, scale: scaling.Scale) -> None:
         orders = e.transpose([e.from_bits(index) for index in order[b * e.lanes :][: e.lanes]])
         for lane, value in enumerate(orders):
             e.store(value, g.vector(b * e.lanes + lane, g.orders), align=e.nbytes)
-    base = e.at(e.arguments[1], group * (e.lanes * g.size))
     with e.loop(0, n) as line:
         row = g.entry(line, 0)
         numbers = [

@@ -18,9 +18,9 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-#: ``f(a, out, info, rcond, count, scratch)``; ctypes lets go of the interpreter lock while it runs.
-Function = Callable[[int, int, int, int, int, int], None]
-_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p)
+#: ``f(a, out, info, rcond, count, scratch, past_caches)``; ctypes lets go of the interpreter lock while it runs.
+Function = Callable[[int, int, int, int, int, int, int], None]
+_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 #: LLVM's compiler is shared by the threads of a process.
 _lock = threading.Lock()
 _DIGEST_NBYTES = 32

@@ -62,7 +62,7 @@ class Number:
         if len(self.parts) == 1:
             return Number(e, (e.like(self.parts[0], 1.0) / self.parts[0],))
         # The squares must not underflow: bring the number near 1 by a power of two first.
-        factor = e.power_of_two(-e.exponent(e.bits(self.size())))
+        factor = e.unit_factor(e.bits(self.size()))
         re, im = (part * factor for part in self.parts)
         inverse = factor / e.fma(im, im, re * re)
         return Number(e, (re * inverse, -im * inverse))

@@ -7,17 +7,16 @@ selections; positive definite ones as in `definite`.
 
 from __future__ import annotations
 
-from llvmlite import ir
+import itertools
+from collections.abc import Callable
 
 from dask_batchinv.kernels import definite as definite_inverse
 from dask_batchinv.kernels import scaling
 from dask_batchinv.kernels.emit import Emitter, Value
 from dask_batchinv.kernels.numbers import Number
+from dask_batchinv.kernels.traffic import Traffic
 
 Matrix = list[list[Number]]
-
-#: How far ahead of the work memory is asked for; measured.
-AHEAD_NBYTES = 4096
 
 
 def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite: bool) -> str:
@@ -35,12 +34,11 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
         Whether the matrices are positive definite: then only their upper triangles count.
     """
     e = Emitter(name, itemsize, lanes)
-    source, target, info_target, rcond_target, count, _ = e.arguments
+    source, _, info_target, rcond_target, count, scratch, _ = e.arguments
     size = n * n * parts
+    traffic = Traffic(e, size, scratch)
     with e.loop(0, count) as group:
-        base = group * (lanes * size)
-        _ask_ahead(e, source, target, base, size)
-        entries = e.load_columns(lambda lane: e.at(source, base + lane * size), size)
+        entries = e.load_stack(e.at(source, group * (lanes * size)), size)
         used = [_is_read(at, n, parts) or not definite for at in range(size)]
         finite, scale = _measure(e, [entry for entry, use in zip(entries, used, strict=True) if use])
         entries = _multiply(e, entries, scale)
@@ -48,24 +46,29 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
         if definite:
             _mirror(a)
         norm = _norm(e, a)
-        pivot = _invert_definite(e, a) if definite else _eliminate(e, a)
+        if definite:
+            pauses = itertools.count()
+            pivot = _invert_definite(e, a, lambda: traffic.step(group, next(pauses), definite_inverse.pauses(n)))
+        else:
+            pivot = _eliminate(e, a, lambda k: traffic.step(group, k, n))
         norm_of_inverse = _norm(e, a)
-        entries = [part for row in a for number in row for part in number.parts]
-        entries = [entry + 0.0 for entry in _multiply(e, entries, scale)]  # no negative zeros
-        overflow = _overflow(e, entries, norm_of_inverse, scale)
-        info = scaling.outcome(e, pivot, finite, overflow)
-        e.store_columns(_nan_where_failed(e, entries, info), lambda lane: e.at(target, base + lane * size))
+        entries = _multiply(e, [part for row in a for number in row for part in number.parts], scale)
+        info = e.variable(e.select(finite, pivot, -1))
+        rcond = e.variable(e.numbers(1.0) / (norm * norm_of_inverse))
+        with e.when(e.any(~(norm_of_inverse * scale.first * scale.second < float("inf")))):
+            # The sum is too large; is one of its numbers?
+            info.set(e.select(_is_finite(e, entries) | ~info.get().eq(0), info.get(), -2))
+        variables = [e.variable(entry) for entry in entries]
+        with e.when(e.any(~info.get().eq(0))):
+            for variable in variables:
+                variable.set(e.select(info.get().eq(0), variable.get(), float("nan")))
+            rcond.set(scaling.rcond_of_failed(e, info.get(), finite, rcond.get()))
+        e.store_stack([variable.get() for variable in variables], traffic.place(group))
         at = group * lanes
-        e.store(e.resize(info, e.int32), e.at(info_target, at, e.int32), align=4)
-        e.store(scaling.rcond(e, info, finite, norm, norm_of_inverse), e.at(rcond_target, at))
+        e.store(e.resize(info.get(), e.int32), e.at(info_target, at, e.int32), align=4)
+        e.store(rcond.get(), e.at(rcond_target, at))
+    traffic.finish(count)
     return e.finish()
-
-
-def _ask_ahead(e: Emitter, source: Value, target: Value, base: Value, size: int) -> None:
-    byte = ir.IntType(8)
-    for at in range(0, e.lanes * size * e.itemsize, 64):
-        e.prefetch(e.at(e.at(source, base), AHEAD_NBYTES + at, byte))
-        e.prefetch(e.at(e.at(target, base), AHEAD_NBYTES + at, byte), write=True)
 
 
 def _is_read(at: int, n: int, parts: int) -> bool:
@@ -84,10 +87,11 @@ def _measure(e: Emitter, entries: list[Value]) -> tuple[Value, scaling.Scale]:
 
 
 def _multiply(e: Emitter, entries: list[Value], scale: scaling.Scale) -> list[Value]:
-    variables = [e.variable(entry * scale.first) for entry in entries]
+    """Return entries scaled, with no negative zeros."""
+    variables = [e.variable(scaling.without_sign_of_zero(e, entry, scale.first)) for entry in entries]
     with e.when(scale.is_long):
         for variable in variables:
-            variable.set(variable.get() * scale.second)
+            variable.set(scaling.without_sign_of_zero(e, variable.get(), scale.second))
     return [variable.get() for variable in variables]
 
 
@@ -109,12 +113,13 @@ def _norm(e: Emitter, a: Matrix) -> Value:
     return norm
 
 
-def _eliminate(e: Emitter, a: Matrix) -> Value:
-    """Invert in place; return the number of the first pivot that is zero."""
+def _eliminate(e: Emitter, a: Matrix, before: Callable[[int], None]) -> Value:
+    """Invert in place; return the number of the first pivot that is zero. `before` is called before each step."""
     n = len(a)
     failed = e.integers(0)
     chosen = []
     for k in range(n):
+        before(k)
         best, row = a[k][k].size(), e.integers(k)
         for i in range(k + 1, n):
             size = a[i][k].size()
@@ -144,31 +149,17 @@ def _eliminate(e: Emitter, a: Matrix) -> Value:
     return failed
 
 
-def _invert_definite(e: Emitter, a: Matrix) -> Value:
+def _invert_definite(e: Emitter, a: Matrix, pause: Callable[[], None]) -> Value:
     def put(i: int, j: int, number: Number) -> None:
         a[i][j] = number
 
-    failed = definite_inverse.invert(e, len(a), lambda i, j: a[i][j], put, lambda: None)
+    failed = definite_inverse.invert(e, len(a), lambda i, j: a[i][j], put, pause)
     _mirror(a)
     return failed
 
 
-def _overflow(e: Emitter, entries: list[Value], norm: Value, scale: scaling.Scale) -> Value:
-    """Whether an entry is not finite; looked at one by one only where even their sum is not."""
-    found = e.variable(e.bit_words(e.integers(0).eq(1)))
-    bound = norm * scale.first * scale.second
-    with e.when(e.any(~(bound < float("inf")))):
-        largest = e.integers(0)
-        for entry in entries:
-            largest = e.unsigned("umax", largest, e.bits(e.absolute(entry)))
-        found.set(e.bit_words(~scaling.is_finite(e, largest)))
-    return ~found.get().eq(0)
-
-
-def _nan_where_failed(e: Emitter, entries: list[Value], info: Value) -> list[Value]:
-    good = info.eq(0)
-    variables = [e.variable(entry) for entry in entries]
-    with e.when(e.any(~good)):
-        for variable in variables:
-            variable.set(e.select(good, variable.get(), float("nan")))
-    return [variable.get() for variable in variables]
+def _is_finite(e: Emitter, entries: list[Value]) -> Value:
+    largest = e.integers(0)
+    for entry in entries:
+        largest = e.unsigned("umax", largest, e.bits(e.absolute(entry)))
+    return scaling.is_finite(e, largest)

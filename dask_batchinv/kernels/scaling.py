@@ -18,37 +18,45 @@ class Scale:
     """A power of two, as one factor that nearly always is enough and a second for what it lacks."""
 
     e: Emitter
-    shift: Value
-    """The exponent, an integer per lane or a scalar."""
     first: Value
     second: Value
-    rest: Value
-    """The exponent of the second factor."""
-
-    @property
-    def is_long(self) -> Value:
-        """Whether a second factor is needed somewhere."""
-        nonzero = ~self.rest.eq(0)
-        return self.e.any(nonzero) if self.rest.is_vector else nonzero
+    is_long: Value
+    """Whether a second factor is needed somewhere."""
 
     def splat(self) -> Scale:
         """Return a scalar scale for whole vectors."""
-        splat = self.e.splat
-        return Scale(self.e, self.shift, splat(self.first), splat(self.second), self.rest)
+        return Scale(self.e, self.e.splat(self.first), self.e.splat(self.second), self.is_long)
 
 
 def power(e: Emitter, shift: Value) -> Scale:
     """Return the factors of 2**shift."""
     near = e.signed("smin", e.signed("smax", shift, e.lowest), 1 - e.lowest)
     rest = shift - near
-    return Scale(e, shift, e.power_of_two(near), e.power_of_two(rest), rest)
+    is_long = e.any(~rest.eq(0)) if rest.is_vector else ~rest.eq(0)
+    return Scale(e, e.power_of_two(near), e.power_of_two(rest), is_long)
+
+
+def unit_shift(e: Emitter, largest: Value, smallest: Value) -> Value:
+    """Return the exponent that scales matrices, from the bits of their largest and smallest nonzero numbers."""
+    bearable = e.signed("smin", (e.lowest + 1) - e.exponent(smallest), 0)
+    shift = e.signed("smax", -e.exponent(largest), bearable)
+    return e.select(largest.eq(0), shift * 0, shift)
 
 
 def unit_scale(e: Emitter, largest: Value, smallest: Value) -> Scale:
-    """Return the scale of matrices from the bits of their largest and smallest nonzero numbers."""
-    bearable = e.signed("smin", (e.lowest + 1) - e.exponent(smallest), 0)
-    shift = e.signed("smax", -e.exponent(largest), bearable)
-    return power(e, e.select(largest.eq(0), shift * 0, shift))
+    """Return what `power` makes of `unit_shift`, in few steps where all matrices of a group are of the usual kind.
+
+    That is: their largest number is normal, and so is what becomes of the smallest.
+    """
+    one = 1 << e.digits
+    scale = Scale(e, e.from_bits((2 - 2 * e.lowest) * one - (largest & -one)), e.numbers(1.0), e.boolean(False))
+    variables = [e.variable(value) for value in (scale.first, scale.second, scale.is_long)]
+    unusual = (largest - one).above((-2 * e.lowest + 1) * one - 1) | (smallest - largest < (e.lowest + 2) * one)
+    with e.when(e.any(unusual)):
+        exact = power(e, unit_shift(e, largest, smallest))
+        for variable, value in zip(variables, (exact.first, exact.second, exact.is_long), strict=True):
+            variable.set(value)
+    return Scale(e, *(variable.get() for variable in variables))
 
 
 def without_sign_of_zero(e: Emitter, value: Value, factor: Value) -> Value:
@@ -74,6 +82,9 @@ def outcome(e: Emitter, pivot: Value, finite: Value, overflow: Value) -> Value:
 
 def rcond(e: Emitter, info: Value, finite: Value, norm: Value, norm_of_inverse: Value) -> Value:
     """Return ``rcond`` from the 1-norms of the matrix and of its inverse, both at unit size."""
-    value = e.like(norm, 1.0) / (norm * norm_of_inverse)
-    value = e.select(info > 0, e.like(norm, 0.0), value)
-    return e.select(finite, value, e.like(norm, float("nan")))
+    return rcond_of_failed(e, info, finite, e.like(norm, 1.0) / (norm * norm_of_inverse))
+
+
+def rcond_of_failed(e: Emitter, info: Value, finite: Value, rcond: Value) -> Value:
+    """Return what ``rcond`` is: 0 for singular matrices, NaN for those with infinities or NaN."""
+    return e.select(finite, e.select(info > 0, e.like(rcond, 0.0), rcond), e.like(rcond, float("nan")))

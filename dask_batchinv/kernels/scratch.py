@@ -201,12 +201,12 @@ class Measure:
         """Note whether the matrix is finite and by what it is scaled."""
         e = self.e
         largest = e.reduce("umax", self.largest.get())
-        scale = scaling.unit_scale(e, largest, e.reduce("umin", self.smallest.get()) + 1)
-        a.set(a.state, SHIFT, e.resize(scale.shift, INT))
+        shift = scaling.unit_shift(e, largest, e.reduce("umin", self.smallest.get()) + 1)
+        a.set(a.state, SHIFT, e.resize(shift, INT))
         a.set(a.state, FINITE, e.number_of(scaling.is_finite(e, largest)))
         for v in range(a.s.vectors):
             e.store(e.numbers(1.0), e.at(a.pivot_sizes, v * e.lanes))
-        return scale.splat()
+        return scaling.power(e, shift).splat()
 
 
 def scale_back(a: Matrix) -> scaling.Scale:

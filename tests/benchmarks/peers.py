@@ -129,7 +129,7 @@ def peak_gflops(itemsize: int) -> float:
 
     function, keep_alive = machine.load(name, write)
     memory = np.zeros(chains * lanes, f"f{itemsize}")
-    run = _timed(lambda: function(*[memory.ctypes.data] * 4, rounds, memory.ctypes.data))
+    run = _timed(lambda: function(*[memory.ctypes.data] * 4, rounds, memory.ctypes.data, 0))
     seconds = min(run() for _ in range(5))
     del keep_alive
     return 2 * chains * lanes * rounds / seconds / 1e9

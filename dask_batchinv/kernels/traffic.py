@@ -1,0 +1,104 @@
+"""Memory on its way: numbers are asked for ahead, and inverses written past the caches where there are many.
+
+An ordinary store first reads the line that it changes: for large stacks of small matrices that is a third of all
+traffic. A non-temporal store of a whole aligned line does without. So a group of inverses is put together in the
+scratch, and sent off piece by piece while the next group is in work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dask_batchinv.kernels.emit import Emitter, Value
+
+#: Memory is asked for at least so far ahead; measured.
+_AHEAD_NBYTES = 4096
+#: What is asked for ahead goes to the first-level cache up to this size of a group, else to the second.
+_FIRST_LEVEL_NBYTES = 2**14
+
+
+def buffer_nbytes(size: int, vector_nbytes: int) -> int:
+    """Bytes of the scratch for groups of `size` vectors."""
+    return (size + 1) * vector_nbytes
+
+
+class Traffic:
+    """The ways of groups of `size` vectors of numbers: from the stack, and to the inverses."""
+
+    def __init__(self, e: Emitter, size: int, buffer: Value):
+        self.e, self.size, self.buffer = e, size, buffer
+        self.past_caches = ~e.arguments[6].eq(0)
+        # Lanes by which the first inverse begins after a whole vector.
+        self.skew = (e.address(e.arguments[1]) & (e.nbytes - 1)) >> (e.itemsize.bit_length() - 1)
+        self.level = 3 if size * e.nbytes <= _FIRST_LEVEL_NBYTES else 2
+
+    def step(self, group: Value, step: Value | int, steps: int) -> None:
+        """In each of `steps` steps of the work on a group, do a part of what there is to do for others."""
+        e, share = self.e, -(-self.size // steps)
+        ahead = -(-_AHEAD_NBYTES // (self.size * e.nbytes))
+        source, target = self._numbers(0, group + ahead), self._numbers(1, group + (ahead if ahead > 1 else 0))
+        line = max(1, 64 // e.nbytes)
+        self._each(step, share, lambda v: e.prefetch(self._vector(source, v), level=self.level), line)
+        with e.when(~self.past_caches):
+            self._each(step, share, lambda v: e.prefetch(self._vector(target, v), write=True, level=self.level), line)
+        if isinstance(step, int):
+            if step == 0:
+                self._send_first(group)
+        else:
+            with e.when(step.eq(0)):
+                self._send_first(group)
+        with e.when(self.past_caches & (group > 0)):
+            self._each(step, share, lambda v: self._send(group - 1, v))
+
+    def place(self, group: Value) -> Value:
+        """Return where to write the inverses of a group; all steps for the one before must have been done."""
+        # The end of the group before is in the same vector as the beginning of this.
+        self.e.store(self._line(self.size), self.buffer, align=self.e.nbytes)
+        return self.e.select(self.past_caches, self.e.at(self.buffer, self.skew), self._numbers(1, group))
+
+    def finish(self, count: Value) -> None:
+        """Send what is left after so many groups."""
+        e = self.e
+        with e.when(self.past_caches & (count > 0)):
+            self._send_first(count)
+            with e.loop(1, self.size) as v:
+                self._send(count - 1, v)
+            self._store_some(self._line(self.size), e.iota < e.splat(e.resize(self.skew, e.word)), count)
+            e.fence()
+
+    def _send_first(self, group: Value) -> None:
+        """Send the first vector of the group before; that of the very first group may begin before the target."""
+        e = self.e
+        with e.when(self.past_caches & (group > 1)):
+            e.store_past_caches(self._line(0), self._start(group - 1))
+        with e.when(self.past_caches & group.eq(1)):
+            self._store_some(self._line(0), ~(e.iota < e.splat(e.resize(self.skew, e.word))), group - 1)
+
+    def _send(self, group: Value, vector: Value | int) -> None:
+        """Send a vector; not the first, which has a way of its own."""
+        if isinstance(vector, Value):
+            vector = self.e.unsigned("umax", vector, self.e.integer(1))
+        elif vector == 0:
+            return
+        self.e.store_past_caches(self._line(vector), self._vector(self._start(group), vector))
+
+    def _store_some(self, line: Value, lanes: Value, group: Value) -> None:
+        self.e.store_where(lanes, line, self._start(group))
+
+    def _each(self, step: Value | int, share: int, body: Callable[[Value | int], None], every: int = 1) -> None:
+        """Run the body for a step's share of vectors, or only for every second or fourth."""
+        stop = share if isinstance(step, Value) else min(share, self.size - step * share)
+        for v in range(0, stop, every):
+            body(step * share + v)
+
+    def _numbers(self, argument: int, group: Value) -> Value:
+        return self.e.at(self.e.arguments[argument], group * (self.size * self.e.lanes))
+
+    def _start(self, group: Value) -> Value:
+        return self.e.at(self._numbers(1, group), -self.skew)
+
+    def _vector(self, base: Value, index: Value | int) -> Value:
+        return self.e.at(base, index * self.e.lanes)
+
+    def _line(self, index: Value | int) -> Value:
+        return self.e.load(self._vector(self.buffer, index), align=self.e.nbytes)
