@@ -24,6 +24,8 @@ ORDER = [
     "kernels.numbers",
     "kernels.scaling",
     "kernels.traffic",
+    "kernels.group",
+    "kernels.elimination",
     "kernels.scratch",
     "kernels.definite",
     "kernels.registers",

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dask_batchinv.kernels import group as groups
 from dask_batchinv.kernels import interleaved, lapack, machine, panels, registers, sweeps
 from dask_batchinv.kernels.scratch import Shape
 
@@ -31,7 +32,7 @@ LARGEST = 512
 #: The largest n for one matrix per lane, by bytes of a real and reals of a number; measured.
 _REGISTERS = {"general": {1: 6, 2: 4}, "positive definite": {1: 8, 2: 6}}
 _INTERLEAVED = {
-    "general": {(4, 1): 24, (8, 1): 16, (4, 2): 12, (8, 2): 12},
+    "general": {(4, 1): 24, (8, 1): 20, (4, 2): 16, (8, 2): 14},
     "positive definite": {(4, 1): 16, (8, 1): 16, (4, 2): 11, (8, 2): 11},
 }
 _ALIGNMENT = 64
@@ -72,7 +73,7 @@ def program(n: int, dtype: npt.DTypeLike, kind: Kind, vector_nbytes: int) -> Pro
     module: Any
     if n <= _INTERLEAVED[kind][itemsize, parts]:
         module = registers if n <= _REGISTERS[kind][parts] else interleaved
-        group, nbytes = lanes, interleaved.scratch_nbytes(n, itemsize, parts, lanes)
+        group, nbytes = lanes, groups.scratch_nbytes(n, itemsize, parts, lanes)
     else:
         module = sweeps if definite else panels
         shape = Shape(n, itemsize, parts, lanes, together=_together(n, itemsize, parts, definite))
@@ -89,9 +90,11 @@ def program(n: int, dtype: npt.DTypeLike, kind: Kind, vector_nbytes: int) -> Pro
 def _together(n: int, itemsize: int, parts: int, definite: bool) -> int:
     """Matrices in work at a time, to wait less for each pivot; the larger, the less there is to wait; measured."""
     lines = -(-n * itemsize // _ALIGNMENT) * parts
-    if lines <= 2:
-        return 2 if definite else 3
-    return 2 if lines <= (4 if parts == 2 else 8) and not definite else 1
+    if definite:
+        return 2 if lines <= 2 else 1
+    if lines <= (4 if parts == 2 else 3):
+        return 3
+    return 2 if lines <= (6 if parts == 2 else 8) else 1
 
 
 @dataclass

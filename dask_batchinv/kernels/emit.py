@@ -190,6 +190,10 @@ class Emitter:
         """Return a scalar condition."""
         return self.value(constant(_I1, int(truth)))
 
+    def number(self, number: float) -> Value:
+        """Return a single real."""
+        return self.value(constant(self.real, number))
+
     def numbers(self, number: Any) -> Value:
         """Return a vector of reals."""
         return self.value(constant(self.vector, number))
@@ -420,12 +424,19 @@ class Emitter:
         return self.value(self.builder.shuffle_vector(a.raw, other, order))
 
     def permute(self, values: Sequence[Value], order: Value) -> Value:
-        """Return the lanes that `order` names at run time, counted through one vector or two."""
-        kind = "df" if self.itemsize == 8 else "sf"
-        if len(values) == 1:
-            return self.call(f"llvm.x86.avx512.permvar.{kind}.512", self.vector, values[0], order)
-        kind = "pd" if self.itemsize == 8 else "ps"
-        return self.call(f"llvm.x86.avx512.vpermi2var.{kind}.512", self.vector, values[0], order, values[1])
+        """Return the lanes that `order` names at run time, counted through all the vectors."""
+        w, result = self.lanes, None
+        for start in range(0, len(values), 2):
+            kind, pair = "df" if self.itemsize == 8 else "sf", values[start : start + 2]
+            if len(pair) == 1:
+                found = self.call(f"llvm.x86.avx512.permvar.{kind}.512", self.vector, pair[0], order)
+            else:
+                kind = "pd" if self.itemsize == 8 else "ps"
+                found = self.call(f"llvm.x86.avx512.vpermi2var.{kind}.512", self.vector, pair[0], order, pair[1])
+            # The instructions look at the lowest bits of a number only.
+            result = found if result is None else self.select(order < start * w, result, found)
+        assert result is not None
+        return result
 
     def load_columns(self, address: Callable[[int], Value], count: int) -> list[Value]:
         """Load `count` numbers from as many addresses as there are lanes, and turn them.
@@ -558,7 +569,9 @@ class Emitter:
             yield
 
     def any(self, mask: Value) -> Value:
-        """Whether the mask is set in some lane."""
+        """Whether the mask is set in some lane; a scalar condition itself."""
+        if not mask.is_vector:
+            return mask
         return ~self.mask_bits(mask).eq(0)
 
     def finish(self) -> str:

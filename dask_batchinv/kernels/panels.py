@@ -29,7 +29,6 @@ from dask_batchinv.kernels.scratch import (
     each_vector,
     first_lane,
     report,
-    scale_back,
 )
 
 #: Vectors of a column up to which the search for a pivot is unrolled.
@@ -39,32 +38,37 @@ _SEARCHED_AT_ONCE = 16
 def write(name: str, s: Shape) -> str:
     """Write the kernel: it inverts `count` groups of ``s.together`` general matrices."""
     e = Emitter(name, s.itemsize, s.lanes)
-    every = range(s.together)
+    every = [e.integer(g) for g in range(s.together)]
     with e.loop(0, e.arguments[4]) as group:
         first = group * s.together
+        # Where the steps of one matrix wait for each other, they are written side by side for all.
+        for each in every:
+            _measure(Matrix(e, s, each), first + each)
         with e.loop(0, s.together) as g:
             _read(Matrix(e, s, g), first + g)
 
         def panel(k0: Value, width: int) -> None:
-            matrices = [Matrix(e, s, e.integer(g)) for g in every]
-            rows = [_search(a, k0) for a in matrices]
+            panels = [_Panel(Matrix(e, s, g), k0) for g in every]
+            rows = [_search(panel, 0) for panel in panels]
             for p in range(width):
                 ask_ahead(e, s, first, k0 + p)
-                steps = [_Step(a, k0, p, row) for a, row in zip(matrices, rows, strict=True)]
+                steps = [_Step(panel, p, row) for panel, row in zip(panels, rows, strict=True)]
                 # The next search waits for one column only: it runs while the others are updated.
                 ahead = [p + 1] if p + 1 < width else []
                 for step in steps:
                     step.apply(ahead, first=True)
                 if ahead:
-                    rows = [_search(a, k0 + (p + 1)) for a in matrices]
+                    rows = [_search(panel, p + 1) for panel in panels]
                 for step in steps:
                     step.apply([q for q in range(width) if q not in (p, p + 1)], first=False)
             with e.loop(0, s.together) as g:
-                _update_others(Matrix(e, s, g), k0, width)
+                _update_others(_Panel(Matrix(e, s, g), k0), width)
 
         each_block(e, s.n, PANEL, panel)
         with e.loop(0, s.together) as g:
             _write(Matrix(e, s, g), first + g)
+        for each in every:
+            report(Matrix(e, s, each), first + each, lambda size: size.eq(0.0))
     return e.finish()
 
 
@@ -76,8 +80,8 @@ def _modulus(e: Emitter, s: Shape, row: Value) -> Value:
     return e.sqrt(square + e.shuffle(square, None, [i ^ 1 for i in range(e.lanes)]))
 
 
-def _read(a: Matrix, index: Value) -> None:
-    """Bring a matrix to unit size, sum up its columns, and turn it."""
+def _measure(a: Matrix, index: Value) -> None:
+    """Find the scale of a matrix."""
     e, s = a.e, a.s
     source = e.at(e.arguments[0], index * s.size)
     measure = Measure(e)
@@ -87,7 +91,14 @@ def _read(a: Matrix, index: Value) -> None:
             measure.look(e.load_first(e.at(source, start + at), count - at))
 
     each_block(e, s.size, 4 * e.lanes, look)
-    scale = measure.settle(a)
+    measure.settle(a)
+
+
+def _read(a: Matrix, index: Value) -> None:
+    """Bring a matrix to unit size, sum up its columns, and turn it."""
+    e, s = a.e, a.s
+    source = e.at(e.arguments[0], index * s.size)
+    first, second = a.scale()
     norm = e.variable(e.numbers(0.0))
 
     def columns(c: Value, width: int) -> None:
@@ -97,7 +108,7 @@ def _read(a: Matrix, index: Value) -> None:
             block = []
             for t in range(height):
                 numbers = e.load_first(e.at(source, (r + t) * (s.n * s.parts) + c), width)
-                block.append(numbers * scale.first * scale.second)
+                block.append(numbers * first * second)
                 total.set(total.get() + _modulus(e, s, block[-1]))
             turned = e.transpose(block + [e.numbers(0.0)] * (e.lanes - height))
             for q in range(width):
@@ -118,19 +129,41 @@ def _read(a: Matrix, index: Value) -> None:
         e.store(e.counting(start, count), e.at(a.columns, start, INT))
 
 
-def _search(a: Matrix, k: Value) -> Value:
-    """Find the largest number of column k in rows that have not been pivots; note its size, return its row."""
-    e, s = a.e, a.s
+class _Panel:
+    """Some columns of a matrix, from k0 on."""
+
+    def __init__(self, a: Matrix, k0: Value):
+        self.a, self.e, self.k0 = a, a.e, k0
+        # Left to itself, the compiler would compute the address of each column anew.
+        self.start = self.e.launder(a.address(a.rows, k0, 0))
+
+    def load(self, q: int, vector: Value | int) -> Number:
+        """Load a vector of column q of the panel."""
+        return self.a.load(self.start, self.e.integer(q), vector)
+
+    def store(self, number: Number, q: int, vector: Value | int) -> None:
+        """Store a vector of column q of the panel."""
+        self.a.store(number, self.start, self.e.integer(q), vector)
+
+    def entry(self, q: int, row: Value) -> Number:
+        """Load one number of column q of the panel, in all lanes."""
+        return self.a.entry(self.start, self.e.integer(q), row).splat()
+
+
+def _search(panel: _Panel, q: int) -> Value:
+    """Find the largest number of a column in rows that have not been pivots; note its size, return its row."""
+    a, e, s = panel.a, panel.e, panel.a.s
 
     def key(v: Value) -> Value:
-        return e.select(e.mask_from(a.get(a.used, v)), e.numbers(-1.0), a.load(a.rows, k, v).size())
+        return e.select(e.mask_from(a.get(a.used, v)), e.numbers(-1.0), panel.load(q, v).size())
 
     if s.vectors <= _SEARCHED_AT_ONCE:
-        best = [key(e.integer(v)) for v in range(s.vectors)]
+        keys = [key(e.integer(v)) for v in range(s.vectors)]
+        best = keys
         while len(best) > 1:
             best = [e.larger(*best[i : i + 2]) if i + 1 < len(best) else best[i] for i in range(0, len(best), 2)]
         largest = across(e, best[0], e.larger)
-        row = first_lane(e, [key(e.integer(v)).eq(largest) for v in range(s.vectors)])
+        row = first_lane(e, [key.eq(largest) for key in keys])
     else:
         kept, first = e.variable(e.numbers(-1.0)), e.variable(e.integer(s.length))
         with e.loop(0, s.vectors) as v:
@@ -140,68 +173,69 @@ def _search(a: Matrix, k: Value) -> Value:
             found = first_lane(e, [key(v).eq(largest)]) + v * e.lanes
             first.set(e.unsigned("umin", first.get(), found))
         row = first.get()
-    e.store(e.lane(largest, 0), e.at(a.pivot_sizes, k))
+    e.store(e.lane(largest, 0), e.at(a.pivot_sizes, panel.k0 + q))
     # Where overflow has made NaN of all keys, any row will do.
     return e.unsigned("umin", row, e.integer(s.n - 1))
 
 
 class _Step:
-    """One step of the elimination within a panel."""
+    """Step p of the elimination within a panel, with the pivot in a row."""
 
-    def __init__(self, a: Matrix, k0: Value, p: int, row: Value):
-        e, s = a.e, a.s
-        self.a, self.k0, self.p, self.row = a, k0, p, row
-        a.set(a.pivots, k0 + p, row)
-        a.set(a.columns, row, k0 + p)
-        self.inverse = a.entry(a.rows, k0 + p, row).splat().reciprocal()
+    def __init__(self, panel: _Panel, p: int, row: Value):
+        a, e = panel.a, panel.e
+        self.panel, self.p, self.row = panel, p, row
+        k = panel.k0 + p
+        a.set(a.pivots, k, row)
+        a.set(a.columns, row, k)
+        self.inverse = panel.entry(p, row).reciprocal()
         if p == 0:
-            for v in range(s.vectors):
-                a.set(a.fresh, v, e.integer(0))
+            for v in range(a.s.vectors):
+                a.set(a.others, v, e.integer(-1))
         word, bit = row >> (e.lanes.bit_length() - 1), e.integer(1) << (row & (e.lanes - 1))
-        for table in (a.used, a.fresh):
-            a.set(table, word, a.get(table, word) | bit)
+        a.set(a.used, word, a.get(a.used, word) | bit)
+        a.set(a.others, word, a.get(a.others, word) & ~bit)
 
     def apply(self, columns: list[int], *, first: bool) -> None:
         """Update some columns of the panel; the first time also make P of the pivot's own."""
-        a, e, k0, k = self.a, self.a.e, self.k0, self.k0 + self.p
-        factors = [a.entry(a.rows, k0 + q, self.row).splat() for q in columns]
+        panel, e = self.panel, self.panel.e
+        factors = [panel.entry(q, self.row) for q in columns]
         row = e.splat(e.resize(self.row, e.word))
         minus = -self.inverse
 
         def body(v: Value) -> None:
             here = (e.iota + e.splat(e.resize(v * e.lanes, e.word))).eq(row)
-            replacing = a.load(a.rows, k, v)
+            replacing = panel.load(self.p, v)
             if first:
                 replacing = self.inverse.where(here, replacing * minus)
-                a.store(replacing, a.rows, k, v)
+                panel.store(replacing, self.p, v)
             for q, factor in zip(columns, factors, strict=True):
-                old = _without(a, here, a.load(a.rows, k0 + q, v))
-                a.store(old.plus_product(factor, replacing), a.rows, k0 + q, v)
+                panel.store(_only(~here, panel.load(q, v)).plus_product(factor, replacing), q, v)
 
-        each_vector(e, a.s.vectors, body)
-
-
-def _without(a: Matrix, mask: Value, number: Number) -> Number:
-    nothing = Number(a.e, tuple(a.e.numbers(0.0) for _ in range(a.s.parts)))
-    return nothing.where(mask, number)
+        each_vector(e, panel.a.s.vectors, body)
 
 
-def _update_others(a: Matrix, k0: Value, width: int) -> None:
+def _only(mask: Value, number: Number) -> Number:
+    """Return a number where the mask is set, else zero."""
+    return number.where(mask, Number(number.e, tuple(number.e.numbers(0.0) for _ in number.parts)))
+
+
+def _update_others(panel: _Panel, width: int) -> None:
     """Update the columns outside the panel."""
-    e, s = a.e, a.s
+    a, e, s, k0 = panel.a, panel.e, panel.a.s, panel.k0
     pivots = [a.get(a.pivots, k0 + p) for p in range(width)]
 
     def update(j: Value, count: int) -> None:
-        factors = [[a.entry(a.rows, j + t, row).splat() for row in pivots] for t in range(count)]
+        columns = _Panel(a, j)
+        factors = [[columns.entry(t, row) for row in pivots] for t in range(count)]
 
         def body(v: Value) -> None:
-            gone = e.mask_from(a.get(a.fresh, v))
-            sums = [_without(a, gone, a.load(a.rows, j + t, v)) for t in range(count)]
+            stay = e.mask_from(a.get(a.others, v))
+            sums = [_only(stay, columns.load(t, v)) for t in range(count)]
             for p in range(width):
-                replacing = a.load(a.rows, k0 + p, v)
+                replacing = panel.load(p, v)
                 sums = [total.plus_product(f[p], replacing) for f, total in zip(factors, sums, strict=True)]
             for t, total in enumerate(sums):
-                a.store(total, a.rows, j + t, v)
+                columns.store(total, t, v)
 
         each_vector(e, s.vectors, body)
 
@@ -221,7 +255,7 @@ def _write(a: Matrix, index: Value) -> None:
     """Turn the inverse back and write it, rows and columns in their order."""
     e, s = a.e, a.s
     target = e.at(e.arguments[1], index * s.size)
-    scale = scale_back(a)
+    first, second = a.scale()
     norm, largest = e.variable(e.numbers(0.0)), e.variable(e.integers(0))
 
     def columns(c: Value, width: int) -> None:
@@ -236,7 +270,7 @@ def _write(a: Matrix, index: Value) -> None:
             turned = e.transpose(block + [e.numbers(0.0)] * (e.lanes - width))
             for t in range(height):
                 total.set(total.get() + _modulus(e, s, turned[t]))
-                numbers = without_sign_of_zero(e, turned[t] * scale.first, scale.second)
+                numbers = without_sign_of_zero(e, turned[t] * first, second)
                 largest.set(e.unsigned("umax", largest.get(), e.bits(e.absolute(numbers))))
                 k = a.get(a.columns, r + t)
                 e.store_first(numbers, e.at(target, k * (s.n * s.parts) + c), width)
@@ -245,5 +279,4 @@ def _write(a: Matrix, index: Value) -> None:
         norm.set(larger_sum(e, total.get(), norm.get()))
 
     each_block(e, s.n * s.parts, e.lanes, columns)
-    total = e.lane(across(e, norm.get(), partial(larger_sum, e)), 0)
-    report(a, index, lambda size: size.eq(0.0), e.reduce("umax", largest.get()), total)
+    a.put_aside(largest.get(), norm.get())

@@ -23,17 +23,12 @@ class Scale:
     is_long: Value
     """Whether a second factor is needed somewhere."""
 
-    def splat(self) -> Scale:
-        """Return a scalar scale for whole vectors."""
-        return Scale(self.e, self.e.splat(self.first), self.e.splat(self.second), self.is_long)
-
 
 def power(e: Emitter, shift: Value) -> Scale:
     """Return the factors of 2**shift."""
     near = e.signed("smin", e.signed("smax", shift, e.lowest), 1 - e.lowest)
     rest = shift - near
-    is_long = e.any(~rest.eq(0)) if rest.is_vector else ~rest.eq(0)
-    return Scale(e, e.power_of_two(near), e.power_of_two(rest), is_long)
+    return Scale(e, e.power_of_two(near), e.power_of_two(rest), e.any(~rest.eq(0)))
 
 
 def unit_shift(e: Emitter, largest: Value, smallest: Value) -> Value:
@@ -44,13 +39,13 @@ def unit_shift(e: Emitter, largest: Value, smallest: Value) -> Value:
 
 
 def unit_scale(e: Emitter, largest: Value, smallest: Value) -> Scale:
-    """Return what `power` makes of `unit_shift`, in few steps where all matrices of a group are of the usual kind.
+    """Return what `power` makes of `unit_shift`, in few steps where there is nothing unusual.
 
-    That is: their largest number is normal, and so is what becomes of the smallest.
+    That is: the largest number of each matrix is normal, and so is what becomes of its smallest.
     """
     one = 1 << e.digits
-    scale = Scale(e, e.from_bits((2 - 2 * e.lowest) * one - (largest & -one)), e.numbers(1.0), e.boolean(False))
-    variables = [e.variable(value) for value in (scale.first, scale.second, scale.is_long)]
+    first = e.from_bits((2 - 2 * e.lowest) * one - (largest & -one))
+    variables = [e.variable(value) for value in (first, e.like(first, 1.0), e.boolean(False))]
     unusual = (largest - one).above((-2 * e.lowest + 1) * one - 1) | (smallest - largest < (e.lowest + 2) * one)
     with e.when(e.any(unusual)):
         exact = power(e, unit_shift(e, largest, smallest))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from llvmlite import ir
 
@@ -62,7 +63,7 @@ class Shape:
         return self.n * self.n * self.parts
 
 
-SHIFT, FINITE, NORM = range(3)
+FIRST, SECOND, FINITE, NORM = range(4)
 _STATES = 4
 
 
@@ -88,9 +89,9 @@ class Matrix:
         """For each row the column that it was the pivot of."""
         self.used = e.at(self.columns, s.length, INT)
         """Bits, a word for each vector: rows that have been pivots, and those that are no rows."""
-        self.fresh = e.at(self.used, s.vectors, INT)
-        """Bits of the rows that have become pivots in this panel."""
-        self.state = e.at(self.fresh, s.vectors, INT)
+        self.others = e.at(self.used, s.vectors, INT)
+        """Bits of the rows that have not become pivots in this panel."""
+        self.state = e.at(self.others, s.vectors, INT)
 
     def address(self, rows: Value, row: Value, vector: Value | int, part: int = 0) -> Value:
         """Return the address of a vector in a table of rows."""
@@ -126,6 +127,22 @@ class Matrix:
     def norm(self) -> Value:
         """The address of the 1-norm."""
         return self.e.at(self.state, NORM, INT)
+
+    def scale(self) -> tuple[Value, Value]:
+        """Return the two factors by which the matrix, and then its inverse, is scaled."""
+        first, second = (self.e.splat(self.e.load(self.e.at(self.state, i, INT), self.e.real)) for i in (FIRST, SECOND))
+        return first, second
+
+    def put_aside(self, *values: Value) -> None:
+        """Keep some vectors until `aside` asks for them, when no panel is in work."""
+        for i, value in enumerate(values):
+            self.e.store(
+                self.e.value(self.e.builder.bitcast(value.raw, self.e.vector)), self.e.at(self.panel, i * self.e.lanes)
+            )
+
+    def aside(self, index: int) -> Value:
+        """Return a vector that was put aside."""
+        return self.e.load(self.e.at(self.panel, index * self.e.lanes), align=self.e.nbytes)
 
 
 def each_block(e: Emitter, total: int, size: int, body: Callable[[Value, int], None]) -> None:
@@ -197,29 +214,26 @@ class Measure:
         self.largest.set(e.unsigned("umax", self.largest.get(), bits))
         self.smallest.set(e.unsigned("umin", self.smallest.get(), bits - 1))
 
-    def settle(self, a: Matrix) -> scaling.Scale:
+    def settle(self, a: Matrix) -> None:
         """Note whether the matrix is finite and by what it is scaled."""
         e = self.e
         largest = e.reduce("umax", self.largest.get())
-        shift = scaling.unit_shift(e, largest, e.reduce("umin", self.smallest.get()) + 1)
-        a.set(a.state, SHIFT, e.resize(shift, INT))
+        scale = scaling.unit_scale(e, largest, e.reduce("umin", self.smallest.get()) + 1)
+        e.store(scale.first, e.at(a.state, FIRST, INT))
+        e.store(scale.second, e.at(a.state, SECOND, INT))
         a.set(a.state, FINITE, e.number_of(scaling.is_finite(e, largest)))
         for v in range(a.s.vectors):
             e.store(e.numbers(1.0), e.at(a.pivot_sizes, v * e.lanes))
-        return scaling.power(e, shift).splat()
 
 
-def scale_back(a: Matrix) -> scaling.Scale:
-    """Return the scale that `Measure` noted."""
-    return scaling.power(a.e, a.e.resize(a.get(a.state, SHIFT), a.e.word)).splat()
-
-
-def report(a: Matrix, index: Value, failing: Callable[[Value], Value], largest: Value, norm: Value) -> None:
+def report(a: Matrix, index: Value, failing: Callable[[Value], Value]) -> None:
     """Write info and rcond of a matrix, and NaN over its inverse where info is not 0.
 
-    `failing` says which of the pivots' sizes are failures, `largest` are the bits of the largest number of the
-    inverse, `norm` its 1-norm before scaling.
+    `failing` says which of the pivots' sizes are failures. Put aside are the bits of the largest numbers of the
+    inverse, and the sums of its columns before scaling.
     """
+    largest = a.e.reduce("umax", a.e.bits(a.aside(0)))
+    norm = a.e.lane(across(a.e, a.aside(1), partial(scaling.larger_sum, a.e)), 0)
     e, s = a.e, a.s
     sizes = [e.load(e.at(a.pivot_sizes, v * e.lanes), align=e.nbytes) for v in range(s.vectors)]
     # What came after the first failure is of no use.

@@ -27,7 +27,6 @@ from dask_batchinv.kernels.scratch import (
     each_block,
     each_vector,
     report,
-    scale_back,
 )
 
 
@@ -36,6 +35,9 @@ def write(name: str, s: Shape) -> str:
     e = Emitter(name, s.itemsize, s.lanes)
     with e.loop(0, e.arguments[4]) as group:
         first = group * s.together
+        every = [e.integer(g) for g in range(s.together)]
+        for each in every:
+            _measure(Matrix(e, s, each), first + each)
         with e.loop(0, s.together) as g:
             _read(Matrix(e, s, g), first + g)
 
@@ -53,11 +55,13 @@ def write(name: str, s: Shape) -> str:
         each_block(e, s.n, PANEL, panel)
         with e.loop(0, s.together) as g:
             _write(Matrix(e, s, g), first + g)
+        for each in every:
+            report(Matrix(e, s, each), first + each, lambda size: size <= 0.0)
     return e.finish()
 
 
-def _read(a: Matrix, index: Value) -> None:
-    """Bring the upper triangle to unit size, and mirror it."""
+def _measure(a: Matrix, index: Value) -> None:
+    """Find the scale of the upper triangle of a matrix."""
     e, s = a.e, a.s
     source = e.at(e.arguments[0], index * s.size)
     length = s.n * s.parts
@@ -76,7 +80,15 @@ def _read(a: Matrix, index: Value) -> None:
             look(c, e.lanes)
         if length % e.lanes:
             look(e.integer(whole), length % e.lanes)
-    scale = measure.settle(a)
+    measure.settle(a)
+
+
+def _read(a: Matrix, index: Value) -> None:
+    """Bring the upper triangle to unit size, and mirror it."""
+    e, s = a.e, a.s
+    source = e.at(e.arguments[0], index * s.size)
+    length = s.n * s.parts
+    first, second = a.scale()
     with e.loop(0, s.n) as i:
 
         def take(c: Value, count: int, i: Value = i) -> None:
@@ -84,7 +96,7 @@ def _read(a: Matrix, index: Value) -> None:
             parts = [e.load_first(e.at(place, p * e.lanes), count * s.parts - p * e.lanes) for p in range(s.parts)]
             if s.parts == 2:
                 parts = [e.shuffle(parts[0], parts[1], range(p, 2 * e.lanes, 2)) for p in range(2)]
-            number = Number(e, tuple(part * scale.first * scale.second for part in parts))
+            number = Number(e, tuple(part * first * second for part in parts))
             a.store(number, a.rows, i, c / e.lanes)
 
         each_block(e, s.n, e.lanes, take)
@@ -92,7 +104,7 @@ def _read(a: Matrix, index: Value) -> None:
     with e.loop(s.n, s.length) as i:
         each_vector(e, s.vectors, lambda v: a.store(nothing, a.rows, i, v))
     _mirror(a, negative=False)
-    e.store(_norm(a), a.norm)
+    e.store(e.lane(across(e, _norm(a), partial(larger_sum, e)), 0), a.norm)
 
 
 def _mirror(a: Matrix, *, negative: bool) -> None:
@@ -131,7 +143,7 @@ def _norm(a: Matrix) -> Value:
         norm.set(larger_sum(e, total.get(), norm.get()))
 
     each_vector(e, s.vectors, column)
-    return e.lane(across(e, norm.get(), partial(larger_sum, e)), 0)
+    return norm.get()
 
 
 def _take_panel(a: Matrix, k0: Value, width: int) -> None:
@@ -227,14 +239,14 @@ def _write(a: Matrix, index: Value) -> None:
     e, s = a.e, a.s
     _mirror(a, negative=True)
     norm = _norm(a)
-    scale = scale_back(a)
+    first, second = a.scale()
     target = e.at(e.arguments[1], index * s.size)
     largest = e.variable(e.integers(0))
     with e.loop(0, s.n) as i:
 
         def give(c: Value, count: int, i: Value = i) -> None:
             numbers = a.load(a.rows, i, c / e.lanes).parts
-            parts = [without_sign_of_zero(e, part * scale.first, scale.second) for part in numbers]
+            parts = [without_sign_of_zero(e, part * first, second) for part in numbers]
             for part in parts:
                 largest.set(e.unsigned("umax", largest.get(), e.bits(e.absolute(part))))
             if s.parts == 2:
@@ -249,4 +261,4 @@ def _write(a: Matrix, index: Value) -> None:
                     e.store_first(part, e.at(place, b * e.lanes), count * s.parts - b * e.lanes)
 
         each_block(e, s.n, e.lanes, give)
-    report(a, index, lambda size: size <= 0.0, e.reduce("umax", largest.get()), norm)
+    a.put_aside(largest.get(), norm)

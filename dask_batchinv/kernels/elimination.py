@@ -1,0 +1,213 @@
+"""Gauss-Jordan elimination with partial pivoting, in place, for a group of interleaved general matrices.
+
+Two steps are done at a time, with one load and one store of each entry. Each lane has pivot rows of its own: they are
+collected by selection, and what stood in their places before is selected while the rows pass by. Every entry gets the
+operations of single steps, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dask_batchinv.kernels.emit import Value, Variable
+from dask_batchinv.kernels.group import Group
+from dask_batchinv.kernels.numbers import Number
+
+#: Columns whose numbers in two pivot rows, and in the rows whose places they took, are kept in registers: by parts of
+#: a number, for 32 registers and for 16; measured.
+_HELD = {1: {64: 5, 32: 3, 16: 3}, 2: {64: 3, 32: 1, 16: 1}}
+
+
+def eliminate(g: Group, pause: Callable[[Value | int], None]) -> Value:
+    """Invert but for the order of the columns; return the number of the first pivot that is zero.
+
+    `pause` is called in each of n steps, with its number.
+    """
+    e, n = g.e, g.n
+    failed = e.variable(e.integers(0))
+    with e.loop(0, n - n % 2, 2) as k:
+        pause(k)
+        _two_steps(g, k, failed, lambda: pause(k + 1))
+    if n % 2:
+        pause(n - 1)
+        _last_step(g, failed)
+    return failed.get()
+
+
+@dataclass(frozen=True)
+class _Pivot:
+    """The pivots of a step."""
+
+    rows: Value
+    """Their rows."""
+    old: Number
+    """The numbers whose places they took."""
+    inverse: Number
+    factors: Value
+    """The table of what the pivot rows are multiplied by."""
+
+
+def _choose(g: Group, k: Value, failed: Variable, factors: Value) -> _Pivot:
+    """Find the largest numbers of column k from row k on."""
+    e = g.e
+    old = g.read(g.entry(k, k))
+    best, rows = e.variable(old.size()), e.variable(g.row_number(k))
+    pivot = [e.variable(part) for part in old.parts]
+    with e.loop(k + 1, g.n) as i:
+        number = g.read(g.entry(i, k))
+        size = number.size()
+        more = size > best.get()
+        best.set(e.select(more, size, best.get()))
+        rows.set(e.select(more, g.row_number(i), rows.get()))
+        for kept, part in zip(pivot, number.parts, strict=True):
+            kept.set(e.select(more, part, kept.get()))
+    e.store(rows.get(), g.vector(k, g.chosen), align=e.nbytes)
+    failed.set(e.select(best.get().eq(0.0) & failed.get().eq(0), g.row_number(k + 1), failed.get()))
+    return _Pivot(rows.get(), old, Number(e, tuple(part.get() for part in pivot)).reciprocal(), factors)
+
+
+def _two_steps(g: Group, k: Value, failed: Variable, between: Callable[[], None]) -> None:
+    """Steps k and k + 1."""
+    e, n, after = g.e, g.n, k + 1
+    one = _choose(g, k, failed, g.factors[0])
+    _first_factors(g, k, one)
+    between()
+    two = _choose(g, after, failed, g.factors[1])
+    old_factor = g.read(g.item(one.factors, after))
+    pivot_factor = _second_factors(g, after, one, two, old_factor)
+    width = _HELD[g.parts][e.nbytes]
+    strips = -(-(n - 2) // width)
+    for strip in range(strips):
+        numbers = range((n - 2) * strip // strips, (n - 2) * (strip + 1) // strips)
+        # All columns but these two, from the next one on around to the first of them.
+        columns = [e.select(k + 2 + t < n, k + 2 + t, k + 2 + t - n) for t in numbers]
+        _strip(g, k, one, two, pivot_factor, [_Column(g, column) for column in columns])
+    with e.loop(0, n) as i:
+        first, second = (g.read(g.item(pivot.factors, i)) for pivot in (one, two))
+        g.keep(first.plus_product(second, pivot_factor), g.entry(i, k))
+        g.keep(second, g.entry(i, after))
+    second = g.read(g.item(two.factors, k))
+    g.keep(one.inverse.plus_product(second, pivot_factor), g.entry(k, k))
+    g.keep(pivot_factor * two.inverse, g.entry(after, k))
+    g.keep(two.inverse, g.entry(after, after))
+
+
+def _first_factors(g: Group, k: Value, one: _Pivot) -> None:
+    """Find the factors of the first step, and do it for the column of the second."""
+    e = g.e
+    minus, old = -one.inverse, g.read(g.entry(k, k + 1))
+    of_pivot = _collect(g, one.rows, k + 1, [_Column(g, k + 1)], [old])[0]
+
+    def do(i: Value, number: Number, next_number: Number) -> None:
+        factor = number * minus
+        g.keep(factor, g.item(one.factors, i))
+        g.keep(next_number.plus_product(factor, of_pivot), g.entry(i, k + 1))
+
+    with e.loop(0, k) as i:
+        do(i, g.read(g.entry(i, k)), g.read(g.entry(i, k + 1)))
+    with e.loop(k + 1, g.n) as i:
+        here = g.mask_of(one.rows, i)
+        do(i, one.old.where(here, g.read(g.entry(i, k))), old.where(here, g.read(g.entry(i, k + 1))))
+    g.keep(of_pivot * one.inverse, g.entry(k, k + 1))
+
+
+def _second_factors(g: Group, after: Value, one: _Pivot, two: _Pivot, old_factor: Number) -> Number:
+    """Find the factors of the second step; exchange those of the first as its rows are; return that of its pivot."""
+    e, minus = g.e, -two.inverse
+    with e.loop(0, after) as i:
+        g.keep(g.read(g.entry(i, after)) * minus, g.item(two.factors, i))
+    taken = [e.variable(part) for part in old_factor.parts]
+    with e.loop(after + 1, g.n) as i:
+        here = g.mask_of(two.rows, i)
+        g.keep(two.old.where(here, g.read(g.entry(i, after))) * minus, g.item(two.factors, i))
+        factor = g.read(g.item(one.factors, i))
+        for variable, part in zip(taken, factor.parts, strict=True):
+            variable.set(e.select(here, part, variable.get()))
+        g.keep(old_factor.where(here, factor), g.item(one.factors, i))
+    return Number(e, tuple(variable.get() for variable in taken))
+
+
+class _Column:
+    """A column of the matrices, by the address of its first entry."""
+
+    def __init__(self, g: Group, number: Value):
+        self.g = g
+        # Left to itself, the compiler would compute each address anew.
+        self.top = g.e.launder(g.entry(0, number))
+
+    def read(self, row: Value) -> Number:
+        """Load an entry."""
+        return self.g.read(self._entry(row))
+
+    def keep(self, number: Number, row: Value) -> None:
+        """Store an entry."""
+        self.g.keep(number, self._entry(row))
+
+    def _entry(self, row: Value) -> Value:
+        return self.g.vector(row * (self.g.n * self.g.parts), self.top)
+
+
+def _strip(g: Group, k: Value, one: _Pivot, two: _Pivot, pivot_factor: Number, columns: list[_Column]) -> None:
+    """Do both steps in some of the other columns."""
+    e, after = g.e, k + 1
+    upper, lower = ([column.read(row) for column in columns] for row in (k, after))
+    # Where the first pivots are in the row of the second, there stands now what was in the row of the first.
+    here = g.mask_of(one.rows, after)
+    first = [a.where(here, b) for a, b in zip(lower, upper, strict=True)]
+    lower = [b.where(here, a) for a, b in zip(lower, upper, strict=True)]
+    first = _collect(g, one.rows, after + 1, columns, first)
+    second = _collect(g, two.rows, after + 1, columns, lower)
+    # And where both are in one row, the second finds there what the first has put there.
+    same = one.rows.eq(two.rows)
+    second = [b.where(same, a).plus_product(pivot_factor, r) for a, b, r in zip(second, upper, first, strict=True)]
+
+    def do(i: Value, before: list[Number]) -> None:
+        factors = [g.read(g.item(pivot.factors, i)) for pivot in (one, two)]
+        for column, number, p, q in zip(columns, before, first, second, strict=True):
+            column.keep(number.plus_product(factors[0], p).plus_product(factors[1], q), i)
+
+    with e.loop(0, k) as i:
+        do(i, [column.read(i) for column in columns])
+    with e.loop(after + 1, g.n) as i:
+        masks = [g.mask_of(pivot.rows, i) for pivot in (one, two)]
+        numbers = [a.where(masks[0], column.read(i)) for a, column in zip(upper, columns, strict=True)]
+        do(i, [b.where(masks[1], number) for b, number in zip(lower, numbers, strict=True)])
+    factor = g.read(g.item(two.factors, k))
+    for column, p, q in zip(columns, first, second, strict=True):
+        column.keep((p * one.inverse).plus_product(factor, q), k)
+        column.keep(q * two.inverse, after)
+
+
+def _collect(g: Group, rows: Value, start: Value, columns: list[_Column], first: list[Number]) -> list[Number]:
+    """Collect a row of each lane's own, from `first` or below."""
+    e = g.e
+    kept = [[e.variable(part) for part in number.parts] for number in first]
+    with e.loop(start, g.n) as i:
+        here = g.mask_of(rows, i)
+        for column, variables in zip(columns, kept, strict=True):
+            for variable, part in zip(variables, column.read(i).parts, strict=True):
+                variable.set(e.select(here, part, variable.get()))
+    return [Number(e, tuple(variable.get() for variable in variables)) for variables in kept]
+
+
+def _last_step(g: Group, failed: Variable) -> None:
+    """Step n - 1, for which no row is left to choose."""
+    e, k = g.e, g.e.integer(g.n - 1)
+    pivot = g.read(g.entry(k, k))
+    failed.set(e.select(pivot.size().eq(0.0) & failed.get().eq(0), e.integers(g.n), failed.get()))
+    inverse = pivot.reciprocal()
+    minus = -inverse
+    with e.loop(0, k) as i:
+        g.keep(g.read(g.entry(i, k)) * minus, g.entry(i, k))
+    width = 2 * _HELD[g.parts][e.nbytes]
+    for start in range(0, g.n - 1, width):
+        columns = range(start, min(g.n - 1, start + width))
+        row = [g.read(g.entry(k, j)) for j in columns]
+        with e.loop(0, k) as i:
+            factor = g.read(g.entry(i, k))
+            for j, number in zip(columns, row, strict=True):
+                g.keep(g.read(g.entry(i, j)).plus_product(factor, number), g.entry(i, j))
+        for j, number in zip(columns, row, strict=True):
+            g.keep(number * inverse, g.entry(k, j))
+    g.keep(inverse, g.entry(k, k))

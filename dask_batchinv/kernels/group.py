@@ -1,0 +1,73 @@
+"""The scratch of a group of interleaved matrices: one matrix per lane, entry by entry."""
+
+from __future__ import annotations
+
+from dask_batchinv.kernels.emit import Emitter, Value
+from dask_batchinv.kernels.numbers import Number
+from dask_batchinv.kernels.traffic import buffer_nbytes
+
+
+def scratch_nbytes(n: int, itemsize: int, parts: int, lanes: int) -> int:
+    """Bytes of scratch memory."""
+    return _tables(n, parts, lanes)[-1] * lanes * itemsize + buffer_nbytes(n * n * parts, lanes * itemsize)
+
+
+def _tables(n: int, parts: int, lanes: int) -> list[int]:
+    """Return where the tables begin and end, in vectors: entries, two of factors, sums, chosen, orders."""
+    row = n * parts
+    ends = [0]
+    for length in (n * row, row, row, n, n, lanes * -(-row // lanes)):
+        ends.append(ends[-1] + length)
+    return ends
+
+
+class Group:
+    """As many matrices as there are lanes: vector (i, j) has that entry of all of them."""
+
+    def __init__(self, e: Emitter, n: int, parts: int):
+        self.e, self.n, self.parts = e, n, parts
+        self.size = n * n * parts
+        self.base = e.arguments[5]
+        starts = [self.vector(start) for start in _tables(n, parts, e.lanes)]
+        self.factors = starts[1:3]
+        """What the rows of two pivots are multiplied by, for each row."""
+        self.sums = starts[3]
+        """Sums over columns."""
+        self.chosen = starts[4]
+        """For each step the row that its pivot was in."""
+        self.orders = starts[5]
+        """Matrix by matrix, where in a row of the scratch the numbers of a row of the inverse are."""
+        self.buffer = starts[6]
+        """Inverses on their way."""
+
+    def vector(self, index: Value | int, base: Value | None = None) -> Value:
+        """Return the address of a vector."""
+        index = self.e.integer(index) if isinstance(index, int) else index
+        return self.e.at(base or self.base, index * self.e.lanes)
+
+    def read(self, address: Value) -> Number:
+        """Load the number at an address."""
+        load, align = self.e.load, self.e.nbytes
+        return Number(self.e, tuple(load(self.vector(p, address), align=align) for p in range(self.parts)))
+
+    def keep(self, number: Number, address: Value) -> None:
+        """Store a number at an address."""
+        for p, part in enumerate(number.parts):
+            self.e.store(part, self.vector(p, address), align=self.e.nbytes)
+
+    def entry(self, i: Value | int, j: Value | int) -> Value:
+        """Return the address of an entry of the matrices."""
+        i = self.e.integer(i) if isinstance(i, int) else i
+        return self.vector((i * self.n + j) * self.parts)
+
+    def item(self, table: Value, i: Value) -> Value:
+        """Return the address of a number in a table of factors."""
+        return self.vector(i * self.parts, table)
+
+    def mask_of(self, rows: Value, i: Value) -> Value:
+        """Mask of the lanes where a vector of row numbers is i."""
+        return rows.eq(self.row_number(i))
+
+    def row_number(self, i: Value) -> Value:
+        """Return a row's number in all lanes."""
+        return self.e.splat(self.e.resize(i, self.e.word))
