@@ -91,7 +91,7 @@ def _together(n: int, itemsize: int, parts: int, definite: bool) -> int:
     """Matrices in work at a time, to wait less for each pivot; the larger, the less there is to wait; measured."""
     lines = -(-n * itemsize // _ALIGNMENT) * parts
     if definite:
-        return 2 if lines <= 2 else 1
+        return 1
     if lines <= (4 if parts == 2 else 3):
         return 3
     return 2 if lines <= (6 if parts == 2 else 8) else 1

@@ -272,7 +272,7 @@ class Emitter:
         self.call(name, ir.VoidType(), value, pointer, self._align(), mask)
 
     def _first(self, count: int) -> Value:
-        return self.value(constant(ir.VectorType(_I1, self.lanes), [int(i < count) for i in range(self.lanes)]))
+        return self.mask([i < count for i in range(self.lanes)])
 
     def _align(self) -> Value:
         return self.value(ir.Constant(self.int32, self.itemsize))
@@ -407,11 +407,16 @@ class Emitter:
 
     # --- lanes ------------------------------------------------------------------------------------------------
 
-    def splat(self, scalar: Value) -> Value:
+    def splat(self, scalar: Value, lanes: int | None = None) -> Value:
         """Return a vector with the same number in all lanes."""
-        type_ = ir.VectorType(scalar.type, self.lanes)
+        lanes = lanes or self.lanes
+        type_ = ir.VectorType(scalar.type, lanes)
         one = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar.raw, ir.Constant(self.int32, 0))
-        return self.shuffle(self.value(one), None, [0] * self.lanes)
+        return self.shuffle(self.value(one), None, [0] * lanes)
+
+    def mask(self, lanes: Sequence[bool]) -> Value:
+        """Return a constant mask."""
+        return self.value(constant(ir.VectorType(_I1, len(lanes)), [int(lane) for lane in lanes]))
 
     def lane(self, vector: Value, index: int) -> Value:
         """Return one lane."""
@@ -451,14 +456,14 @@ class Emitter:
             for i in range(size):
                 pieces = [self._load_piece(self.at(address(j), start), size) for j in range(i, w, size)]
                 rows.append(self._join(pieces))
-            columns[start:] = self._exchange(rows, size)
+            columns[start:] = self.exchange(rows, size)
         return columns
 
     def store_columns(self, columns: Sequence[Value], address: Callable[[int], Value]) -> None:
         """Store values to as many addresses as there are lanes; the opposite of `load_columns`."""
         w, size = self.lanes, self._piece(len(columns))
         for start in self._pieces(len(columns), size):
-            rows = self._exchange(columns[start : start + size], size)
+            rows = self.exchange(columns[start : start + size], size)
             for i, row in enumerate(rows):
                 for j in range(i, w, size):
                     piece = self.shuffle(row, None, range(j - i, j - i + size))
@@ -520,14 +525,14 @@ class Emitter:
 
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
         """Turn as many vectors as there are lanes: lane j of vector i becomes lane i of vector j."""
-        return self._exchange(rows, self.lanes)
+        return self.exchange(rows, self.lanes)
 
-    def _exchange(self, rows: Sequence[Value], size: int) -> list[Value]:
+    def exchange(self, rows: Sequence[Value], size: int) -> list[Value]:
         """Transpose each of the size × size squares that stand side by side in `size` vectors."""
-        values, distance = list(rows), size // 2
+        values, distance, w = list(rows), size // 2, rows[0].type.count
         while distance:
-            low = [i if not i & distance else self.lanes + i - distance for i in range(self.lanes)]
-            high = [i + distance if not i & distance else self.lanes + i for i in range(self.lanes)]
+            low = [i if not i & distance else w + i - distance for i in range(w)]
+            high = [i + distance if not i & distance else w + i for i in range(w)]
             for i in range(size):
                 if not i & distance:
                     a, b = values[i], values[i + distance]

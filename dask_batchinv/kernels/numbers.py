@@ -72,9 +72,13 @@ class Number:
         pairs = zip(self.parts, other.parts, strict=True)
         return Number(self.e, tuple(self.e.select(mask, a, b) for a, b in pairs))
 
-    def splat(self) -> Number:
-        """Return a scalar in all lanes."""
-        return Number(self.e, tuple(self.e.splat(part) for part in self.parts))
+    def splat(self, lanes: int | None = None) -> Number:
+        """Return a scalar in all lanes of a vector, or of a shorter one."""
+        return Number(self.e, tuple(self.e.splat(part, lanes) for part in self.parts))
+
+    def lane(self, index: int) -> Number:
+        """Return one lane."""
+        return Number(self.e, tuple(self.e.lane(part, index) for part in self.parts))
 
 
 def constant_number(e: Emitter, real: Value, parts: int) -> Number:

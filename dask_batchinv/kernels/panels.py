@@ -51,7 +51,9 @@ def write(name: str, s: Shape) -> str:
             panels = [_Panel(Matrix(e, s, g), k0) for g in every]
             rows = [_search(panel, 0) for panel in panels]
             for p in range(width):
-                ask_ahead(e, s, first, k0 + p)
+                if p == 0:
+                    for each in every:
+                        ask_ahead(e, s, first + each, k0, k0, PANEL)
                 steps = [_Step(panel, p, row) for panel, row in zip(panels, rows, strict=True)]
                 # The next search waits for one column only: it runs while the others are updated.
                 ahead = [p + 1] if p + 1 < width else []
@@ -62,7 +64,7 @@ def write(name: str, s: Shape) -> str:
                 for step in steps:
                     step.apply([q for q in range(width) if q not in (p, p + 1)], first=False)
             with e.loop(0, s.together) as g:
-                _update_others(_Panel(Matrix(e, s, g), k0), width)
+                _update_others(_Panel(Matrix(e, s, g), k0), first + g, width)
 
         each_block(e, s.n, PANEL, panel)
         with e.loop(0, s.together) as g:
@@ -219,12 +221,13 @@ def _only(mask: Value, number: Number) -> Number:
     return number.where(mask, Number(number.e, tuple(number.e.numbers(0.0) for _ in number.parts)))
 
 
-def _update_others(panel: _Panel, width: int) -> None:
+def _update_others(panel: _Panel, index: Value, width: int) -> None:
     """Update the columns outside the panel."""
     a, e, s, k0 = panel.a, panel.e, panel.a.s, panel.k0
     pivots = [a.get(a.pivots, k0 + p) for p in range(width)]
 
     def update(j: Value, count: int) -> None:
+        ask_ahead(e, s, index, k0, j, count)
         columns = _Panel(a, j)
         factors = [[columns.entry(t, row) for row in pivots] for t in range(count)]
 

@@ -115,6 +115,19 @@ class Matrix:
         first = e.at(rows, row * s.stride + index)
         return Number(e, tuple(e.load(e.at(first, part * s.length), e.real) for part in range(s.parts)))
 
+    def part_of_row(self, rows: Value, row: Value, index: Value, count: int) -> Number:
+        """Load some adjacent numbers."""
+        e, first = self.e, self.e.at(rows, row * self.s.stride + index)
+        kind = ir.VectorType(e.real, count)
+        return Number(e, tuple(e.load(e.at(first, part * self.s.length), kind) for part in range(self.s.parts)))
+
+    def set_part_of_row(self, number: Number, rows: Value, row: Value, index: Value, count: int) -> None:
+        """Store the first of some adjacent numbers."""
+        e, first = self.e, self.e.at(rows, row * self.s.stride + index)
+        for part, value in enumerate(number.parts):
+            place = e.at(first, part * self.s.length)
+            e.store(e.shuffle(value, None, range(count)), place)
+
     def get(self, table: Value, index: Value | int) -> Value:
         """Load an integer."""
         return self.e.load(self.e.at(table, index, INT), INT)
@@ -154,6 +167,15 @@ def each_block(e: Emitter, total: int, size: int, body: Callable[[Value, int], N
         body(e.integer(total - total % size), total % size)
 
 
+def each_vector_of_row(e: Emitter, n: int, body: Callable[[Value, int], None]) -> None:
+    """Run the body for each vector of a row as it stands in memory, with its start and length."""
+    if n <= 2 * _UNROLLED * e.lanes:
+        for start in range(0, n, e.lanes):
+            body(e.integer(start), min(e.lanes, n - start))
+    else:
+        each_block(e, n, e.lanes, body)
+
+
 def each_vector(e: Emitter, count: int, body: Callable[[Value], None]) -> None:
     """Run the body for each vector of a row."""
     if count <= _UNROLLED:
@@ -185,19 +207,22 @@ def first_lane(e: Emitter, masks: list[Value]) -> Value:
     return first
 
 
-def ask_ahead(e: Emitter, s: Shape, first: Value, k: Value) -> None:
-    """Ask for the memory of the next matrices, and for that of these inverses, a part in every step."""
-    row = s.n * s.parts * s.itemsize
-    if row * s.n > _AHEAD_NBYTES:
+def ask_ahead(e: Emitter, s: Shape, index: Value, k0: Value, i: Value, count: int) -> None:
+    """Ask for memory of the next matrix to be in work, and of this inverse, while a panel updates `count` others.
+
+    As much as that is of all updates: what is asked for at once comes late.
+    """
+    number = s.parts * s.itemsize
+    if s.size * s.itemsize > _AHEAD_NBYTES:
         return
-    level = 3 if row * s.n * s.together <= _FIRST_LEVEL_NBYTES else 2
+    level = 3 if s.size * s.itemsize * s.together <= _FIRST_LEVEL_NBYTES else 2
     byte = ir.IntType(8)
-    for g in range(s.together):
-        source = e.at(e.arguments[0], ((first + (g + s.together)) * s.n + k) * row, byte)
-        target = e.at(e.arguments[1], ((first + g) * s.n + k) * row, byte)
-        for at in range(0, row, 64):
-            e.prefetch(e.at(source, at, byte), level=level)
-            e.prefetch(e.at(target, at, byte), write=True, level=level)
+    offset = (k0 * s.n + i * PANEL) * number
+    source = e.at(e.arguments[0], (index + s.together) * (s.size * s.itemsize) + offset, byte)
+    target = e.at(e.arguments[1], index * (s.size * s.itemsize) + offset, byte)
+    for at in range(0, count * PANEL * number, 64):
+        e.prefetch(e.at(source, at, byte), level=level)
+        e.prefetch(e.at(target, at, byte), write=True, level=level)
 
 
 class Measure:

@@ -12,9 +12,12 @@ would get one by one: with the inverse of a whole panel's block the residual cou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
-from dask_batchinv.kernels.emit import Emitter, Value
+from llvmlite import ir
+
+from dask_batchinv.kernels.emit import Emitter, Value, constant
 from dask_batchinv.kernels.numbers import Number, constant_number
 from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
 from dask_batchinv.kernels.scratch import (
@@ -26,6 +29,7 @@ from dask_batchinv.kernels.scratch import (
     ask_ahead,
     each_block,
     each_vector,
+    each_vector_of_row,
     report,
 )
 
@@ -42,14 +46,11 @@ def write(name: str, s: Shape) -> str:
             _read(Matrix(e, s, g), first + g)
 
         def panel(k0: Value, width: int) -> None:
+            for each in every:
+                ask_ahead(e, s, first + each, k0, k0, PANEL)
+                _sweep_panel(Matrix(e, s, each), k0, width)
             with e.loop(0, s.together) as g:
-                _take_panel(Matrix(e, s, g), k0, width)
-            for p in range(width):
-                ask_ahead(e, s, first, k0 + p)
-                for at in range(s.together):
-                    _sweep_panel(Matrix(e, s, e.integer(at)), k0, p, width)
-            with e.loop(0, s.together) as g:
-                _update_others(Matrix(e, s, g), k0, width)
+                _update_others(Matrix(e, s, g), first + g, k0, width)
                 _put_panel(Matrix(e, s, g), k0, width)
 
         each_block(e, s.n, PANEL, panel)
@@ -99,66 +100,91 @@ def _read(a: Matrix, index: Value) -> None:
             number = Number(e, tuple(part * first * second for part in parts))
             a.store(number, a.rows, i, c / e.lanes)
 
-        each_block(e, s.n, e.lanes, take)
+        each_vector_of_row(e, s.n, take)
     nothing = Number(e, tuple(e.numbers(0.0) for _ in range(s.parts)))
     with e.loop(s.n, s.length) as i:
         each_vector(e, s.vectors, lambda v: a.store(nothing, a.rows, i, v))
-    _mirror(a, negative=False)
+    _sum_up(a)
     e.store(e.lane(across(e, _norm(a), partial(larger_sum, e)), 0), a.norm)
 
 
-def _mirror(a: Matrix, *, negative: bool) -> None:
-    """Make a Hermitian matrix of its upper triangle, or of what is minus that."""
+def _sum_up(a: Matrix, *, finish: bool = False) -> None:
+    """Sum up the columns of a matrix whose upper triangle is there; to finish, make it whole, and minus what it is."""
     e, s = a.e, a.s
+    with e.loop(0, s.vectors) as v:
+        e.store(e.numbers(0.0), e.at(a.saved, v * e.lanes), align=e.nbytes)
 
     def block(i: Value, v: Value) -> list[Number]:
         numbers = [a.load(a.rows, i * e.lanes + t, v) for t in range(e.lanes)]
-        return [-number for number in numbers] if negative else numbers
+        return [-number for number in numbers] if finish else numbers
 
     def turn(numbers: list[Number]) -> list[Number]:
         parts = [e.transpose([number.parts[p] for number in numbers]) for p in range(s.parts)]
         return [Number(e, tuple(part[t] for part in parts)).conjugate() for t in range(e.lanes)]
 
+    def put(numbers: list[Number], i: Value, v: Value) -> None:
+        sums = e.at(a.saved, v * e.lanes)
+        total = e.load(sums, align=e.nbytes)
+        for t in range(0, e.lanes, 2):
+            # In pairs, to wait half as often; there is no vector of one lane.
+            total = total + (numbers[t].modulus() + numbers[t + 1].modulus())
+        e.store(total, sums, align=e.nbytes)
+        if finish:
+            for t, number in enumerate(numbers):
+                a.store(number, a.rows, i * e.lanes + t, v)
+
     with e.loop(0, s.vectors) as i:
         numbers = block(i, i)
-        for t, (number, mirrored) in enumerate(zip(numbers, turn(numbers), strict=True)):
-            number = number.where(e.iota > t, number.real_part().where(e.iota.eq(t), mirrored))
-            a.store(number, a.rows, i * e.lanes + t, i)
+        pairs = enumerate(zip(numbers, turn(numbers), strict=True))
+        put([x.where(e.iota > t, x.real_part().where(e.iota.eq(t), y)) for t, (x, y) in pairs], i, i)
         with e.loop(i + 1, s.vectors) as v:
             numbers = block(i, v)
-            for t, (number, mirrored) in enumerate(zip(numbers, turn(numbers), strict=True)):
-                if negative:
-                    a.store(number, a.rows, i * e.lanes + t, v)
-                a.store(mirrored, a.rows, v * e.lanes + t, i)
+            put(numbers, i, v)
+            put(turn(numbers), v, i)
 
 
 def _norm(a: Matrix) -> Value:
-    e, s = a.e, a.s
+    """Return the largest sums, lane by lane."""
+    e = a.e
     norm = e.variable(e.numbers(0.0))
-
-    def column(v: Value) -> None:
-        total = e.variable(e.numbers(0.0))
-        with e.loop(0, s.n) as i:
-            total.set(total.get() + a.load(a.rows, i, v).modulus())
-        norm.set(larger_sum(e, total.get(), norm.get()))
-
-    each_vector(e, s.vectors, column)
+    each_vector(
+        e,
+        a.s.vectors,
+        lambda v: norm.set(larger_sum(e, e.load(e.at(a.saved, v * e.lanes), align=e.nbytes), norm.get())),
+    )
     return norm.get()
 
 
-def _take_panel(a: Matrix, k0: Value, width: int) -> None:
-    """Copy rows of a panel, what is left of the diagonal from the columns."""
+def _sweep_panel(a: Matrix, k0: Value, width: int) -> None:
+    """Sweep the indices of a panel, in its own rows.
+
+    What is left of the diagonal comes from the columns. The rows go to `panel` as far as they are to become columns
+    again, else back to their place.
+    """
     e, s = a.e, a.s
-    middle = k0 >> (e.lanes.bit_length() - 1)
-    with e.loop(0, middle + 1) as v:
+    sweeps, block = _sweep_block(a, k0, width)
+    last = _last_vector(a, k0)
+    with e.loop(0, last + 1) as v:
         columns = [e.load_columns(_places(a, v * e.lanes, k0, p), width) for p in range(s.parts)]
         left = e.iota + e.splat(e.resize(v * e.lanes - k0, e.word))
+        rows = []
         for q in range(width):
             column = Number(e, tuple(part[q] for part in columns)).conjugate()
-            a.store(column.where(left < q, a.load(a.rows, k0 + q, v)), a.panel, e.integer(q), v)
-    with e.loop(middle + 1, s.vectors) as v:
-        for q in range(width):
-            a.store(a.load(a.rows, k0 + q, v), a.panel, e.integer(q), v)
+            rows.append(column.where(left < q, a.load(a.rows, k0 + q, v)))
+        for q, row in enumerate(_swept(a, sweeps, rows, v)):
+            a.store(row, a.panel, e.integer(q), v)
+    with e.loop(last + 1, s.vectors) as v:
+        for q, row in enumerate(_swept(a, sweeps, [a.load(a.rows, k0 + q, v) for q in range(width)], v)):
+            a.store(row, a.rows, k0 + q, v)
+    for q, number in enumerate(block):
+        a.set_part_of_row(number, a.panel, e.integer(q), k0, width)
+
+
+def _last_vector(a: Matrix, k0: Value) -> Value:
+    """Return the number of the last vector that the block of a panel is in."""
+    e = a.e
+    last = e.unsigned("umin", k0 + (PANEL - 1), e.integer(a.s.length - 1))
+    return last >> (e.lanes.bit_length() - 1)
 
 
 def _places(a: Matrix, row: Value, column: Value, part: int) -> Callable[[int], Value]:
@@ -166,42 +192,68 @@ def _places(a: Matrix, row: Value, column: Value, part: int) -> Callable[[int], 
     return lambda lane: a.e.at(a.rows, (row + lane) * a.s.stride + column + part * a.s.length)
 
 
-def _sweep_panel(a: Matrix, k0: Value, p: int, width: int) -> None:
-    """Sweep index k0 + p within the panel."""
+@dataclass(frozen=True)
+class _Sweep:
+    """What sweeping an index does to the rows of its panel."""
+
+    inverse: Value
+    """Of the pivot."""
+    factors: list[Number | None]
+    """What its row, divided by the pivot, is multiplied by, for each of the other rows."""
+
+
+def _sweep_block(a: Matrix, k0: Value, width: int) -> tuple[list[_Sweep], list[Number]]:
+    """Sweep the square block of a panel, a short vector for each row; return the sweeps, and the rows."""
+    e, every = a.e, range(width)
+    short = ir.VectorType(e.real, PANEL)
+    nothing = constant_number(e, e.value(constant(short, 0.0)), a.s.parts)
+    rows = [a.part_of_row(a.rows, k0 + q, k0, PANEL) if q < width else nothing for q in range(PANEL)]
+    mirrored = [number.conjugate() for number in _turned(e, rows)]
+    rows = [rows[q].where(e.mask([c >= q for c in range(PANEL)]), mirrored[q]) for q in every]
+    sweeps = []
+    for p in every:
+        pivot = e.lane(rows[p].parts[0], p)
+        e.store(pivot, e.at(a.pivot_sizes, k0 + p))
+        inverse = e.like(pivot, 1.0) / pivot
+        factors = [None if q == p else -rows[p].lane(q).conjugate() for q in every]
+        own = e.mask([c == p for c in range(PANEL)])
+        rows[p] = constant_number(e, e.splat(-inverse, PANEL), a.s.parts).where(
+            own, rows[p].times_real(e.splat(inverse, PANEL))
+        )
+        for q, factor in enumerate(factors):
+            if factor is not None:
+                rows[q] = nothing.where(own, rows[q]).plus_product(factor.splat(PANEL), rows[p])
+        sweeps.append(_Sweep(e.splat(inverse), [factor and factor.splat() for factor in factors]))
+    return sweeps, rows
+
+
+def _turned(e: Emitter, rows: list[Number]) -> list[Number]:
+    """Transpose a square block of short vectors."""
+    parts = [e.exchange([row.parts[p] for row in rows], PANEL) for p in range(len(rows[0].parts))]
+    return [Number(e, values) for values in zip(*parts, strict=True)]
+
+
+def _swept(a: Matrix, sweeps: list[_Sweep], rows: list[Number], v: Value) -> list[Number]:
+    """Return a vector of each row of a panel after the sweeps, but for the block; save what they are at their turns."""
     e = a.e
-    k = k0 + p
-    pivot = a.entry(a.panel, e.integer(p), k).parts[0]
-    e.store(pivot, e.at(a.pivot_sizes, k))
-    pivots = e.splat(pivot)
-    inverse = e.like(pivots, 1.0) / pivots
-    others = [q for q in range(width) if q != p]
-    factors = [-a.entry(a.panel, e.integer(p), k0 + q).splat().conjugate() for q in others]
-    swept = constant_number(e, -inverse, a.s.parts)
-    nothing = Number(e, tuple(e.numbers(0.0) for _ in range(a.s.parts)))
-    column = e.splat(e.resize(k, e.word))
-
-    def body(v: Value) -> None:
-        here = (e.iota + e.splat(e.resize(v * e.lanes, e.word))).eq(column)
-        row = a.load(a.panel, e.integer(p), v)
-        scaled = swept.where(here, row.times_real(inverse))
-        a.store(row, a.saved, e.integer(p), v)
-        a.store(scaled, a.scaled, e.integer(p), v)
-        a.store(scaled, a.panel, e.integer(p), v)
-        for q, factor in zip(others, factors, strict=True):
-            old = nothing.where(here, a.load(a.panel, e.integer(q), v))
-            a.store(old.plus_product(factor, scaled), a.panel, e.integer(q), v)
-
-    each_vector(e, a.s.vectors, body)
+    for p, sweep in enumerate(sweeps):
+        a.store(-rows[p].conjugate(), a.saved, e.integer(p), v)
+        rows[p] = rows[p].times_real(sweep.inverse)
+        a.store(rows[p], a.scaled, e.integer(p), v)
+        rows = [
+            row if factor is None else row.plus_product(factor, rows[p])
+            for row, factor in zip(rows, sweep.factors, strict=True)
+        ]
+    return rows
 
 
-def _update_others(a: Matrix, k0: Value, width: int) -> None:
+def _update_others(a: Matrix, index: Value, k0: Value, width: int) -> None:
     """Update the rows outside the panel, from the diagonal on."""
     e, s = a.e, a.s
 
     def update(i: Value, count: int) -> None:
-        factors = [
-            [-a.entry(a.saved, e.integer(p), i + t).splat().conjugate() for p in range(width)] for t in range(count)
-        ]
+        ask_ahead(e, s, index, k0, i, count)
+        factors = [[a.entry(a.saved, e.integer(p), i + t).splat() for p in range(width)] for t in range(count)]
         with e.loop(i >> (e.lanes.bit_length() - 1), s.vectors) as v:
             sums = [a.load(a.rows, i + t, v) for t in range(count)]
             for p in range(width):
@@ -222,22 +274,22 @@ def _update_others(a: Matrix, k0: Value, width: int) -> None:
 
 
 def _put_panel(a: Matrix, k0: Value, width: int) -> None:
-    """Write a swept panel back, to the columns above it and to its rows."""
+    """Write a swept panel back to the columns above it, and its block to its rows."""
     e, s = a.e, a.s
-    middle = k0 >> (e.lanes.bit_length() - 1)
-    with e.loop(0, middle + 1) as v:
+    last = _last_vector(a, k0)
+    with e.loop(0, last + 1) as v:
         columns = [a.load(a.panel, e.integer(q), v).conjugate() for q in range(width)]
         for p in range(s.parts):
             values = [column.parts[p] for column in columns]
             e.store_columns(values, _places(a, v * e.lanes, k0, p))
-    with e.loop(middle, s.vectors) as v:
+    with e.loop(k0 >> (e.lanes.bit_length() - 1), last + 1) as v:
         for q in range(width):
             a.store(a.load(a.panel, e.integer(q), v), a.rows, k0 + q, v)
 
 
 def _write(a: Matrix, index: Value) -> None:
     e, s = a.e, a.s
-    _mirror(a, negative=True)
+    _sum_up(a, finish=True)
     norm = _norm(a)
     first, second = a.scale()
     target = e.at(e.arguments[1], index * s.size)
@@ -260,5 +312,5 @@ def _write(a: Matrix, index: Value) -> None:
                 if count * s.parts > b * e.lanes:
                     e.store_first(part, e.at(place, b * e.lanes), count * s.parts - b * e.lanes)
 
-        each_block(e, s.n, e.lanes, give)
+        each_vector_of_row(e, s.n, give)
     a.put_aside(largest.get(), norm)
