@@ -15,7 +15,7 @@ from dask_batchinv.kernels import compiled, lapack, machine
 
 KINDS = ("general", "positive definite")
 #: Some of every layout, with every remainder of vectors and panels.
-SIZES = (1, 2, 3, 5, 6, 9, 13, 17, 33)
+SIZES = (1, 2, 3, 5, 6, 9, 13, 17, 33, 45)
 
 
 def blocks(n, dtype, kind):
@@ -34,7 +34,7 @@ def blocks(n, dtype, kind):
 @pytest.mark.parametrize("n", SIZES)
 def test_the_width_of_vectors_changes_no_bit(n, kind, dtype):
     expected = None
-    for nbytes in (64, 32, 16) if n in (3, 9, 33) else (64, 32):
+    for nbytes in (64, 32, 16) if n in (3, 9, 45) else (64, 32):
         if nbytes > machine.vector_nbytes():
             continue  # narrower vectors run anywhere, wider ones do not
         a, *results = blocks(n, dtype, kind)
@@ -45,7 +45,7 @@ def test_the_width_of_vectors_changes_no_bit(n, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [3, 12, 40])
+@pytest.mark.parametrize("n", [3, 12, 45])
 def test_threads_change_no_bit(n, kind):
     stacks = [conditioned(200, n, 1e6, "float64", kind, seed) for seed in range(4)]
     expected = [run(a, kind) for a in stacks]
@@ -66,7 +66,7 @@ def test_threads_change_no_bit(n, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [2, 10, 40])
+@pytest.mark.parametrize("n", [2, 10, 45])
 def test_the_memory_beside_a_block_is_left_alone(n, kind):
     a = conditioned(23, n, 10, "float32", kind)
     around = [np.full((25, *shape), 77, dtype) for shape, dtype in [((n, n), "f4"), ((), "i4"), ((), "f4")]]
@@ -78,7 +78,7 @@ def test_the_memory_beside_a_block_is_left_alone(n, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 10])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 11])
 def test_writing_past_the_caches_changes_no_bit_and_no_other_byte(monkeypatch, n, dtype, kind):
     for m in (1, 16, 17, 33, 100):
         a = conditioned(m, n, 10, dtype, kind)
@@ -127,7 +127,7 @@ def test_the_layout_depends_on_size_and_dtype_alone():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_and_products_are_fused_where_the_kernel_says_so_and_nowhere_else(kind):
-    for n in (3, 9, 40):
+    for n in (3, 9, 45):
         text = compiled.program(n, "float64", kind, 64).write()
         assert "llvm.fma.v8f64" in text
         assert not re.search(r"\b(fast|contract|reassoc|nnan|ninf|nsz|arcp|afn)\b", text)
@@ -135,7 +135,7 @@ def test_sums_and_products_are_fused_where_the_kernel_says_so_and_nowhere_else(k
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [2, 3, 6, 8, 12, 20, 40])
+@pytest.mark.parametrize("n", [2, 3, 6, 8, 12, 21, 45])
 def test_overflow_on_the_way_is_noticed_whatever_column_it_is_in(n, dtype, kind):
     limits = np.finfo(dtype)
     for at in (0, n // 2, n - 1):

@@ -26,6 +26,7 @@ ORDER = [
     "kernels.traffic",
     "kernels.group",
     "kernels.elimination",
+    "kernels.decomposition",
     "kernels.scratch",
     "kernels.definite",
     "kernels.registers",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dask_batchinv.kernels.emit import Emitter, Value
 from dask_batchinv.kernels.numbers import Number
 from dask_batchinv.kernels.traffic import buffer_nbytes
@@ -59,6 +61,15 @@ class Group:
         """Return the address of an entry of the matrices."""
         i = self.e.integer(i) if isinstance(i, int) else i
         return self.vector((i * self.n + j) * self.parts)
+
+    def each_piece(self, body: Callable[[Value, int], None]) -> None:
+        """Run the body for pieces of the numbers of a matrix as they stand in memory; the last may overlap."""
+        e = self.e
+        piece = min(max(1, e.lanes // 2), self.size)
+        with e.loop(0, self.size - self.size % piece, piece) as start:
+            body(start, piece)
+        if self.size % piece:
+            body(e.integer(self.size - piece), piece)
 
     def item(self, table: Value, i: Value) -> Value:
         """Return the address of a number in a table of factors."""

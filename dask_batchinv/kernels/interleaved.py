@@ -6,15 +6,10 @@ all of them. The arithmetic is that of `registers`, in loops.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-
-from dask_batchinv.kernels import definite as definite_inverse
-from dask_batchinv.kernels import scaling
+from dask_batchinv.kernels import decomposition, scaling
 from dask_batchinv.kernels.elimination import eliminate
 from dask_batchinv.kernels.emit import Emitter, Value
 from dask_batchinv.kernels.group import Group
-from dask_batchinv.kernels.numbers import Number
 from dask_batchinv.kernels.traffic import Traffic
 
 
@@ -25,14 +20,15 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
     traffic = Traffic(e, g.size, g.buffer)
     with e.loop(0, e.arguments[4]) as group:
         finite, scale = _read(g, group, definite)
-        norm = _scale_definite(g, scale) if definite else _scale(g, scale)
         if definite:
-            pauses = itertools.count()
-            failed = _invert_definite(g, lambda: traffic.step(group, next(pauses), definite_inverse.pauses(n)))
-            norm_of_inverse = _mirror(g)
+            _multiply_rarely(g, scale)
+            steps = decomposition.pauses(n)
+            outcome = decomposition.invert(g, scale.first, lambda step: traffic.step(group, step, steps))
+            failed, norm, norm_of_inverse = outcome.failed, outcome.norm, outcome.norm_of_inverse
             target = traffic.place(group)
             _write_as_it_is(g, target, scale)
         else:
+            norm = _scale(g, scale)
             failed = eliminate(g, lambda k: traffic.step(group, k, n))
             target = traffic.place(group)
             if e.can_permute:
@@ -70,27 +66,14 @@ def _read(g: Group, group: Value, definite: bool) -> tuple[Value, scaling.Scale]
                 look(entry)
             e.store(entry, g.vector(start + q), align=e.nbytes)
 
-    _each_piece(g, take)
+    g.each_piece(take)
     if definite:
-        for i, j in _upper(g):
-            parts = g.read(g.entry(e.integer(i), j)).parts
-            for part in parts if i < j else parts[:1]:
-                look(part)
+        with e.loop(0, g.n) as i:
+            look(g.read(g.entry(i, i)).parts[0])
+            with e.loop(i + 1, g.n) as j:
+                for part in g.read(g.entry(i, j)).parts:
+                    look(part)
     return scaling.is_finite(e, largest.get()), scaling.unit_scale(e, largest.get(), smallest.get() + 1)
-
-
-def _each_piece(g: Group, body: object) -> None:
-    """Run the body for pieces of the numbers of a matrix as they stand in memory; the last may overlap."""
-    assert callable(body)
-    piece = min(max(1, g.e.lanes // 2), g.size)
-    with g.e.loop(0, g.size - g.size % piece, piece) as start:
-        body(start, piece)
-    if g.size % piece:
-        body(g.e.integer(g.size - piece), piece)
-
-
-def _upper(g: Group) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(g.n) for j in range(i, g.n)]
 
 
 def _scale(g: Group, scale: scaling.Scale) -> Value:
@@ -108,27 +91,6 @@ def _scale(g: Group, scale: scaling.Scale) -> Value:
     return norm.get()
 
 
-def _scale_definite(g: Group, scale: scaling.Scale) -> Value:
-    e = g.e
-    _multiply_rarely(g, scale)
-    sums = [e.numbers(0.0)] * g.n
-    for i, j in _upper(g):
-        number = g.read(g.entry(e.integer(i), j)).times_real(scale.first)
-        if i == j:
-            number = number.real_part()
-        g.keep(number, g.entry(e.integer(i), j))
-        _add_mirrored(sums, number, i, j)
-    return _largest(e, sums)
-
-
-def _add_mirrored(sums: list[Value], number: Number, i: int, j: int) -> None:
-    """Add an entry of the upper triangle to the sums of its column, and of the one where its mirror image is."""
-    modulus = number.modulus()
-    sums[j] = sums[j] + modulus
-    if i != j:
-        sums[i] = sums[i] + modulus
-
-
 def _largest(e: Emitter, sums: list[Value]) -> Value:
     norm = sums[0]
     for total in sums[1:]:
@@ -140,42 +102,6 @@ def _multiply_rarely(g: Group, scale: scaling.Scale) -> None:
     e = g.e
     with e.when(scale.is_long), e.loop(0, g.size) as at:
         e.store(e.load(g.vector(at), align=e.nbytes) * scale.second, g.vector(at), align=e.nbytes)
-
-
-# --- positive definite matrices -----------------------------------------------------------------------------------
-
-
-def _invert_definite(g: Group, step: Callable[[], None]) -> Value:
-    # Values are fetched where they are used: the compiler, left to itself, would rather keep more of them in
-    # registers than there are.
-    base = [g.base]
-
-    def pause() -> None:
-        base[0] = g.e.launder(g.base)
-        step()
-
-    def address(i: int, j: int) -> Value:
-        return g.vector((i * g.n + j) * g.parts, base[0])
-
-    def get(i: int, j: int) -> Number:
-        return g.read(address(i, j))
-
-    def put(i: int, j: int, number: Number) -> None:
-        g.keep(number, address(i, j))
-
-    return definite_inverse.invert(g.e, g.n, get, put, pause)
-
-
-def _mirror(g: Group) -> Value:
-    """Make whole matrices of triangles, and return their 1-norms."""
-    e = g.e
-    sums = [e.numbers(0.0)] * g.n
-    for i, j in _upper(g):
-        number = g.read(g.entry(e.integer(i), j))
-        if i != j:
-            g.keep(number.conjugate(), g.entry(e.integer(j), i))
-        _add_mirrored(sums, number, i, j)
-    return _largest(e, sums)
 
 
 # --- out --------------------------------------------------------------------------------------------------------
@@ -222,7 +148,7 @@ def _write_as_it_is(g: Group, target: Value, scale: scaling.Scale) -> None:
         entries = [_scaled_back(e, e.load(g.vector(start + q), align=e.nbytes), scale) for q in range(count)]
         e.store_columns(entries, lambda lane: e.at(target, start + lane * g.size))
 
-    _each_piece(g, give)
+    g.each_piece(give)
 
 
 def _scaled_back(e: Emitter, entry: Value, scale: scaling.Scale) -> Value:

@@ -48,7 +48,7 @@ class Traffic:
             with e.when(step.eq(0)):
                 self._send_first(group)
         with e.when(self.past_caches & (group > 0)):
-            self._each(step, share, lambda v: self._send(group - 1, v))
+            self._send_share(group - 1, step * share, share)
 
     def place(self, group: Value) -> Value:
         """Return where to write the inverses of a group; all steps for the one before must have been done."""
@@ -74,12 +74,17 @@ class Traffic:
         with e.when(self.past_caches & group.eq(1)):
             self._store_some(self._line(0), ~(e.iota < e.splat(e.resize(self.skew, e.word))), group - 1)
 
-    def _send(self, group: Value, vector: Value | int) -> None:
-        """Send a vector; not the first, which has a way of its own."""
-        if isinstance(vector, Value):
-            vector = self.e.unsigned("umax", vector, self.e.integer(1))
-        elif vector == 0:
+    def _send_share(self, group: Value, first: Value | int, share: int) -> None:
+        if isinstance(first, int):
+            for vector in range(max(1, first), min(first + share, self.size)):
+                self._send(group, vector)
             return
+        # No vector twice: that is slow.
+        with self.e.loop(self.e.signed("smax", first, 1), self.e.signed("smin", first + share, self.size)) as v:
+            self._send(group, v)
+
+    def _send(self, group: Value, vector: Value | int) -> None:
+        """Send a vector; the first has a way of its own."""
         self.e.store_past_caches(self._line(vector), self._vector(self._start(group), vector))
 
     def _store_some(self, line: Value, lanes: Value, group: Value) -> None:
