@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dask_batchinv.kernels.emit import Emitter, Value
+from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.numbers import Number, constant_number
+from dask_batchinv.kernels.values import Value
 
 Get = Callable[[int, int], Number]
 Put = Callable[[int, int, Number], None]

@@ -1,4 +1,4 @@
-"""Writing vector code: LLVM's instructions behind Python's operators.
+"""Writing vector code: LLVM's instructions as methods.
 
 A kernel is a Python function that runs once, at compile time, and leaves machine code behind: a ``for`` over a
 `range` is unrolled, a ``with e.loop(...)`` is a loop in the machine code. Every operation here rounds like its
@@ -8,133 +8,13 @@ the width of the vectors. Fused multiply-add is used where `Emitter.fma` says so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
-_I1 = ir.IntType(1)
-INT = ir.IntType(64)
-
-
-@dataclass(frozen=True, eq=False)
-class Value:
-    """A number, a vector, or a mask in the machine code; Python numbers mix with it."""
-
-    builder: ir.IRBuilder
-    raw: Any
-
-    @property
-    def type(self) -> Any:
-        """The LLVM type."""
-        return self.raw.type
-
-    @property
-    def element(self) -> Any:
-        """The LLVM type of one lane."""
-        return self.type.element if isinstance(self.type, ir.VectorType) else self.type
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether this has lanes."""
-        return isinstance(self.type, ir.VectorType)
-
-    def lift(self, other: Any) -> Any:
-        """Return a raw operand of this value's type: a constant in all lanes, or the other value itself."""
-        if isinstance(other, Value):
-            return other.raw
-        return constant(self.type, other)
-
-    def _op(self, integer: str, floating: str, other: Any) -> Value:
-        name = integer if isinstance(self.element, ir.IntType) else floating
-        return Value(self.builder, getattr(self.builder, name)(self.raw, self.lift(other)))
-
-    def __add__(self, other: Any) -> Value:
-        return self._op("add", "fadd", other)
-
-    def __sub__(self, other: Any) -> Value:
-        return self._op("sub", "fsub", other)
-
-    def __mul__(self, other: Any) -> Value:
-        return self._op("mul", "fmul", other)
-
-    def __rsub__(self, other: Any) -> Value:
-        return Value(self.builder, self.lift(other)) - self
-
-    def __truediv__(self, other: Any) -> Value:
-        return self._op("sdiv", "fdiv", other)
-
-    def __and__(self, other: Any) -> Value:
-        return self._op("and_", "", other)
-
-    def __or__(self, other: Any) -> Value:
-        return self._op("or_", "", other)
-
-    def __lshift__(self, other: Any) -> Value:
-        return self._op("shl", "", other)
-
-    def __rshift__(self, other: Any) -> Value:
-        """Shift right, bringing in copies of the sign bit."""
-        return self._op("ashr", "", other)
-
-    def __neg__(self) -> Value:
-        if isinstance(self.element, ir.IntType):
-            return Value(self.builder, self.builder.neg(self.raw))
-        return Value(self.builder, self.builder.fneg(self.raw))
-
-    def __invert__(self) -> Value:
-        return Value(self.builder, self.builder.not_(self.raw))
-
-    def _compare(self, sign: str, other: Any) -> Value:
-        compare = self.builder.icmp_signed if isinstance(self.element, ir.IntType) else self.builder.fcmp_ordered
-        return Value(self.builder, compare(sign, self.raw, self.lift(other)))
-
-    def eq(self, other: Any) -> Value:
-        """Mask of the lanes that are equal."""
-        return self._compare("==", other)
-
-    def __lt__(self, other: Any) -> Value:
-        return self._compare("<", other)
-
-    def __gt__(self, other: Any) -> Value:
-        return self._compare(">", other)
-
-    def __le__(self, other: Any) -> Value:
-        return self._compare("<=", other)
-
-    def __ge__(self, other: Any) -> Value:
-        return self._compare(">=", other)
-
-    def above(self, other: Any) -> Value:
-        """Mask of the lanes that are greater as unsigned integers."""
-        return Value(self.builder, self.builder.icmp_unsigned(">", self.raw, self.lift(other)))
-
-
-def constant(type_: Any, number: Any) -> Any:
-    """Return an LLVM constant; a single number goes to all lanes, a list gives each lane its own."""
-    if isinstance(type_, ir.VectorType):
-        lanes = number if isinstance(number, list) else [number] * type_.count
-        return ir.Constant(type_, [ir.Constant(type_.element, lane) for lane in lanes])
-    return ir.Constant(type_, number)
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A place that keeps a value from one round of a loop to the next; the compiler makes it a register."""
-
-    emitter: Emitter
-    slot: Any
-    type: Any
-
-    def get(self) -> Value:
-        """Return the value of now."""
-        return Value(self.emitter.builder, self.emitter.builder.load(self.slot, typ=self.type))
-
-    def set(self, value: Value) -> None:
-        """Replace the value."""
-        self.emitter.builder.store(value.raw, self.slot)
+from dask_batchinv.kernels.values import BIT, INT, Value, Variable, constant
 
 
 class Emitter:
@@ -188,7 +68,7 @@ class Emitter:
 
     def boolean(self, truth: bool) -> Value:
         """Return a scalar condition."""
-        return self.value(constant(_I1, int(truth)))
+        return self.value(constant(BIT, int(truth)))
 
     def number(self, number: float) -> Value:
         """Return a single real."""
@@ -326,11 +206,11 @@ class Emitter:
 
     def leading_zeros(self, a: Value) -> Value:
         """Leading zero bits of integers."""
-        return self.call(f"llvm.ctlz.{self._suffix(a)}", a.type, a, self.value(ir.Constant(_I1, 0)))
+        return self.call(f"llvm.ctlz.{self._suffix(a)}", a.type, a, self.value(ir.Constant(BIT, 0)))
 
     def trailing_zeros(self, a: Value) -> Value:
         """Trailing zero bits of an integer; its size where it is 0."""
-        return self.call(f"llvm.cttz.{self._suffix(a)}", a.type, a, self.value(ir.Constant(_I1, 0)))
+        return self.call(f"llvm.cttz.{self._suffix(a)}", a.type, a, self.value(ir.Constant(BIT, 0)))
 
     def bits(self, a: Value) -> Value:
         """Reals as integers of their size."""
@@ -388,7 +268,7 @@ class Emitter:
     def mask_from(self, bits: Value) -> Value:
         """Return the mask whose lanes are the lowest bits of an integer."""
         narrow = self.builder.trunc(bits.raw, ir.IntType(self.lanes))
-        return self.value(self.builder.bitcast(narrow, ir.VectorType(_I1, self.lanes)))
+        return self.value(self.builder.bitcast(narrow, ir.VectorType(BIT, self.lanes)))
 
     def bit_words(self, mask: Value) -> Value:
         """Return integers with all bits set where the mask is set."""
@@ -416,7 +296,7 @@ class Emitter:
 
     def mask(self, lanes: Sequence[bool]) -> Value:
         """Return a constant mask."""
-        return self.value(constant(ir.VectorType(_I1, len(lanes)), [int(lane) for lane in lanes]))
+        return self.value(constant(ir.VectorType(BIT, len(lanes)), [int(lane) for lane in lanes]))
 
     def lane(self, vector: Value, index: int) -> Value:
         """Return one lane."""
@@ -443,103 +323,6 @@ class Emitter:
         assert result is not None
         return result
 
-    def load_columns(self, address: Callable[[int], Value], count: int) -> list[Value]:
-        """Load `count` numbers from as many addresses as there are lanes, and turn them.
-
-        Lane i of value j is the j-th number at ``address(i)``. Nothing beyond the numbers asked for is touched.
-        """
-        w, size = self.lanes, self._piece(count)
-        columns: list[Value] = []
-        for start in self._pieces(count, size):
-            # Loading pieces into the lanes where they belong takes the place of the first rounds of exchanges.
-            rows = []
-            for i in range(size):
-                pieces = [self._load_piece(self.at(address(j), start), size) for j in range(i, w, size)]
-                rows.append(self._join(pieces))
-            columns[start:] = self.exchange(rows, size)
-        return columns
-
-    def store_columns(self, columns: Sequence[Value], address: Callable[[int], Value]) -> None:
-        """Store values to as many addresses as there are lanes; the opposite of `load_columns`."""
-        w, size = self.lanes, self._piece(len(columns))
-        for start in self._pieces(len(columns), size):
-            rows = self.exchange(columns[start : start + size], size)
-            for i, row in enumerate(rows):
-                for j in range(i, w, size):
-                    piece = self.shuffle(row, None, range(j - i, j - i + size))
-                    self.store(piece, self.at(address(j), start))
-
-    def load_stack(self, pointer: Value, count: int) -> list[Value]:
-        """Load as many times `count` adjacent numbers as there are lanes, and turn them as `load_columns` does."""
-        if not self._is_dealt(count):
-            return self.load_columns(lambda lane: self.at(pointer, lane * count), count)
-        return self._deal([self.load(self.at(pointer, i * self.lanes)) for i in range(count)])
-
-    def store_stack(self, columns: Sequence[Value], pointer: Value) -> None:
-        """Store values to adjacent numbers; the opposite of `load_stack`."""
-        count = len(columns)
-        if not self._is_dealt(count):
-            self.store_columns(columns, lambda lane: self.at(pointer, lane * count))
-            return
-        for i, value in enumerate(self._gather(columns)):
-            self.store(value, self.at(pointer, i * self.lanes))
-
-    def _is_dealt(self, count: int) -> bool:
-        return count & (count - 1) == 0 and 2 * count <= self.lanes
-
-    def _deal(self, values: Sequence[Value]) -> list[Value]:
-        """Deal the lanes of some vectors to as many: lane i of vector 0 goes to vector i, and so on in rounds."""
-        if len(values) == 1:
-            return list(values)
-        halves = []
-        for first in range(2):
-            lanes, pairs = range(first, 2 * self.lanes, 2), zip(values[::2], values[1::2], strict=True)
-            halves.append(self._deal([self.shuffle(a, b, lanes) for a, b in pairs]))
-        return [value for pair in zip(*halves, strict=True) for value in pair]
-
-    def _gather(self, values: Sequence[Value]) -> list[Value]:
-        """Do the opposite of `_deal`."""
-        if len(values) == 1:
-            return list(values)
-        halves = [self._gather(values[first::2]) for first in range(2)]
-        w = self.lanes
-        orders = [[at // 2 + at % 2 * w for at in range(start, start + w)] for start in (0, w)]
-        return [self.shuffle(a, b, order) for a, b in zip(*halves, strict=True) for order in orders]
-
-    def _piece(self, count: int) -> int:
-        return min(max(1, self.lanes // 2), 1 << (count.bit_length() - 1))
-
-    @staticmethod
-    def _pieces(count: int, size: int) -> list[int]:
-        """Return where pieces start; the last may overlap the one before."""
-        return [*range(0, count - size + 1, size), *([count - size] if count % size else [])]
-
-    def _load_piece(self, pointer: Value, size: int) -> Value:
-        return self.load(pointer, ir.VectorType(self.real, size))
-
-    def _join(self, pieces: Sequence[Value]) -> Value:
-        while len(pieces) > 1:
-            pairs = zip(pieces[::2], pieces[1::2], strict=True)
-            pieces = [self.shuffle(a, b, range(2 * a.type.count)) for a, b in pairs]
-        return pieces[0]
-
-    def transpose(self, rows: Sequence[Value]) -> list[Value]:
-        """Turn as many vectors as there are lanes: lane j of vector i becomes lane i of vector j."""
-        return self.exchange(rows, self.lanes)
-
-    def exchange(self, rows: Sequence[Value], size: int) -> list[Value]:
-        """Transpose each of the size × size squares that stand side by side in `size` vectors."""
-        values, distance, w = list(rows), size // 2, rows[0].type.count
-        while distance:
-            low = [i if not i & distance else w + i - distance for i in range(w)]
-            high = [i + distance if not i & distance else w + i for i in range(w)]
-            for i in range(size):
-                if not i & distance:
-                    a, b = values[i], values[i + distance]
-                    values[i], values[i + distance] = self.shuffle(a, b, low), self.shuffle(a, b, high)
-            distance //= 2
-        return values
-
     # --- control ----------------------------------------------------------------------------------------------
 
     def variable(self, value: Value) -> Variable:
@@ -547,7 +330,7 @@ class Emitter:
         with self.builder.goto_block(self._entry):
             # Before the entry's jump, once, however often the code around it runs.
             slot = self.builder.alloca(value.type)
-        made = Variable(self, slot, value.type)
+        made = Variable(self.builder, slot, value.type)
         made.set(value)
         return made
 

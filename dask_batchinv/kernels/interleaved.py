@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dask_batchinv.kernels import decomposition, scaling
 from dask_batchinv.kernels.elimination import eliminate
-from dask_batchinv.kernels.emit import Emitter, Value
+from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.group import Group
 from dask_batchinv.kernels.traffic import Traffic
+from dask_batchinv.kernels.turning import load_columns, store_columns, transpose
+from dask_batchinv.kernels.values import Value
 
 
 def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite: bool) -> str:
@@ -60,7 +62,7 @@ def _read(g: Group, group: Value, definite: bool) -> tuple[Value, scaling.Scale]
         smallest.set(e.unsigned("umin", smallest.get(), bits - 1))
 
     def take(start: Value, count: int) -> None:
-        entries = e.load_columns(lambda lane: e.at(base, start + lane * g.size), count)
+        entries = load_columns(e, lambda lane: e.at(base, start + lane * g.size), count)
         for q, entry in enumerate(entries):
             if not definite:
                 look(entry)
@@ -146,7 +148,7 @@ def _write_as_it_is(g: Group, target: Value, scale: scaling.Scale) -> None:
 
     def give(start: Value, count: int) -> None:
         entries = [_scaled_back(e, e.load(g.vector(start + q), align=e.nbytes), scale) for q in range(count)]
-        e.store_columns(entries, lambda lane: e.at(target, start + lane * g.size))
+        store_columns(e, entries, lambda lane: e.at(target, start + lane * g.size))
 
     g.each_piece(give)
 
@@ -187,7 +189,7 @@ def _write_permuted(g: Group, target: Value, scale: scaling.Scale) -> Value:
             e.store(total, g.vector(j, g.sums), align=e.nbytes)
         parts = [_scaled_back(e, part, scale) for number in numbers for part in number.parts]
         parts += [e.numbers(0.0)] * (len(blocks) * e.lanes - length)
-        turned = [e.transpose(parts[b * e.lanes :][: e.lanes]) for b in blocks]
+        turned = [transpose(e, parts[b * e.lanes :][: e.lanes]) for b in blocks]
         for lane in range(e.lanes):
             for b in blocks:
                 order = e.load(g.vector(b * e.lanes + lane, g.orders), e.words, align=e.nbytes)
@@ -209,6 +211,6 @@ def _find_orders(g: Group, blocks: range) -> None:
     orders = [column * g.parts + p for column in source for p in range(g.parts)]
     orders += [e.integers(0)] * (len(blocks) * e.lanes - len(orders))
     for b in blocks:
-        turned = e.transpose([e.from_bits(order) for order in orders[b * e.lanes :][: e.lanes]])
+        turned = transpose(e, [e.from_bits(order) for order in orders[b * e.lanes :][: e.lanes]])
         for lane, value in enumerate(turned):
             e.store(value, g.vector(b * e.lanes + lane, g.orders), align=e.nbytes)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from dask_batchinv.kernels.emit import INT, Emitter, Value
+from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.numbers import Number
 from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
 from dask_batchinv.kernels.scratch import (
@@ -30,6 +30,8 @@ from dask_batchinv.kernels.scratch import (
     first_lane,
     report,
 )
+from dask_batchinv.kernels.turning import transpose
+from dask_batchinv.kernels.values import INT, Value
 
 #: Vectors of a column up to which the search for a pivot is unrolled.
 _SEARCHED_AT_ONCE = 16
@@ -112,7 +114,7 @@ def _read(a: Matrix, index: Value) -> None:
                 numbers = e.load_first(e.at(source, (r + t) * (s.n * s.parts) + c), width)
                 block.append(numbers * first * second)
                 total.set(total.get() + _modulus(e, s, block[-1]))
-            turned = e.transpose(block + [e.numbers(0.0)] * (e.lanes - height))
+            turned = transpose(e, block + [e.numbers(0.0)] * (e.lanes - height))
             for q in range(width):
                 row, part = c / s.parts + q // s.parts, q % s.parts
                 e.store(turned[q], e.at(a.rows, row * s.stride + r + part * s.length), align=e.nbytes)
@@ -270,7 +272,7 @@ def _write(a: Matrix, index: Value) -> None:
 
         def rows(r: Value, height: int) -> None:
             block = [e.load(e.at(source, r), align=e.nbytes) for source in sources]
-            turned = e.transpose(block + [e.numbers(0.0)] * (e.lanes - width))
+            turned = transpose(e, block + [e.numbers(0.0)] * (e.lanes - width))
             for t in range(height):
                 total.set(total.get() + _modulus(e, s, turned[t]))
                 numbers = without_sign_of_zero(e, turned[t] * first, second)

@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 from dask_batchinv.kernels import definite as definite_inverse
 from dask_batchinv.kernels import scaling
-from dask_batchinv.kernels.emit import Emitter, Value
+from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.numbers import Number
 from dask_batchinv.kernels.traffic import Traffic
+from dask_batchinv.kernels.turning import load_stack, store_stack
+from dask_batchinv.kernels.values import Value
 
 Matrix = list[list[Number]]
 
@@ -38,7 +40,7 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
     size = n * n * parts
     traffic = Traffic(e, size, scratch)
     with e.loop(0, count) as group:
-        entries = e.load_stack(e.at(source, group * (lanes * size)), size)
+        entries = load_stack(e, e.at(source, group * (lanes * size)), size)
         used = [_is_read(at, n, parts) or not definite for at in range(size)]
         finite, scale = _measure(e, [entry for entry, use in zip(entries, used, strict=True) if use])
         entries = _multiply(e, entries, scale)
@@ -63,7 +65,7 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
             for variable in variables:
                 variable.set(e.select(info.get().eq(0), variable.get(), float("nan")))
             rcond.set(scaling.rcond_of_failed(e, info.get(), finite, rcond.get()))
-        e.store_stack([variable.get() for variable in variables], traffic.place(group))
+        store_stack(e, [variable.get() for variable in variables], traffic.place(group))
         at = group * lanes
         e.store(e.resize(info.get(), e.int32), e.at(info_target, at, e.int32), align=4)
         e.store(rcond.get(), e.at(rcond_target, at))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dask_batchinv.kernels.emit import Emitter, Value
+from dask_batchinv.kernels.emit import Emitter
+from dask_batchinv.kernels.values import Value
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from functools import partial
 from llvmlite import ir
 
 from dask_batchinv.kernels import scaling
-from dask_batchinv.kernels.emit import INT, Emitter, Value
+from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.numbers import Number
+from dask_batchinv.kernels.values import INT, Value
 
 #: Columns eliminated together. Part of the arithmetic: another number gives other roundings.
 PANEL = 4

@@ -17,7 +17,7 @@ from functools import partial
 
 from llvmlite import ir
 
-from dask_batchinv.kernels.emit import Emitter, Value, constant
+from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.numbers import Number, constant_number
 from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
 from dask_batchinv.kernels.scratch import (
@@ -32,6 +32,8 @@ from dask_batchinv.kernels.scratch import (
     each_vector_of_row,
     report,
 )
+from dask_batchinv.kernels.turning import exchange, load_columns, store_columns, transpose
+from dask_batchinv.kernels.values import Value, constant
 
 
 def write(name: str, s: Shape) -> str:
@@ -119,7 +121,7 @@ def _sum_up(a: Matrix, *, finish: bool = False) -> None:
         return [-number for number in numbers] if finish else numbers
 
     def turn(numbers: list[Number]) -> list[Number]:
-        parts = [e.transpose([number.parts[p] for number in numbers]) for p in range(s.parts)]
+        parts = [transpose(e, [number.parts[p] for number in numbers]) for p in range(s.parts)]
         return [Number(e, tuple(part[t] for part in parts)).conjugate() for t in range(e.lanes)]
 
     def put(numbers: list[Number], i: Value, v: Value) -> None:
@@ -165,7 +167,7 @@ def _sweep_panel(a: Matrix, k0: Value, width: int) -> None:
     sweeps, block = _sweep_block(a, k0, width)
     last = _last_vector(a, k0)
     with e.loop(0, last + 1) as v:
-        columns = [e.load_columns(_places(a, v * e.lanes, k0, p), width) for p in range(s.parts)]
+        columns = [load_columns(e, _places(a, v * e.lanes, k0, p), width) for p in range(s.parts)]
         left = e.iota + e.splat(e.resize(v * e.lanes - k0, e.word))
         rows = []
         for q in range(width):
@@ -229,7 +231,7 @@ def _sweep_block(a: Matrix, k0: Value, width: int) -> tuple[list[_Sweep], list[N
 
 def _turned(e: Emitter, rows: list[Number]) -> list[Number]:
     """Transpose a square block of short vectors."""
-    parts = [e.exchange([row.parts[p] for row in rows], PANEL) for p in range(len(rows[0].parts))]
+    parts = [exchange(e, [row.parts[p] for row in rows], PANEL) for p in range(len(rows[0].parts))]
     return [Number(e, values) for values in zip(*parts, strict=True)]
 
 
@@ -281,7 +283,7 @@ def _put_panel(a: Matrix, k0: Value, width: int) -> None:
         columns = [a.load(a.panel, e.integer(q), v).conjugate() for q in range(width)]
         for p in range(s.parts):
             values = [column.parts[p] for column in columns]
-            e.store_columns(values, _places(a, v * e.lanes, k0, p))
+            store_columns(e, values, _places(a, v * e.lanes, k0, p))
     with e.loop(k0 >> (e.lanes.bit_length() - 1), last + 1) as v:
         for q in range(width):
             a.store(a.load(a.panel, e.integer(q), v), a.rows, k0 + q, v)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dask_batchinv.kernels.emit import Emitter, Value
+from dask_batchinv.kernels.emit import Emitter
+from dask_batchinv.kernels.values import Value
 
 #: Memory is asked for at least so far ahead; measured.
 _AHEAD_NBYTES = 4096
