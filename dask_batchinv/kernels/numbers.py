@@ -55,7 +55,7 @@ class Number:
         if len(self.parts) == 1:
             return self.e.absolute(self.parts[0])
         re, im = self.parts
-        return self.e.sqrt(re * re + im * im)
+        return self.e.sqrt(self.e.fma(re, re, im * im))
 
     def reciprocal(self) -> Number:
         """1 / self."""

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def main() -> None:
     for case in CASES:
         if case.n in options.sizes and case.kind == "general":
             cells = measure(case, options.repeat)
-            cells["two threads"] = two_threads(case, both, options.repeat)
+            cells["two threads"] = two_threads(case, peers.ours, both, options.repeat)
+            cells["two threads, copy"] = two_threads(case, peers.copy, both, options.repeat)
             cells |= first_calls(case)
             result["cells"][str(case)] = cells
             print(case, {name: f"{1e9 * value:.3g}" for name, value in cells.items()}, flush=True)
@@ -88,10 +90,12 @@ def measure(case: Case, repeat: int) -> dict[str, float]:
     return {name: statistics.median(values) / len(a) for name, values in times.items()}
 
 
-def two_threads(case: Case, cores: list[int], repeat: int) -> float:
+def two_threads(case: Case, make: Callable[[Any], peers.Timed], cores: list[int], repeat: int) -> float:
     """Return how much faster two threads on two cores are than one, each with a stack of its own."""
     a = [case.make(stack_nbytes(case)) for _ in range(2)]
-    runs = [peers.ours(x) for x in a]
+    runs = [make(x) for x in a]
+    for run in runs:
+        run()
     if len(cores) < 2:
         return float("nan")
 
