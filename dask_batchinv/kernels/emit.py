@@ -18,7 +18,7 @@ from dask_batchinv.kernels.values import BIT, INT, Value, Variable, constant
 
 
 class Emitter:
-    """Writes one function ``void name(pointer × 4, int64 count, pointer scratch)`` for one real type and width.
+    """Writes one function ``void name(pointer × 4, int64, pointer, int64)`` for one real type and width.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """One matrix per lane, in the first-level cache: for matrices that do not fit into registers.
 
 The scratch holds a group of as many matrices as there are lanes, entry by entry: vector (i, j) has that entry of
-all of them. The arithmetic is that of `registers`, in loops.
+all of them. What happens to it in between is in `elimination` and `decomposition`.
 """
 
 from __future__ import annotations
