@@ -16,7 +16,7 @@ import zarr
 from dask_batchinv import storage
 from dask_batchinv.kernels import invert_block, parse_device
 from dask_batchinv.outcome import raise_failed
-from dask_batchinv.place import Place
+from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import (
     AssumeA,
     Device,
@@ -306,9 +306,12 @@ def _fill(out: Any, result: da.Array) -> Any:
         try:
             storage.refuse_overlap(created, result)
             _write(created, result, place)
-        except BaseException:
+        except BaseException as failure:
             # What is half filled must not be taken for a result, nor be in the way of the next try.
-            storage.remove_array(place)
+            try:
+                storage.remove_array(place)
+            except Exception as error:  # whatever a file system may raise
+                failure.add_note(redact(f"{place.name} is half filled and could not be removed: {error}"))
             raise
         return created
     if not isinstance(out, zarr.Array):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import dask.array as da
@@ -19,8 +18,8 @@ from zarr.codecs import Crc32cCodec
 from dask_batchinv.place import Place
 
 Chunks = tuple[tuple[int, ...], ...]
-
-
+#: How long `remove_array` tries.
+_REMOVAL_SECONDS = 5.0
 _METADATA_KEYS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 
@@ -94,15 +93,24 @@ def has_array(place: Place) -> bool:
 
 
 def remove_array(place: Place) -> None:
-    """Remove an array that tasks may still be writing to, if they look at `has_array` before each block."""
-    # First what makes it an array, so that no task begins another block; then again what blocks in hand leave behind.
-    gone = 0
-    for _ in range(100):
-        with suppress(OSError):
+    """Remove an array that tasks may still be writing to, if they look at `has_array` before each block.
+
+    Raises
+    ------
+    OSError
+        If it cannot be removed.
+    """
+    deadline, absent = time.monotonic() + _REMOVAL_SECONDS, 0
+    while absent < 3:
+        failure = None
+        try:
+            # First what makes it an array, so that no task begins another block.
             place.remove(first="zarr.json")
-        gone = gone + 1 if not place.exists() else 0
-        if gone == 3:
-            return
+        except OSError as error:  # a block in hand was written meanwhile, or it is gone
+            failure = error
+        absent = 0 if place.exists() else absent + 1
+        if not absent and time.monotonic() > deadline:
+            raise failure or OSError(f"something keeps writing to {place.name}")
         time.sleep(0.05)
 
 

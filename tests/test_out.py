@@ -1,0 +1,171 @@
+"""`out=`: where results may be written, and what happens there when something fails."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from stacks import assert_same_bits, conditioned
+
+from dask_batchinv import SingularMatrixError, inverse, storage
+from dask_batchinv.place import Place
+
+
+def test_out_must_fit(tmp_path):
+    a = conditioned(4, 2, 10)
+    for source in (a, da.from_array(a)):
+        with pytest.raises(ValueError, match=r"out has shape \(4, 3, 3\)"):
+            inverse(source, out=np.empty((4, 3, 3)))
+        with pytest.raises(TypeError, match="out has dtype float32, but the result has float64"):
+            inverse(source, out=np.empty((4, 2, 2), np.float32))
+        with pytest.raises(TypeError, match=r"out must be a NumPy array, a zarr.Array or a store location, got list"):
+            inverse(source, out=[])
+    small = zarr.create_array(tmp_path / "small", shape=(3, 2, 2), chunks=(1, 2, 2), dtype="f8")
+    with pytest.raises(ValueError, match=r"out has shape \(3, 2, 2\)"):
+        inverse(da.from_array(a), out=small)
+
+
+def test_out_may_have_any_layout():
+    a = conditioned(6, 2, 10)
+    out = np.empty((12, 2, 2))[::2]
+    assert inverse(a, out=out) is out
+    assert_same_bits(out, inverse(a))
+
+
+def test_failing_leaves_out_untouched():
+    a = conditioned(6, 2, 10)
+    a[2] = 0
+    out = np.full(a.shape, 7.0)
+    with pytest.raises(SingularMatrixError):
+        inverse(a, out=out)
+    assert (out == 7).all()
+    inverse(a, out=out, on_error="nan")
+    assert np.isnan(out[2]).all()
+
+
+def test_overlapping_input_and_output_are_refused(tmp_path):
+    a = conditioned(6, 2, 10)
+    big = np.concatenate([a, a])
+    with pytest.raises(ValueError, match="out overlaps the input"):
+        inverse(a, out=a)
+    with pytest.raises(ValueError, match="out overlaps the input"):
+        inverse(big[:6], out=big[3:9])
+    inverse(big[:6], out=big[6:])
+    z = zarr.create_array(tmp_path / "z", shape=a.shape, chunks=(2, 2, 2), dtype=a.dtype)
+    z[...] = a
+    (tmp_path / "link").symlink_to(tmp_path / "z")
+    for source in (z, da.from_zarr(z) + 0, da.from_zarr(str(tmp_path / "z"), inline_array=True)):
+        for out in (z, zarr.open_array(tmp_path / "z"), zarr.open_array(tmp_path / "link")):
+            with pytest.raises(ValueError, match="that the input is read from"):
+                inverse(source, out=out)
+    assert_same_bits(z[...], a)
+
+
+def test_overlap_is_seen_through_dask_and_xarray(tmp_path):
+    a = conditioned(12, 2, 10)
+    before = a.copy()
+    # from_array makes a copy; an array that comes in by delayed is the user's own.
+    for source, out in ((a, a), (a[:6], a[3:9])):
+        lazy = da.from_delayed(dask.delayed(source), source.shape, dtype=source.dtype)
+        with pytest.raises(ValueError, match="out overlaps the input"):
+            inverse(lazy * 1, out=out)
+    assert_same_bits(a, before)
+    xr.Dataset({"A": (("t", "r", "c"), a)}).chunk(t=5).to_zarr(tmp_path / "ds", consolidated=False)
+    opened = xr.open_zarr(tmp_path / "ds", consolidated=False).A.data[::-1]
+    with pytest.raises(ValueError, match="that the input is read from"):
+        inverse(opened, out=zarr.open_array(tmp_path / "ds" / "A"))
+    assert_same_bits(zarr.open_array(tmp_path / "ds" / "A")[...], before)
+
+
+@pytest.mark.parametrize("store", ["memory", "fsspec"])
+def test_an_array_in_memory_is_filled_from_worker_processes_too(store, processes):
+    a = conditioned(12, 2, 10)
+    place = zarr.storage.MemoryStore() if store == "memory" else zarr.storage.FsspecStore.from_url("memory://filled")
+    out = zarr.create_array(place, shape=a.shape, chunks=(5, 2, 2), dtype=a.dtype)
+    with dask.config.set(scheduler=processes.get):
+        inverse(da.from_array(a, chunks=(2, 2, 2)), out=out)
+    assert_same_bits(out[...], inverse(a))
+
+
+def test_a_failed_new_store_leaves_nothing(tmp_path):
+    a = conditioned(6, 2, 10)
+    bad = a.copy()
+    bad[5] = 0
+    with pytest.raises(SingularMatrixError):
+        inverse(da.from_array(bad, chunks=(2, 2, 2)), out=tmp_path / "x")
+    with pytest.raises(FileNotFoundError):
+        zarr.open_array(tmp_path / "x", mode="r")
+    assert_same_bits(inverse(da.from_array(a, chunks=(2, 2, 2)), out=tmp_path / "x")[...], inverse(a))
+
+
+def test_tasks_that_run_on_after_a_failure_write_nothing(tmp_path):
+    a = np.concatenate([np.zeros((1, 2, 2)), conditioned(7, 2, 10)])
+    failed, done = threading.Event(), threading.Semaphore(0)
+
+    def late(block, block_info=None):
+        if block_info[0]["chunk-location"][0]:
+            failed.wait(30)
+            done.release()
+        return block
+
+    lazy = da.from_array(a, chunks=(1, 2, 2)).map_blocks(late, dtype=a.dtype, meta=a[:0])
+    with ThreadPoolExecutor(8) as pool, dask.config.set(scheduler="threads", pool=pool):
+        with pytest.raises(SingularMatrixError):
+            inverse(lazy, out=tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+        failed.set()
+    assert done.acquire(blocking=False)  # some task did run on
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_failed_new_store_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    def refuse(self, **names):
+        raise PermissionError("not yours to remove")
+
+    monkeypatch.setattr(Place, "remove", refuse)
+    monkeypatch.setattr(storage, "_REMOVAL_SECONDS", 0.1)
+    with pytest.raises(SingularMatrixError) as caught:
+        inverse(da.zeros((2, 2, 2), chunks=(1, 2, 2)), out=tmp_path / "x")
+    assert caught.value.__notes__ == [f"{tmp_path / 'x'} is half filled and could not be removed: not yours to remove"]
+
+
+@pytest.mark.parametrize("chunks", [(5, 3, 3), (7, 3, 3), (64, 3, 3), (1, 3, 3), (5, 1, 2)])
+@pytest.mark.parametrize("shards", [None, (20, 3, 3)])
+def test_misaligned_zarr_output_is_written_safely(tmp_path, chunks, shards, processes):
+    a = conditioned(64, 3, 10)
+    out = zarr.create_array(
+        tmp_path / "out", shape=a.shape, dtype=a.dtype, shards=shards,
+        chunks=(5, 3, 3) if shards else chunks, fill_value=0,
+    )  # fmt: skip
+    lazy = da.from_array(a, chunks=(8, 3, 3))
+    with dask.config.set(scheduler=processes.get):
+        inverse(lazy, out=out)
+    assert_same_bits(out[...], inverse(a))
+
+
+def test_new_store_at_a_location(tmp_path):
+    a = conditioned(20, 3, 10)
+    out = inverse(da.from_array(a, chunks=((7, 7, 6), 3, 3)), out=str(tmp_path / "new.zarr"))
+    assert isinstance(out, zarr.Array)
+    assert out.chunks == (7, 3, 3)
+    assert_same_bits(zarr.open_array(tmp_path / "new.zarr", mode="r")[...], inverse(a))
+    with pytest.raises(zarr.errors.ContainsArrayError):
+        inverse(da.from_array(a), out=tmp_path / "new.zarr")
+    lazy = da.from_array(a, chunks=5)
+    unknown = lazy[lazy[:, 0, 0] > 0]
+    with pytest.raises(ValueError, match="known shape"):
+        inverse(unknown, out=tmp_path / "unknown.zarr")
+
+
+def test_a_flipped_bit_in_a_new_store_is_noticed(tmp_path):
+    inverse(conditioned(4, 3, 10), out=tmp_path / "x")
+    chunk = next(path for path in (tmp_path / "x" / "c").rglob("*") if path.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[11] ^= 4
+    chunk.write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?i)checksum"):
+        zarr.open_array(tmp_path / "x", mode="r")[...]
