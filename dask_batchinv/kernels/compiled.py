@@ -77,7 +77,7 @@ def program(n: int, dtype: npt.DTypeLike, kind: Kind, vector_nbytes: int) -> Pro
         group, nbytes = lanes, groups.scratch_nbytes(n, itemsize, parts, lanes)
     else:
         module = sweeps if definite else panels
-        shape = Shape(n, itemsize, parts, lanes, together=_together(n, itemsize, parts, definite))
+        shape = Shape(n, itemsize, parts, lanes, together=1 if definite else _together(n, itemsize, parts))
         group, nbytes = shape.together, shape.together * shape.nbytes
     layout = module.__name__.rpartition(".")[2]
     name = f"{layout}_{kind.replace(' ', '_')}_{n}_{dtype.char}_{lanes}"
@@ -88,11 +88,9 @@ def program(n: int, dtype: npt.DTypeLike, kind: Kind, vector_nbytes: int) -> Pro
     return Program(name, write, group, nbytes)
 
 
-def _together(n: int, itemsize: int, parts: int, definite: bool) -> int:
+def _together(n: int, itemsize: int, parts: int) -> int:
     """Matrices in work at a time, to wait less for each pivot; the larger, the less there is to wait; measured."""
     lines = -(-n * itemsize // _ALIGNMENT) * parts
-    if definite:
-        return 1
     if lines <= (4 if parts == 2 else 3):
         return 3
     return 2 if lines <= (6 if parts == 2 else 8) else 1

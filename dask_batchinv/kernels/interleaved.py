@@ -54,28 +54,23 @@ def _read(g: Group, group: Value, definite: bool) -> tuple[Value, scaling.Scale]
     """Interleave the matrices, and find their scale."""
     e = g.e
     base = e.at(e.arguments[0], group * (e.lanes * g.size))
-    largest, smallest = e.variable(e.integers(0)), e.variable(e.integers(-1))
-
-    def look(entry: Value) -> None:
-        bits = e.bits(e.absolute(entry))
-        largest.set(e.unsigned("umax", largest.get(), bits))
-        smallest.set(e.unsigned("umin", smallest.get(), bits - 1))
+    measure = scaling.Measure(e)
 
     def take(start: Value, count: int) -> None:
         entries = load_columns(e, lambda lane: e.at(base, start + lane * g.size), count)
         for q, entry in enumerate(entries):
             if not definite:
-                look(entry)
+                measure.look(entry)
             e.store(entry, g.vector(start + q), align=e.nbytes)
 
     g.each_piece(take)
     if definite:
         with e.loop(0, g.n) as i:
-            look(g.read(g.entry(i, i)).parts[0])
+            measure.look(g.read(g.entry(i, i)).parts[0])
             with e.loop(i + 1, g.n) as j:
                 for part in g.read(g.entry(i, j)).parts:
-                    look(part)
-    return scaling.is_finite(e, largest.get()), scaling.unit_scale(e, largest.get(), smallest.get() + 1)
+                    measure.look(part)
+    return measure.of_lanes()
 
 
 def _scale(g: Group, scale: scaling.Scale) -> Value:
@@ -91,13 +86,6 @@ def _scale(g: Group, scale: scaling.Scale) -> Value:
             total = number.modulus() if i == 0 else total + number.modulus()
         norm.set(scaling.larger_sum(e, total, norm.get()))
     return norm.get()
-
-
-def _largest(e: Emitter, sums: list[Value]) -> Value:
-    norm = sums[0]
-    for total in sums[1:]:
-        norm = scaling.larger_sum(e, total, norm)
-    return norm
 
 
 def _multiply_rarely(g: Group, scale: scaling.Scale) -> None:
@@ -195,7 +183,7 @@ def _write_permuted(g: Group, target: Value, scale: scaling.Scale) -> Value:
                 order = e.load(g.vector(b * e.lanes + lane, g.orders), e.words, align=e.nbytes)
                 place = e.at(target, line * length + (lane * g.size + b * e.lanes))
                 e.store_first(e.permute([block[lane] for block in turned], order), place, length - b * e.lanes)
-    return norm or _largest(e, [e.load(g.vector(j, g.sums), align=e.nbytes) for j in range(n)])
+    return norm or scaling.largest_sum(e, [e.load(g.vector(j, g.sums), align=e.nbytes) for j in range(n)])
 
 
 def _find_orders(g: Group, blocks: range) -> None:

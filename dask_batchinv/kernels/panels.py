@@ -15,20 +15,22 @@ from __future__ import annotations
 
 from functools import partial
 
+from dask_batchinv.kernels import scaling
 from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.numbers import Number
 from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
 from dask_batchinv.kernels.scratch import (
     PANEL,
     Matrix,
-    Measure,
     Shape,
     across,
     ask_ahead,
     each_block,
+    each_other,
     each_vector,
     first_lane,
     report,
+    settle,
 )
 from dask_batchinv.kernels.turning import transpose
 from dask_batchinv.kernels.values import INT, Value
@@ -51,11 +53,10 @@ def write(name: str, s: Shape) -> str:
 
         def panel(k0: Value, width: int) -> None:
             panels = [_Panel(Matrix(e, s, g), k0) for g in every]
+            for each in every:
+                ask_ahead(e, s, first + each, k0, k0, PANEL)
             rows = [_search(panel, 0) for panel in panels]
             for p in range(width):
-                if p == 0:
-                    for each in every:
-                        ask_ahead(e, s, first + each, k0, k0, PANEL)
                 steps = [_Step(panel, p, row) for panel, row in zip(panels, rows, strict=True)]
                 # The next search waits for one column only: it runs while the others are updated.
                 ahead = [p + 1] if p + 1 < width else []
@@ -88,14 +89,14 @@ def _measure(a: Matrix, index: Value) -> None:
     """Find the scale of a matrix."""
     e, s = a.e, a.s
     source = e.at(e.arguments[0], index * s.size)
-    measure = Measure(e)
+    measure = scaling.Measure(e)
 
     def look(start: Value, count: int) -> None:
         for at in range(0, count, e.lanes):
             measure.look(e.load_first(e.at(source, start + at), count - at))
 
     each_block(e, s.size, 4 * e.lanes, look)
-    measure.settle(a)
+    settle(a, measure)
 
 
 def _read(a: Matrix, index: Value) -> None:
@@ -244,16 +245,7 @@ def _update_others(panel: _Panel, index: Value, width: int) -> None:
 
         each_vector(e, s.vectors, body)
 
-    # As many columns at a time as let their factors stay in registers.
-    step = 16 // PANEL // s.parts
-    with e.loop(0, k0, step) as j:
-        update(j, step)
-    if width == PANEL:
-        rest = s.n % PANEL % step
-        with e.loop(k0 + width, s.n - rest, step) as j:
-            update(j, step)
-        if rest:
-            update(e.integer(s.n - rest), rest)
+    each_other(e, s, k0, width, update)
 
 
 def _write(a: Matrix, index: Value) -> None:

@@ -18,7 +18,7 @@ from dask_batchinv.kernels.traffic import Traffic
 from dask_batchinv.kernels.turning import load_stack, store_stack
 from dask_batchinv.kernels.values import Value
 
-Matrix = list[list[Number]]
+Matrix = definite_inverse.Matrix
 
 
 def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite: bool) -> str:
@@ -41,8 +41,11 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
     traffic = Traffic(e, size, scratch)
     with e.loop(0, count) as group:
         entries = load_stack(e, e.at(source, group * (lanes * size)), size)
-        used = [_is_read(at, n, parts) or not definite for at in range(size)]
-        finite, scale = _measure(e, [entry for entry, use in zip(entries, used, strict=True) if use])
+        measure = scaling.Measure(e)
+        for place, entry in enumerate(entries):
+            if not definite or _is_read(place, n, parts):
+                measure.look(entry)
+        finite, scale = measure.of_lanes()
         entries = _multiply(e, entries, scale)
         a = [[Number(e, tuple(entries[(i * n + j) * parts :][:parts])) for j in range(n)] for i in range(n)]
         if definite:
@@ -50,7 +53,8 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
         norm = _norm(e, a)
         if definite:
             pauses = itertools.count()
-            pivot = _invert_definite(e, a, lambda: traffic.step(group, next(pauses), definite_inverse.pauses(n)))
+            pivot = definite_inverse.invert(e, a, lambda: traffic.step(group, next(pauses), definite_inverse.pauses(n)))
+            _mirror(a)
         else:
             pivot = _eliminate(e, a, lambda k: traffic.step(group, k, n))
         norm_of_inverse = _norm(e, a)
@@ -79,15 +83,6 @@ def _is_read(at: int, n: int, parts: int) -> bool:
     return i < j or (i == j and part == 0)
 
 
-def _measure(e: Emitter, entries: list[Value]) -> tuple[Value, scaling.Scale]:
-    largest, smallest = e.integers(0), e.integers(-1)
-    for entry in entries:
-        bits = e.bits(e.absolute(entry))
-        largest = e.unsigned("umax", largest, bits)
-        smallest = e.unsigned("umin", smallest, bits - 1)  # zero becomes the largest of all
-    return scaling.is_finite(e, largest), scaling.unit_scale(e, largest, smallest + 1)
-
-
 def _multiply(e: Emitter, entries: list[Value], scale: scaling.Scale) -> list[Value]:
     """Return entries scaled, with no negative zeros."""
     variables = [e.variable(scaling.without_sign_of_zero(e, entry, scale.first)) for entry in entries]
@@ -109,10 +104,7 @@ def _norm(e: Emitter, a: Matrix) -> Value:
     sums = [row.modulus() for row in a[0]]
     for row in a[1:]:
         sums = [total + number.modulus() for total, number in zip(sums, row, strict=True)]
-    norm = sums[0]
-    for total in sums[1:]:
-        norm = scaling.larger_sum(e, total, norm)
-    return norm
+    return scaling.largest_sum(e, sums)
 
 
 def _eliminate(e: Emitter, a: Matrix, before: Callable[[int], None]) -> Value:
@@ -148,15 +140,6 @@ def _eliminate(e: Emitter, a: Matrix, before: Callable[[int], None]) -> Value:
             here = chosen[k].eq(i)
             for r in a:
                 r[k], r[i] = r[i].where(here, r[k]), r[k].where(here, r[i])
-    return failed
-
-
-def _invert_definite(e: Emitter, a: Matrix, pause: Callable[[], None]) -> Value:
-    def put(i: int, j: int, number: Number) -> None:
-        a[i][j] = number
-
-    failed = definite_inverse.invert(e, len(a), lambda i, j: a[i][j], put, pause)
-    _mirror(a)
     return failed
 
 

@@ -8,10 +8,38 @@ decides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 
 from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.values import Value
+
+
+class Measure:
+    """The largest and the smallest of the numbers looked at, lane by lane."""
+
+    def __init__(self, e: Emitter):
+        self.e = e
+        self.largest, self.smallest = e.variable(e.integers(0)), e.variable(e.integers(-1))
+
+    def look(self, numbers: Value) -> None:
+        """Look at a vector of numbers; zeros do not count."""
+        e = self.e
+        bits = e.bits(e.absolute(numbers))
+        self.largest.set(e.unsigned("umax", self.largest.get(), bits))
+        self.smallest.set(e.unsigned("umin", self.smallest.get(), bits - 1))
+
+    def of_lanes(self) -> tuple[Value, Scale]:
+        """Return whether the matrix in each lane is finite, and by what it is scaled."""
+        largest, smallest = self.largest.get(), self.smallest.get() + 1
+        return is_finite(self.e, largest), unit_scale(self.e, largest, smallest)
+
+    def of_all(self) -> tuple[Value, Scale]:
+        """Return the same, as scalars, of one matrix that all lanes belong to."""
+        e = self.e
+        largest, smallest = e.reduce("umax", self.largest.get()), e.reduce("umin", self.smallest.get()) + 1
+        return is_finite(e, largest), unit_scale(e, largest, smallest)
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,11 @@ def is_finite(e: Emitter, largest: Value) -> Value:
 def larger_sum(e: Emitter, a: Value, b: Value) -> Value:
     """Return the larger of two sums of absolute values; NaN is the largest of all, lest it be lost."""
     return e.from_bits(e.unsigned("umax", e.bits(a), e.bits(b)))
+
+
+def largest_sum(e: Emitter, sums: Sequence[Value]) -> Value:
+    """Return the largest of sums."""
+    return reduce(partial(larger_sum, e), sums)
 
 
 def outcome(e: Emitter, pivot: Value, finite: Value, overflow: Value) -> Value:

@@ -150,9 +150,7 @@ class Matrix:
     def put_aside(self, *values: Value) -> None:
         """Keep some vectors until `aside` asks for them, when no panel is in work."""
         for i, value in enumerate(values):
-            self.e.store(
-                self.e.value(self.e.builder.bitcast(value.raw, self.e.vector)), self.e.at(self.panel, i * self.e.lanes)
-            )
+            self.e.store(self.e.from_bits(value), self.e.at(self.panel, i * self.e.lanes))
 
     def aside(self, index: int) -> Value:
         """Return a vector that was put aside."""
@@ -226,30 +224,28 @@ def ask_ahead(e: Emitter, s: Shape, index: Value, k0: Value, i: Value, count: in
         e.prefetch(e.at(target, at, byte), write=True, level=level)
 
 
-class Measure:
-    """The largest and the smallest of the numbers looked at."""
+def settle(a: Matrix, measure: scaling.Measure) -> None:
+    """Note whether a matrix is finite and by what it is scaled."""
+    e = a.e
+    finite, scale = measure.of_all()
+    e.store(scale.first, e.at(a.state, FIRST, INT))
+    e.store(scale.second, e.at(a.state, SECOND, INT))
+    a.set(a.state, FINITE, e.number_of(finite))
+    for v in range(a.s.vectors):
+        e.store(e.numbers(1.0), e.at(a.pivot_sizes, v * e.lanes))
 
-    def __init__(self, e: Emitter):
-        self.e = e
-        self.largest, self.smallest = e.variable(e.integers(0)), e.variable(e.integers(-1))
 
-    def look(self, numbers: Value) -> None:
-        """Look at a vector of numbers; zeros do not count."""
-        e = self.e
-        bits = e.bits(e.absolute(numbers))
-        self.largest.set(e.unsigned("umax", self.largest.get(), bits))
-        self.smallest.set(e.unsigned("umin", self.smallest.get(), bits - 1))
-
-    def settle(self, a: Matrix) -> None:
-        """Note whether the matrix is finite and by what it is scaled."""
-        e = self.e
-        largest = e.reduce("umax", self.largest.get())
-        scale = scaling.unit_scale(e, largest, e.reduce("umin", self.smallest.get()) + 1)
-        e.store(scale.first, e.at(a.state, FIRST, INT))
-        e.store(scale.second, e.at(a.state, SECOND, INT))
-        a.set(a.state, FINITE, e.number_of(scaling.is_finite(e, largest)))
-        for v in range(a.s.vectors):
-            e.store(e.numbers(1.0), e.at(a.pivot_sizes, v * e.lanes))
+def each_other(e: Emitter, s: Shape, k0: Value, width: int, update: Callable[[Value, int], None]) -> None:
+    """Update the rows outside a panel, as many at a time as let their factors stay in registers."""
+    step = 16 // PANEL // s.parts
+    with e.loop(0, k0, step) as i:
+        update(i, step)
+    if width == PANEL:
+        rest = s.n % PANEL % step
+        with e.loop(k0 + width, s.n - rest, step) as i:
+            update(i, step)
+        if rest:
+            update(e.integer(s.n - rest), rest)
 
 
 def report(a: Matrix, index: Value, failing: Callable[[Value], Value]) -> None:
@@ -258,9 +254,9 @@ def report(a: Matrix, index: Value, failing: Callable[[Value], Value]) -> None:
     `failing` says which of the pivots' sizes are failures. Put aside are the bits of the largest numbers of the
     inverse, and the sums of its columns before scaling.
     """
-    largest = a.e.reduce("umax", a.e.bits(a.aside(0)))
-    norm = a.e.lane(across(a.e, a.aside(1), partial(scaling.larger_sum, a.e)), 0)
     e, s = a.e, a.s
+    largest = e.reduce("umax", e.bits(a.aside(0)))
+    norm = e.lane(across(e, a.aside(1), partial(scaling.larger_sum, e)), 0)
     sizes = [e.load(e.at(a.pivot_sizes, v * e.lanes), align=e.nbytes) for v in range(s.vectors)]
     # What came after the first failure is of no use.
     pivot = first_lane(e, [failing(size) for size in sizes]) + 1

@@ -17,49 +17,44 @@ from functools import partial
 
 from llvmlite import ir
 
+from dask_batchinv.kernels import scaling
 from dask_batchinv.kernels.emit import Emitter
 from dask_batchinv.kernels.numbers import Number, constant_number
 from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
 from dask_batchinv.kernels.scratch import (
     PANEL,
     Matrix,
-    Measure,
     Shape,
     across,
     ask_ahead,
     each_block,
+    each_other,
     each_vector,
     each_vector_of_row,
     report,
+    settle,
 )
 from dask_batchinv.kernels.turning import exchange, load_columns, store_columns, transpose
 from dask_batchinv.kernels.values import Value, constant
 
 
 def write(name: str, s: Shape) -> str:
-    """Write the kernel: it inverts `count` groups of ``s.together`` positive definite matrices."""
+    """Write the kernel: it inverts `count` positive definite matrices, one after the other."""
     e = Emitter(name, s.itemsize, s.lanes)
-    with e.loop(0, e.arguments[4]) as group:
-        first = group * s.together
-        every = [e.integer(g) for g in range(s.together)]
-        for each in every:
-            _measure(Matrix(e, s, each), first + each)
-        with e.loop(0, s.together) as g:
-            _read(Matrix(e, s, g), first + g)
+    a = Matrix(e, s, e.integer(0))
+    with e.loop(0, e.arguments[4]) as index:
+        _measure(a, index)
+        _read(a, index)
 
         def panel(k0: Value, width: int) -> None:
-            for each in every:
-                ask_ahead(e, s, first + each, k0, k0, PANEL)
-                _sweep_panel(Matrix(e, s, each), k0, width)
-            with e.loop(0, s.together) as g:
-                _update_others(Matrix(e, s, g), first + g, k0, width)
-                _put_panel(Matrix(e, s, g), k0, width)
+            ask_ahead(e, s, index, k0, k0, PANEL)
+            _sweep_panel(a, k0, width)
+            _update_others(a, index, k0, width)
+            _put_panel(a, k0, width)
 
         each_block(e, s.n, PANEL, panel)
-        with e.loop(0, s.together) as g:
-            _write(Matrix(e, s, g), first + g)
-        for each in every:
-            report(Matrix(e, s, each), first + each, lambda size: size <= 0.0)
+        _write(a, index)
+        report(a, index, lambda size: size <= 0.0)
     return e.finish()
 
 
@@ -68,7 +63,7 @@ def _measure(a: Matrix, index: Value) -> None:
     e, s = a.e, a.s
     source = e.at(e.arguments[0], index * s.size)
     length = s.n * s.parts
-    measure = Measure(e)
+    measure = scaling.Measure(e)
     with e.loop(0, s.n) as i:
         diagonal = i * s.parts
 
@@ -83,11 +78,11 @@ def _measure(a: Matrix, index: Value) -> None:
             look(c, e.lanes)
         if length % e.lanes:
             look(e.integer(whole), length % e.lanes)
-    measure.settle(a)
+    settle(a, measure)
 
 
 def _read(a: Matrix, index: Value) -> None:
-    """Bring the upper triangle to unit size, and mirror it."""
+    """Bring the upper triangle to unit size, and sum up its columns."""
     e, s = a.e, a.s
     source = e.at(e.arguments[0], index * s.size)
     length = s.n * s.parts
@@ -264,15 +259,7 @@ def _update_others(a: Matrix, index: Value, k0: Value, width: int) -> None:
             for t, total in enumerate(sums):
                 a.store(total, a.rows, i + t, v)
 
-    step = 16 // PANEL // s.parts
-    with e.loop(0, k0, step) as i:
-        update(i, step)
-    if width == PANEL:
-        rest = s.n % PANEL % step
-        with e.loop(k0 + width, s.n - rest, step) as i:
-            update(i, step)
-        if rest:
-            update(e.integer(s.n - rest), rest)
+    each_other(e, s, k0, width, update)
 
 
 def _put_panel(a: Matrix, k0: Value, width: int) -> None:

@@ -91,8 +91,8 @@ class Traffic:
     def _store_some(self, line: Value, lanes: Value, group: Value) -> None:
         self.e.store_where(lanes, line, self._start(group))
 
-    def _each(self, step: Value | int, share: int, body: Callable[[Value | int], None], every: int = 1) -> None:
-        """Run the body for a step's share of vectors, or only for every second or fourth."""
+    def _each(self, step: Value | int, share: int, body: Callable[[Value | int], None], every: int) -> None:
+        """Run the body for a step's share of vectors: for all, or only for every second or fourth."""
         stop = share if isinstance(step, Value) else min(share, self.size - step * share)
         for v in range(0, stop, every):
             body(step * share + v)

@@ -32,7 +32,7 @@ def _timed(call: Callable[[], Any]) -> Timed:
 
 def ours(a: Array, kind: str = "general") -> Timed:
     """Time our kernel: inverse, info and rcond."""
-    kernel = choose_kernel(kind, "cpu")  # type: ignore[arg-type]
+    kernel = choose_kernel(kind, "cpu")
     out, info, rcond = np.empty_like(a), np.empty(len(a), np.int32), np.empty(len(a), a.real.dtype)
     return _timed(lambda: kernel.invert(a, out, info, rcond))
 
