@@ -66,11 +66,17 @@ _job_options = _options(
     click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
     click.option("--overwrite", is_flag=True,
                  help="Replace a target that belongs to another job of dask-batchinv; nothing else is ever replaced."),
+    click.option("--trust-ledger", is_flag=True,
+                 help="Do not read back what earlier runs have recorded as done."),
+    click.option("--durable", is_flag=True,
+                 help="Record a tile only when it is on the disk, so that a power failure loses nothing. Slower."),
 )  # fmt: skip
 
 _cluster_options = _options(
     click.option("--scheduler", metavar="ADDRESS",
-                 help="A running Dask scheduler, tcp://host:port. Default: processes on this machine."),
+                 help="A running Dask scheduler, tls://host:port. Default: processes on this machine."),
+    click.option("--insecure", is_flag=True,
+                 help="Allow a scheduler on another machine without TLS: whoever reaches it can run code as you."),
     click.option("--workers", type=click.IntRange(1), metavar="N",
                  help="Processes on this machine. Default: one per core."),
     click.option("--threads-per-worker", type=click.IntRange(1), metavar="N",
@@ -109,7 +115,7 @@ def run(dry_run: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
     \b
     Examples:
       dask-batchinv run covariances.zarr inverses.zarr --variable cov --assume-a "positive definite"
-      dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tcp://10.0.0.1:8786
+      dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tls://10.0.0.1:8786
     """
     with _exit_codes():
         job, cluster = _parse(arguments)
@@ -150,17 +156,28 @@ def status(target: str, as_json: bool) -> None:
 @main.command("verify")
 @click.argument("target")
 @click.option("--source", metavar="SOURCE", help="Also multiply every matrix of SOURCE with its inverse.")
+@click.option(
+    "--sample",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="SHARE",
+    help="With --source: multiply the matrices of this share of the tiles.",
+)
 @_cluster_options
 @_json_option
-def verify_command(target: str, source: str | None, as_json: bool, **arguments: Any) -> None:
-    """Read TARGET back, every chunk of its arrays, and check it. Exit code 1 if something is not right."""
+def verify_command(target: str, source: str | None, sample: float, as_json: bool, **arguments: Any) -> None:
+    """Read TARGET back, every chunk of its arrays, and check it. Exit code 1 if something is not right.
+
+    What it finds, `run` repairs.
+    """
     with _exit_codes():
-        report = verify(target, source, ClusterOptions(**arguments))
+        report = verify(target, source, ClusterOptions(**arguments), sample)
         click.echo(json.dumps(report.to_json()) if as_json else str(report))
         sys.exit(0 if report.ok else 1)
 
 
-_CLUSTER_ARGUMENTS = ("scheduler", "workers", "threads_per_worker", "memory_limit", "dashboard")
+_CLUSTER_ARGUMENTS = ("scheduler", "insecure", "workers", "threads_per_worker", "memory_limit", "dashboard")
 
 
 def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:

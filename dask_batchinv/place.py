@@ -88,12 +88,19 @@ class Place:
         """Return a Zarr store for this place."""
         if self.is_local:
             return zarr.storage.LocalStore(self.url, read_only=read_only)
-        return zarr.storage.FsspecStore.from_url(self.url, read_only=read_only)
+        return zarr.storage.FsspecStore.from_url(self.url, read_only=read_only, storage_options=self._options())
 
     def filesystem(self) -> tuple[Any, str]:
         """Return the (synchronous) fsspec file system and the path in it."""
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = fsspec.core.url_to_fs(self.url, **self._options())
         return fs, path
+
+    def _options(self) -> dict[str, Any]:
+        if self.is_local or "::" in self.url:
+            return {}
+        # A listing kept from before says that what was written since is not there. And s3fs asks for the size of all
+        # that it might read in parts, which for chunks doubles the requests.
+        return {"use_listings_cache": False} | ({"max_concurrency": 1} if self.url.startswith("s3") else {})
 
     def exists(self) -> bool:
         """Tell whether anything is here."""
@@ -122,13 +129,14 @@ class Place:
         fs, path = self.filesystem()
         return sorted(child.rstrip("/").rpartition("/")[2] for child in fs.ls(path, detail=False))
 
-    def remove(self, *, first: str | None = None, last: str | None = None) -> None:
-        """Delete everything here, the file `first` before and the file `last` after all others."""
+    def remove(self, *, first: str | None = None, last: str | None = None, keep: str | None = None) -> None:
+        """Delete everything here, the file `first` before and the file `last` after all others, but not `keep`."""
         fs, path = self.filesystem()
-        for child in sorted(self.children(), key=lambda child: child != first):
-            if child != last:
-                fs.rm(f"{path}/{child}", recursive=True)
-        fs.rm(path, recursive=True)
+        children = [child for child in self.children() if child != keep]
+        for child in sorted(children, key=lambda child: (child != first, child == last)):
+            fs.rm(f"{path}/{child}", recursive=True)
+        if keep is None:
+            fs.rm(path, recursive=True)
 
 
 def _resolved(parts: list[str], url: str) -> list[str]:

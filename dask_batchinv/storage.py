@@ -20,6 +20,8 @@ from dask_batchinv.place import Place
 Chunks = tuple[tuple[int, ...], ...]
 #: How long `remove_array` tries.
 _REMOVAL_SECONDS = 5.0
+#: Every chunk of ours ends with its CRC-32C.
+CHECKSUM_NBYTES = 4
 _METADATA_KEYS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 
@@ -39,6 +41,63 @@ class StrictStore(zarr.storage.WrapperStore[zarr.abc.store.Store]):
         if value is None and key.rpartition("/")[2] not in _METADATA_KEYS:
             raise MissingChunkError(f"chunk {key} is not in the store")
         return value
+
+
+class OwnStore(StrictStore):
+    """A store of ours. Remembers the checksum that ends each chunk which passes, so that it can be recorded."""
+
+    def __init__(self, store: zarr.abc.store.Store):
+        super().__init__(store)
+        self._checksums: dict[str, int] = {}
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        """Return the value of a key, as StrictStore does."""
+        value = await super().get(key, prototype, byte_range)
+        if value is not None and byte_range is None:
+            self._remember(key, value)
+        return value
+
+    async def set(self, key: str, value: Any) -> None:
+        """Store a value."""
+        await self._store.set(key, value)
+        self._remember(key, value)
+
+    def _remember(self, key: str, value: Any) -> None:
+        if key.startswith("c"):
+            self._checksums[key] = int.from_bytes(value[-CHECKSUM_NBYTES:].to_bytes(), "little")
+
+    def checksum(self, key: str) -> int:
+        """Return the checksum of the chunk that passed last under a key and forget it; -1 if none did."""
+        return self._checksums.pop(key, -1)
+
+
+def checksum(array: zarr.Array[Any], key: str) -> int:
+    """Return the checksum of the chunk of `open_array` that was read or written last under a key; -1 if none was."""
+    store = array.store
+    assert isinstance(store, OwnStore)
+    return store.checksum(key)
+
+
+def sync_chunk(array: zarr.Array[Any], key: str) -> None:
+    """Have the operating system put a chunk, and the names that lead to it, on the disk; if it is on one."""
+    store = _innermost(array)
+    if not isinstance(store, zarr.storage.LocalStore):
+        return
+    path = os.path.join(store.root, key)
+    if not os.path.exists(path):  # of an empty tile
+        return
+    while len(path) >= len(str(store.root)):
+        sync_path(path)
+        path = os.path.dirname(path)
+
+
+def sync_path(path: str) -> None:
+    """Have the operating system put a file or a folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:
@@ -201,7 +260,7 @@ def open_array(place: Place, *, read_only: bool = False) -> zarr.Array[Any]:
     raises `MissingChunkError`.
     """
     return zarr.open_array(
-        StrictStore(place.store(read_only=read_only)),
+        OwnStore(place.store(read_only=read_only)),
         mode="r" if read_only else "r+",
         zarr_format=3,
         config={"write_empty_chunks": True},

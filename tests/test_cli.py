@@ -186,7 +186,7 @@ def test_installed_commands():
 
 
 def progress(done, before=0, failed=0, seconds=2.0):
-    return Progress(1000, done, before, failed, 0, seconds)
+    return Progress("inverting", 1000, done, before, failed, 0, seconds)
 
 
 def test_progress_lines(capsys):

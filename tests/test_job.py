@@ -3,8 +3,8 @@
 import json
 import os
 import pickle
+import re
 import shutil
-import time
 
 import dask
 import numpy as np
@@ -280,40 +280,51 @@ def test_max_failed_and_min_rcond(tmp_path, make_source, client):
 
 def test_tiles_that_fail_at_first_are_tried_again(tmp_path, make_source, client, monkeypatch):
     source = make_source(conditioned(40, 3, 10))
-    run_tile, log = driver.run_tile, tmp_path / "log"
+    run_tiles, log = driver.run_tiles, tmp_path / "log"
 
-    def flaky(task, number):
+    def flaky(task, numbers):
         with log.open("a") as file:
-            file.write(str(number))
-        if number == 2 and log.read_text().count("2") < 3:
-            return driver.TileResult(number, None, "OSError: try again")
-        return run_tile(task, number)
+            file.write("".join(map(str, numbers)))
+        if 2 in numbers and log.read_text().count("2") < 3:
+            return [
+                driver.TileResult(2, None, "OSError: try again") if result.number == 2 else result
+                for result in run_tiles(task, numbers)
+            ]
+        return run_tiles(task, numbers)
 
-    monkeypatch.setattr(driver, "run_tile", flaky)
+    monkeypatch.setattr(driver, "run_tiles", flaky)
     report = invert_store(source, tmp_path / "t", client=client, tile_size=720)
     assert report.complete
     assert report.retries == 2
     assert sorted(log.read_text()) == list("012223")
 
 
-def test_a_worker_that_dies_again_and_again_costs_one_tile_at_most(tmp_path, make_source, processes, monkeypatch):
+@pytest.mark.parametrize("allowed", [0, 3])
+def test_a_tile_that_kills_its_workers_is_left_out_by_name_and_all_others_are_done(
+    tmp_path, make_source, processes, monkeypatch, allowed
+):
     source = make_source(conditioned(40, 3, 10), chunks=(10, 3, 3))
-    monkeypatch.setattr(driver, "run_tile", deadly)
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0, "batchinv.job.attempts": 2}):
-        report = driver_report(source, tmp_path / "t", processes)
-    assert 2 in [tile.number for tile in report.failed_tiles]
+    monkeypatch.setattr(driver, "run_tiles", deadly)
+    processes.run_on_scheduler(set_allowed_failures, allowed)
+    report = driver_report(source, tmp_path / "t", processes)
+    assert [tile.number for tile in report.failed_tiles] == [2]
+    assert re.search("the worker died with this tile alone on it", report.failed_tiles[0].cause)
+    assert report.tiles_done == 3
     monkeypatch.undo()
     assert invert_store(source, tmp_path / "t", client=processes, tile_size=720).complete
     assert_same_bits(read_target(tmp_path / "t")[0], inverse_ex(conditioned(40, 3, 10)).inverse)
 
 
-def deadly(task, number):
-    if number == 2:
-        os._exit(1)
-    from dask_batchinv.job.tile import run_tile
+def set_allowed_failures(allowed, dask_scheduler):
+    dask_scheduler.allowed_failures = allowed
 
-    time.sleep(0.05)
-    return run_tile(task, number)
+
+def deadly(task, numbers):
+    if 2 in numbers:
+        os._exit(1)
+    from dask_batchinv.job.tile import run_tiles
+
+    return run_tiles(task, numbers)
 
 
 def driver_report(source, target, client):

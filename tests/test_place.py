@@ -81,8 +81,7 @@ def test_remove_takes_the_mark_last(tmp_path, monkeypatch):
     monkeypatch.setattr(type(local), "rm", spy)
     Place.parse(tmp_path / "t").remove(last="zarr.json")
     assert not (tmp_path / "t").exists()
-    assert removed[-1] == str(tmp_path / "t")
-    assert str(tmp_path / "t" / "zarr.json") not in removed[:-1]
+    assert removed[-2:] == [str(tmp_path / "t" / "zarr.json"), str(tmp_path / "t")]
 
 
 def test_json_that_is_no_object(tmp_path):

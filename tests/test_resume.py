@@ -12,9 +12,10 @@ from stacks import conditioned
 
 from dask_batchinv import TargetError, invert_store, verify_store
 from dask_batchinv.job import driver, ledger
-from dask_batchinv.job.cluster import ClusterOptions
-from dask_batchinv.job.prepare import Options, prepare
+from dask_batchinv.job.cluster import ClusterOptions, Workers
+from dask_batchinv.job.prepare import Options, plan_for, prepare
 from dask_batchinv.job.report import status_of
+from dask_batchinv.job.tile import run_tiles
 from dask_batchinv.place import Place
 
 
@@ -28,13 +29,85 @@ def test_a_complete_target_is_left_alone(tmp_path, make_source, client):
     invert_store(source, tmp_path / "t", client=client)
     before = tree(tmp_path / "t")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")}
-    # Not even a cluster is needed.
-    report = invert_store(source, tmp_path / "t", scheduler="tcp://127.0.0.1:9")
-    assert report.complete
-    assert report.exit_code == 0
-    assert (report.tiles_now, report.matrices_done) == (0, 40)
+    # Not even a cluster is needed where nothing is to be read back.
+    trusting = {"trust_ledger": True, "scheduler": "tcp://127.0.0.1:9"}
+    for options, proven in ({"client": client}, 1), (trusting, 0):
+        report = invert_store(source, tmp_path / "t", **options)
+        assert report.complete
+        assert report.exit_code == 0
+        assert (report.tiles_now, report.tiles_proven, report.matrices_done) == (0, proven, 40)
+        assert tree(tmp_path / "t") == before
+        assert {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")} == stamps
+
+
+@pytest.mark.parametrize("name", ["inverse/c/1/0/0", "info/c/1", "rcond/c/1"])
+@pytest.mark.parametrize("damage", ["flipped", "missing", "cut", "another tile's"])
+def test_a_damaged_target_is_repaired_by_the_same_call(done, client, name, damage):
+    source, path = done
+    before = tree(path)
+    content = bytearray((path / name).read_bytes())
+    content[5] ^= 8
+    if damage == "missing":
+        (path / name).unlink()
+    else:
+        another = (path / name.replace("1", "0", 1)).read_bytes()
+        (path / name).write_bytes({"flipped": content, "cut": content[:7], "another tile's": another}[damage])
+    report = invert_store(source, path, client=client, tile_size=720, max_failed=None)
+    # Two tiles may have the same info: then nothing is damaged.
+    damaged = [] if before[name] == tree(path)[name] and "info" in name and damage.startswith("another") else [1]
+    assert [tile.number for tile in report.damaged_tiles] in ([1], damaged)
+    assert data_of(path) == {key: value for key, value in before.items() if key in data_of(path)}
+    assert status_of(path).complete
+    assert verify_store(path, source=source, client=client).ok
+
+
+def test_a_resumed_job_reads_back_what_is_recorded(tmp_path, make_source, client):
+    source = make_source(conditioned(100, 3, 10), chunks=(10, 3, 3))
+    options = {"client": client, "tile_size": 720}
+    invert_store(source, tmp_path / "whole", **options)
+
+    def stop(progress):
+        if progress.matrices_done >= 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", on_progress=stop, **options)
+    recorded = np.flatnonzero(ledger.Ledger(Place.parse(tmp_path / "t"), read_only=True).done)
+    bad = tmp_path / "t" / f"inverse/c/{recorded[1]}/0/0"
+    bad.write_bytes(bad.read_bytes()[:-1])
+    report = invert_store(source, tmp_path / "t", **options)
+    assert [tile.number for tile in report.damaged_tiles] == [recorded[1]]
+    assert report.tiles_proven == len(recorded) - 1
+    assert data_of(tmp_path / "t") == data_of(tmp_path / "whole")
+
+
+def test_a_link_out_of_the_target_is_refused(done, client, tmp_path):
+    source, path = done
+    (path / "inverse").rename(tmp_path / "elsewhere")
+    (path / "inverse").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TargetError, match=r"inverse in .* is a link to elsewhere"):
+        invert_store(source, path, client=client)
+
+
+def test_a_target_that_is_replaced_meanwhile_gets_no_tile_of_the_old_job(tmp_path, make_source, client, monkeypatch):
+    """A worker that was cut off while the target was replaced must not write to the new one."""
+    source = make_source(conditioned(40, 3, 10, structure="symmetric"), chunks=(10, 3, 3))
+    options = {"client": client, "tile_size": 720}
+    invert_store(source, tmp_path / "t", **options)
+    job = prepare(source, tmp_path / "t", Options(tile_size=720))
+    plan = plan_for(job, Workers(1, 1, None))
+    run = driver._Run(client, Workers(1, 1, None), job, plan, driver._nobody_looks)
+    zombie = run._task(job.begun.generation)
+    assert run_tiles(zombie, range(1, 2))[0].error is None
+    invert_store(source, tmp_path / "t", assume_a="symmetric", overwrite=True, **options)
+    before = tree(tmp_path / "t")
+    (result,) = run_tiles(zombie, range(1, 2))
+    assert "was removed or replaced while the job was running" in result.error
+    assert result.stops
     assert tree(tmp_path / "t") == before
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")} == stamps
+    shutil.rmtree(tmp_path / "t")
+    assert run_tiles(zombie, range(1, 2))[0].stops
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 9])

@@ -9,6 +9,7 @@ from stacks import assert_same_bits, conditioned, residual_ratio
 
 from dask_batchinv import TargetError, inverse_ex, invert_store, verify_store
 from dask_batchinv.job import target
+from dask_batchinv.job.ledger import COLUMNS
 from dask_batchinv.job.verify import residual_ratios
 from dask_batchinv.place import Place
 
@@ -59,13 +60,20 @@ def test_verify_finds_wrong_numbers_with_right_checksums(done, client, name, ind
     assert re.search(problem, report.bad_tiles[0].cause)
 
 
-def test_verify_compares_with_the_ledger(done, client):
+@pytest.mark.parametrize(
+    ("column", "problem"),
+    [
+        ("singular", "1 singular, but the ledger says 3"),
+        ("rcond_crc32c", "rcond is not what was written"),
+        ("done", "not recorded in the ledger: run the job again"),
+    ],
+)
+def test_verify_compares_with_the_ledger(done, client, column, problem):
     _, path = done
-    change(path, "info", (13,), 3)
-    change(path, "rcond", (13,), 0)
-    change(path, "inverse", (13,), np.nan)
-    report = verify_store(path, client=client)
-    assert [tile.cause for tile in report.bad_tiles] == ["2 singular, but the ledger says 1"]
+    index = (1, COLUMNS.index(column))
+    array = zarr.open_array(path / "ledger" / "tiles")
+    change(path, "ledger/tiles", index, 0 if column == "done" else array[index] + 2)
+    assert [tile.cause for tile in verify_store(path, client=client).bad_tiles] == [problem]
 
 
 def test_verify_of_an_unfinished_target(tmp_path, make_source, client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
@@ -19,9 +20,12 @@ from distributed.comm.registry import backends
 from distributed.system import MEMORY_LIMIT
 
 from dask_batchinv.job.source import Source
+from dask_batchinv.job.versions import differing, versions
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.place import Place, redact
 
+#: Ways to reach a scheduler that nobody else can listen to or take part in.
+_TRUSTED = ("tls", "wss", "inproc")
 CONNECT_SECONDS = 5
 WORKER_SECONDS = 30
 
@@ -42,6 +46,8 @@ class ClusterOptions:
     """Memory of each of them, such as "4GiB", 0 for no limit; by default a fair share of the machine."""
     dashboard: int | None = None
     """Port of this machine on which to serve Dask's dashboard; by default there is none."""
+    insecure: bool = False
+    """Allow a scheduler on another machine that is not reached by TLS."""
 
     def __post_init__(self) -> None:
         mine = {
@@ -100,7 +106,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
     if options.client is not None:
         yield options.client, _workers_of(options.client)
     elif options.scheduler is not None:
-        _check_address(options.scheduler)
+        _check_address(options.scheduler, insecure=options.insecure)
         try:
             client = Client(options.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
@@ -117,7 +123,8 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
             host="127.0.0.1",
             # Without a dashboard there still is a small HTTP server: on the loopback interface, at any free port.
             dashboard_address=f"127.0.0.1:{options.dashboard or 0}",
-            scheduler_kwargs={"dashboard": options.dashboard is not None},
+            # The driver counts what died with a worker, and tries it alone; Dask would blame bystanders too.
+            scheduler_kwargs={"dashboard": options.dashboard is not None, "allowed_failures": 0},
             silence_logs=logging.ERROR,
             preload=["dask_batchinv.job.worker_setup"],
         )
@@ -125,7 +132,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
             yield client, wanted
 
 
-def _check_address(address: str) -> None:
+def _check_address(address: str, *, insecure: bool) -> None:
     """Raise ClusterError if nobody listens there: a Client would be slow to give up, and loud."""
     try:
         scheme, location = parse_address(address)
@@ -136,12 +143,25 @@ def _check_address(address: str) -> None:
                 f"{address} needs certificates: set distributed.comm.tls.ca-file, .client.key and .client.cert in the "
                 "Dask configuration"
             )
+        if scheme not in _TRUSTED and not insecure and not _is_loopback(location):
+            raise ClusterError(
+                f"{address} is on another machine and not encrypted: whoever reaches it can run code as you, and read "
+                "what passes. Use tls://, or pass --insecure if that network is yours alone"
+            )
         if scheme in ("tcp", "tls"):
             socket.create_connection(parse_host_port(location), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         if isinstance(error, ClusterError):
             raise
         raise ClusterError(f"no scheduler at {address}: {error}") from error
+
+
+def _is_loopback(location: str) -> bool:
+    host, port = parse_host_port(location, 0)
+    return all(
+        ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+        for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    )
 
 
 def _workers_of(client: Client) -> Workers:
@@ -156,6 +176,24 @@ def _workers_of(client: Client) -> Workers:
     return Workers(len(known), max(worker["nthreads"] for worker in known), min(limits) if limits else None)
 
 
+def check_versions(client: Client) -> None:
+    """Raise ClusterError unless every worker runs what we run."""
+    mine = versions()
+    try:
+        found = client.run(versions)
+    except Exception as error:  # no such module there, or another Python
+        raise ClusterError(
+            f"the workers cannot run dask_batchinv {mine['dask_batchinv']}: {type(error).__name__}: {error}. "
+            "Install the same versions there"
+        ) from error
+    different = {address: text for address, theirs in found.items() if (text := differing(mine, theirs))}
+    if different:
+        address, text = next(iter(different.items()))
+        raise ClusterError(
+            f"{len(different)} worker(s) have other versions, first {address}: {text}. Install the same versions there"
+        )
+
+
 def check_reach(client: Client, source: Source | None, target: Place) -> None:
     """Raise ClusterError unless every worker sees the source and the target where we see them."""
     for place in (target, *([source.place] if source else [])):
@@ -164,11 +202,7 @@ def check_reach(client: Client, source: Source | None, target: Place) -> None:
                 f"{place.name} lives in the memory of this process, where worker processes cannot reach it: "
                 "use a path or a shared store, or a Client with processes=False"
             )
-    try:
-        blind = {address: why for address, why in client.run(_blind, source, target).items() if why}
-    except ImportError as error:
-        raise ClusterError(f"the workers cannot import what they need: {error}") from error
-    if blind:
+    if blind := {address: why for address, why in client.run(_blind, source, target).items() if why}:
         address, why = next(iter(blind.items()))
         raise ClusterError(
             f"{len(blind)} worker(s) cannot reach the stores, first {address}: {why}. "

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import heapq
 import os
-import queue
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-import dask.config
 import numpy as np
-from distributed import Client, Future
-from distributed.client import CancelledError
-from distributed.comm import CommClosedError
+from distributed import Client
 
 from dask_batchinv.job import target as targets
-from dask_batchinv.job.cluster import ClusterOptions, Workers, check_reach, connect
+from dask_batchinv.job.cluster import ClusterOptions, Workers, check_reach, check_versions, connect
 from dask_batchinv.job.ledger import FAILED, Ledger
+from dask_batchinv.job.lock import Lock, LockLostError, locked
 from dask_batchinv.job.plan import Plan
 from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
+from dask_batchinv.job.proof import ProofTask, prove_tiles, spans_to_prove
 from dask_batchinv.job.report import FailedTile, JobFailedError, JobReport, first_failed
 from dask_batchinv.job.source import Missing
-from dask_batchinv.job.tile import TileResult, TileTask, run_tile
+from dask_batchinv.job.tile import TileResult, TileTask, run_tiles
+from dask_batchinv.job.versions import versions
+from dask_batchinv.job.window import ClusterLostError, run_on_cluster
+from dask_batchinv.outcome import TargetError
 from dask_batchinv.place import redact
 from dask_batchinv.stack import AssumeA, Device
 
-#: Tiles on the cluster per thread: one at work, two that keep the thread from waiting for us.
-WINDOW_PER_THREAD = 3
 #: Seconds between two writes of the ledger, at least.
 FLUSH_SECONDS = 1.0
-#: Seconds before a failed tile is tried again, doubled each time.
+#: How often the ledger is written at the end of a run before that is given up, and seconds between, doubled each time.
+FINAL_ATTEMPTS = 5
 BACK_OFF_SECONDS = 0.25
 
 
@@ -40,6 +39,8 @@ BACK_OFF_SECONDS = 0.25
 class Progress:
     """How far a job is."""
 
+    activity: Literal["checking", "inverting"]
+    """What it does: read back what earlier runs have done, or the rest."""
     matrices: int
     """Matrices in the stack."""
     matrices_done: int
@@ -55,10 +56,6 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-
-
-class ClusterLostError(ConnectionError):
-    """The scheduler was lost while a job was running."""
 
 
 def invert_store(
@@ -79,12 +76,15 @@ def invert_store(
     tile_size: str | int | None = None,
     missing: Missing = "error",
     overwrite: bool = False,
+    trust_ledger: bool = False,
+    durable: bool = False,
+    insecure: bool = False,
     on_progress: OnProgress | None = None,
 ) -> JobReport:
     """Invert every matrix of a Zarr store into another, on a Dask cluster.
 
-    Call it again after an interruption, of any kind: it does what is left, with the same bits. If nothing is
-    left it returns at once.
+    Call it again after an interruption, of any kind: it reads back what is recorded as done, by its checksums, and
+    does what is left or damaged, with the same bits. One run at a time may work on a target.
 
     Parameters
     ----------
@@ -119,6 +119,13 @@ def invert_store(
         What it means if a chunk of the source is not in its store: damage, or matrices of its fill value.
     overwrite : bool
         Replace a target that belongs to another job. What is not a target of dask_batchinv is never replaced.
+    trust_ledger : bool
+        Do not read back what earlier runs have recorded.
+    durable : bool
+        Record a tile only when the operating system says that it is on the disk, so that a power failure loses
+        nothing that is recorded; slower. Without it that takes only a file system that orders its writes.
+    insecure : bool
+        Allow a `scheduler` on another machine that is not reached by ``tls://``.
     on_progress : callable, optional
         Called with a `Progress` every now and then.
 
@@ -135,9 +142,9 @@ def invert_store(
     """
     options = Options(
         variable=variable, dims=dims, assume_a=assume_a, min_rcond=min_rcond, max_failed=max_failed, device=device,
-        missing=missing, tile_size=tile_size, overwrite=overwrite,
+        missing=missing, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip
-    cluster = ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit)
+    cluster = ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure)
     report = run_job(prepare(source, target, options), cluster, on_progress)
     if report.exit_code:
         raise JobFailedError(report)
@@ -146,29 +153,22 @@ def invert_store(
 
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
     """Run a prepared job to its end and return the report, whatever it says."""
-    if job.complete and (ledger := Ledger(job.target, read_only=True)).done.all():
+    on_progress = on_progress or _nobody_looks
+    if job.complete and job.options.trust_ledger and (ledger := Ledger(job.target, read_only=True)).done.all():
         nobody = Workers(0, 0, None)
         return _report(job, plan_for(job, nobody), nobody, _Outcome(), ledger)
     with connect(options) as (client, workers):
         plan = plan_for(job, workers)
+        check_versions(client)
         check_reach(client, job.source, job.target)
-        if job.begun is None:
-            targets.create(job.target, job.source, plan.tiling, job.fingerprint, overwrite=job.options.overwrite)
-        task = TileTask(
-            run=uuid.uuid4().hex,
-            source=job.source,
-            target=job.target,
-            tiling=plan.tiling,
-            assume_a=job.options.assume_a,
-            device=job.options.device,
-            min_rcond=job.options.min_rcond,
-            missing=job.options.missing,
-        )
-        ledger = Ledger(job.target)
-        outcome = _invert_tiles(client, workers, task, ledger, on_progress or _nobody_looks)
-    if ledger.done.all():
-        targets.finish(job.target)
-    return _report(job, plan, workers, outcome, ledger)
+        run = _Run(client, workers, job, plan, on_progress)
+        if job.complete:
+            ledger = Ledger(job.target, read_only=True)
+            run.prove(ledger)
+            if ledger.done.all():  # nothing is locked or written where nothing is wrong
+                return _report(job, plan, workers, run.outcome, ledger)
+        with locked(job.target) as lock:
+            return run.under(lock)
 
 
 @dataclass
@@ -178,189 +178,157 @@ class _Outcome:
     tiles: int = 0
     retries: int = 0
     seconds: float = 0.0
-    failed: tuple[TileResult, ...] = ()
-    lost: str | None = None
+    proven: int | None = None
+    failed: list[TileResult] = field(default_factory=list)
+    damaged: list[TileResult] = field(default_factory=list)
+    stopped: str | None = None
 
 
-def _invert_tiles(
-    client: Client, workers: Workers, task: TileTask, ledger: Ledger, on_progress: OnProgress
-) -> _Outcome:
-    outcome, failed = _Outcome(), []
-    start, flushed = time.monotonic(), -FLUSH_SECONDS
-    before = done = ledger.total("matrices")
-    without_inverse = sum(ledger.failed.values())
-    todo = np.flatnonzero(~ledger.done).tolist()
-    try:
-        for result, attempts in run_tiles(client, workers, run_tile, task, todo):
-            outcome.retries += max(0, attempts - 1)
-            if result is None:
-                pass
-            elif result.row is None:
-                failed.append(result)
-            else:
-                outcome.tiles += 1
-                done += result.row["matrices"]
-                without_inverse += sum(result.row[kind] for kind in FAILED)
-                ledger.record(result.number, result.row | {"attempts": attempts})
-            now = time.monotonic()
-            if now - flushed > FLUSH_SECONDS:
-                ledger.flush()
-                flushed = now
-            on_progress(
-                Progress(
-                    matrices=task.tiling.n_matrices,
-                    matrices_done=done,
-                    matrices_before=before,
-                    failed=without_inverse,
-                    failed_tiles=len(failed),
-                    seconds=now - start,
+@dataclass
+class _Run:
+    """One run of a job on a cluster."""
+
+    client: Client
+    workers: Workers
+    job: Job
+    plan: Plan
+    on_progress: OnProgress
+    outcome: _Outcome = field(default_factory=_Outcome)
+
+    def under(self, lock: Lock) -> JobReport:
+        """Create the target or continue it, while nobody else may."""
+        job, plan, outcome = self.job, self.plan, self.outcome
+        if job.begun is None:
+            targets.create(job.target, job.source, plan.tiling, job.fingerprint, overwrite=job.options.overwrite)
+        begun = targets.look(job.target)  # again: another run may have been at work until now
+        if begun is None or begun.fingerprint != job.fingerprint or begun.tile != plan.tiling.tile:
+            raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")
+        ledger = Ledger(job.target, durable=job.options.durable)
+        try:
+            for result in outcome.damaged:
+                ledger.forget(result.number)
+            if outcome.proven is None and job.begun is not None and not job.options.trust_ledger:
+                self.prove(ledger)
+            if begun.complete and not ledger.done.all():
+                targets.reopen(job.target)
+            if outcome.stopped is None:
+                self._invert(begun.generation, ledger, lock)
+        finally:
+            # Also when interrupted: what is recorded is not done again.
+            self._flush(ledger, FINAL_ATTEMPTS)
+        if ledger.done.all() and outcome.stopped is None:
+            targets.finish(job.target, durable=job.options.durable)
+        return _report(job, plan, self.workers, outcome, ledger)
+
+    def prove(self, ledger: Ledger) -> None:
+        """Read back what earlier runs have recorded, and forget those tiles that are not what was written."""
+        start, outcome = time.monotonic(), self.outcome
+        outcome.proven, recorded, matrices = 0, int(ledger.done.sum()), ledger.total("matrices")
+        spans = spans_to_prove(np.flatnonzero(ledger.done), self.plan.tile_nbytes)
+        task = ProofTask(uuid.uuid4().hex, self.job.target, self.plan.tiling)
+        try:
+            for result, _ in run_on_cluster(self.client, prove_tiles, task, spans, attempts=1):
+                if result is not None and result.row is not None:
+                    outcome.proven += result.row["proven"]
+                elif result is not None:
+                    outcome.damaged.append(result)
+                    ledger.forget(result.number)
+                share = (outcome.proven + len(outcome.damaged)) / max(1, recorded)
+                self.on_progress(
+                    Progress(
+                        activity="checking",
+                        matrices=matrices,
+                        matrices_done=round(share * matrices),
+                        matrices_before=0,
+                        failed=0,
+                        failed_tiles=len(outcome.damaged),
+                        seconds=time.monotonic() - start,
+                    )
                 )
-            )
-    except ClusterLostError as error:
-        outcome.lost = str(error)
-    finally:
-        # Also when interrupted: what is recorded is not done again.
-        ledger.flush()
-    outcome.seconds = time.monotonic() - start
-    outcome.failed = tuple(sorted(failed, key=lambda result: result.number))
-    return outcome
+        except ClusterLostError as error:
+            outcome.stopped = str(error)
 
+    def _invert(self, generation: str, ledger: Ledger, lock: Lock) -> None:
+        start, flushed, outcome = time.monotonic(), -FLUSH_SECONDS, self.outcome
+        before = done = ledger.total("matrices")
+        without_inverse = sum(ledger.failed.values())
+        task, tiling = self._task(generation), self.plan.tiling
+        spans = tiling.spans(map(int, np.flatnonzero(~ledger.done)), self.plan.span)
+        try:
+            for result, attempts in run_on_cluster(self.client, run_tiles, task, spans):
+                lock.check()
+                outcome.retries += max(0, attempts - 1)
+                if result is not None and result.row is not None:
+                    outcome.tiles += 1
+                    done += result.row["matrices"]
+                    without_inverse += sum(result.row[kind] for kind in FAILED)
+                    ledger.record(result.number, result.row | {"attempts": attempts})
+                elif result is not None:
+                    outcome.failed.append(result)
+                    if result.stops:
+                        outcome.stopped = result.error
+                now = time.monotonic()
+                outcome.seconds = now - start
+                if now - flushed > FLUSH_SECONDS:
+                    self._flush(ledger)
+                    flushed = now
+                self.on_progress(
+                    Progress(
+                        activity="inverting",
+                        matrices=tiling.n_matrices,
+                        matrices_done=done,
+                        matrices_before=before,
+                        failed=without_inverse,
+                        failed_tiles=len(outcome.failed),
+                        seconds=now - start,
+                    )
+                )
+        except (ClusterLostError, LockLostError) as error:
+            outcome.stopped = str(error)
+        outcome.failed.sort(key=lambda result: result.number)
 
-def run_tiles(
-    client: Client,
-    workers: Workers,
-    function: Callable[[Any, int], TileResult],
-    task: Any,
-    numbers: Iterable[int],
-    *,
-    attempts: int | None = None,
-) -> Iterator[tuple[TileResult | None, int]]:
-    """Run ``function(task, number)`` on the cluster for all `numbers`, a few at a time.
-
-    A tile that fails is tried again, `attempts` times in all; by default the Dask configuration
-    ``batchinv.job.attempts`` says how often.
-
-    Yields
-    ------
-    result, attempts
-        Each tile once, with how often it was tried; its result has an error if it failed every time. A result of
-        None is a sign of life, yielded every second.
-
-    Raises
-    ------
-    ClusterLostError
-        If the scheduler is lost.
-    """
-    window = _Window(client, function, task, attempts or int(dask.config.get("batchinv.job.attempts")))
-    most = WINDOW_PER_THREAD * workers.count * workers.threads
-    todo = iter(numbers)
-    exhausted = False
-    try:
-        while True:
-            window.retry_due()
-            while not exhausted and window.size < most:
-                if (number := next(todo, None)) is None:
-                    exhausted = True
-                else:
-                    window.submit(number)
-            if exhausted and window.size == 0:
-                return
-            yield from window.collect()
-    finally:
-        window.cancel()
-
-
-class _Window:
-    """The tiles that are on the cluster, or wait to be tried again."""
-
-    def __init__(self, client: Client, function: Callable[[Any, int], TileResult], task: Any, attempts: int):
-        self._client = client
-        self._function = function
-        self._task = task
-        self._attempts = attempts
-        self._tried: dict[int, int] = {}
-        self._running: dict[Future, int] = {}
-        self._waiting: list[tuple[float, int]] = []
-        self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
-
-    @property
-    def size(self) -> int:
-        return len(self._running) + len(self._waiting)
-
-    def submit(self, number: int) -> None:
-        self._tried[number] = self._tried.get(number, 0) + 1
-        future = self._client.submit(
-            self._function, self._task, number, pure=False, key=f"tile-{number}-{uuid.uuid4().hex}"
+    def _task(self, generation: str) -> TileTask:
+        job = self.job
+        return TileTask(
+            run=uuid.uuid4().hex,
+            source=job.source,
+            target=job.target,
+            generation=generation,
+            tiling=self.plan.tiling,
+            assume_a=job.options.assume_a,
+            device=job.options.device,
+            min_rcond=job.options.min_rcond,
+            missing=job.options.missing,
+            durable=job.options.durable,
+            versions=tuple(sorted(versions().items())),
         )
-        self._watch(future, number)
 
-    def _watch(self, future: Future, number: int) -> None:
-        self._running[future] = number
-        future.add_done_callback(self._finished.put)
-
-    def retry_due(self) -> None:
-        now = time.monotonic()
-        while self._waiting and self._waiting[0][0] <= now:
-            self.submit(heapq.heappop(self._waiting)[1])
-
-    def collect(self) -> Iterator[tuple[TileResult | None, int]]:
-        """Wait up to a second for tiles to finish, and yield those that are not to be tried again."""
-        patience = 1.0
-        if self._waiting:
-            patience = min(patience, max(0.01, self._waiting[0][0] - time.monotonic()))
-        try:
-            futures = [self._finished.get(timeout=patience)]
-        except queue.Empty:
-            if self._client.status not in ("running", "connecting"):
-                raise ClusterLostError("the connection to the scheduler was closed") from None
-            yield None, 0
-            return
-        while not self._finished.empty():
-            futures.append(self._finished.get())
-        for future in futures:
-            number = self._running.pop(future)
-            result = self._result(future, number)
-            if result is None:
-                # The worker died with the result. Dask does the tile again by itself.
-                self._watch(future, number)
-                continue
-            tried = self._tried[number]
-            if result.error is not None and tried < self._attempts:
-                due = time.monotonic() + BACK_OFF_SECONDS * 2 ** (tried - 1)
-                heapq.heappush(self._waiting, (due, number))
-            else:
-                del self._tried[number]
-                yield result, tried
-
-    def _result(self, future: Future, number: int) -> TileResult | None:
-        status = future.status
-        if status in ("pending", "lost"):
-            return None
-        try:
-            result: TileResult = future.result()
-            return result
-        except (CancelledError, CommClosedError) as error:
-            raise ClusterLostError("the scheduler was lost") from error
-        except Exception as error:  # not of the tile's own making: a worker that died too often, for one
-            return TileResult(number, None, redact(f"{type(error).__name__}: {error}"))
-
-    def cancel(self) -> None:
-        if self._running and self._client.status == "running":
-            self._client.cancel(list(self._running), force=True)
+    def _flush(self, ledger: Ledger, attempts: int = 1) -> None:
+        """Write the ledger. What fails during a run is tried again later, by itself; at its end that must be known."""
+        for attempt in range(attempts):
+            try:
+                ledger.flush()
+                return
+            except Exception as error:  # whatever a file system may raise
+                cause = redact(f"the ledger cannot be written: {type(error).__name__}: {error}")
+            if attempt < attempts - 1:
+                time.sleep(BACK_OFF_SECONDS * 2**attempt)
+        if attempts > 1:
+            self.outcome.stopped = self.outcome.stopped or cause
 
 
 def _nobody_looks(progress: Progress) -> None:
     """Take no notice of progress."""
 
 
-def _notes(outcome: _Outcome) -> tuple[str, ...]:
+def _notes(job: Job, outcome: _Outcome) -> tuple[str, ...]:
     notes = []
-    if not outcome.tiles and not outcome.failed and not outcome.lost:
+    if not outcome.tiles and not outcome.failed and outcome.stopped is None:
         notes.append("nothing was left to do")
     if any("MissingChunkError" in (result.error or "") for result in outcome.failed):
         notes.append("if chunks that are not stored stand for matrices of the fill value, pass --missing fill")
-    if outcome.lost:
-        notes.append(outcome.lost)
+    if not job.source.checksummed:
+        notes.append("unchecked: the source has no checksums, so that damage to it cannot be noticed")
     return tuple(notes)
 
 
@@ -380,7 +348,10 @@ def _report(job: Job, plan: Plan, workers: Workers, outcome: _Outcome, ledger: L
         tiles=plan.tiling.n_tiles,
         tiles_done=tiles_done,
         tiles_now=outcome.tiles,
+        tiles_proven=outcome.proven or 0,
+        damaged_tiles=tuple(FailedTile.of(result, plan.tiling) for result in outcome.damaged),
         failed_tiles=tuple(FailedTile.of(result, plan.tiling) for result in outcome.failed),
+        stopped=outcome.stopped,
         retries=outcome.retries,
         seconds=outcome.seconds,
         bytes_read=round(plan.nbytes_in * share),
@@ -389,5 +360,5 @@ def _report(job: Job, plan: Plan, workers: Workers, outcome: _Outcome, ledger: L
         threads_per_worker=workers.threads,
         kernel=job.kernel.name,
         source_checked=job.source.checksummed,
-        notes=_notes(outcome),
+        notes=_notes(job, outcome),
     )

@@ -15,10 +15,12 @@ import zarr
 from dask_batchinv import storage
 from dask_batchinv.place import Place
 
-#: What a row says of its tile, 80 bytes in all. ``smallest_rcond_bits``: of the good matrices, a float64 as int64.
+#: The checksum that each chunk of a tile was written with; -1 if it has none, being empty.
+CHECKSUMS = {"inverse": "inverse_crc32c", "rcond": "rcond_crc32c", "info": "info_crc32c"}
+#: What a row says of its tile, 104 bytes in all. ``smallest_rcond_bits``: of the good matrices, a float64 as int64.
 COLUMNS = (
     "done", "matrices", "singular", "not_finite", "overflow", "below_min_rcond", "ill_conditioned",
-    "smallest_rcond_bits", "milliseconds", "attempts",
+    "smallest_rcond_bits", "milliseconds", "attempts", *CHECKSUMS.values(),
 )  # fmt: skip
 FAILED = ("singular", "not_finite", "overflow", "below_min_rcond")
 ROWS_PER_CHUNK = 4096
@@ -35,19 +37,27 @@ def create(group: zarr.Group, n_tiles: int) -> None:
     )  # fmt: skip
 
 
+def read_rows(target: Place, part: slice) -> Rows:
+    """Return rows of a ledger as they are in the store, with an error if they are damaged."""
+    rows: Rows = np.asarray(storage.open_array(target / "ledger" / "tiles", read_only=True)[part])
+    return rows
+
+
 class Ledger:
     """The rows of a target, in memory, and which of them are still to be written."""
 
-    def __init__(self, target: Place, *, read_only: bool = False):
+    def __init__(self, target: Place, *, read_only: bool = False, durable: bool = False):
+        self._durable = durable
         self._array = storage.open_array(target / "ledger" / "tiles", read_only=read_only)
         self._rows: Rows = np.zeros(self._array.shape, np.int64)
+        self._dirty: set[int] = set()
         for start in range(0, len(self._rows), ROWS_PER_CHUNK):
             part = slice(start, start + ROWS_PER_CHUNK)
             try:
                 self._rows[part] = np.asarray(self._array[part])
             except Exception:  # whatever a codec raises for a damaged chunk
                 self._rows[part] = 0
-        self._dirty: set[int] = set()
+                self._dirty.add(start // ROWS_PER_CHUNK)
 
     @property
     def done(self) -> npt.NDArray[np.bool_]:
@@ -81,9 +91,16 @@ class Ledger:
         self._rows[number] = [row[name] for name in COLUMNS]
         self._dirty.add(number // ROWS_PER_CHUNK)
 
+    def forget(self, number: int) -> None:
+        """Note that a tile is not done after all."""
+        self._rows[number] = 0
+        self._dirty.add(number // ROWS_PER_CHUNK)
+
     def flush(self) -> None:
-        """Write what was recorded since the last time."""
+        """Write what was recorded since the last time. After an error it can be called again."""
         for chunk in sorted(self._dirty):
             part = slice(chunk * ROWS_PER_CHUNK, (chunk + 1) * ROWS_PER_CHUNK)
             self._array[part] = self._rows[part]
-        self._dirty.clear()
+            if self._durable:
+                storage.sync_chunk(self._array, f"c/{chunk}/0")
+            self._dirty.remove(chunk)

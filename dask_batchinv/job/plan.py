@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ IDLE_WORKER_NBYTES = 192 * 2**20
 CHUNK_NBYTES = 2048
 #: A read unit up to this many times the wished tile is not cut, because each part would decode it anew.
 LARGEST_TILE = 4
+#: Tiles smaller than this are done several at a time, because each time costs milliseconds.
+SPAN_NBYTES = 2**20
+#: But not more, so that little is done again when a worker dies.
+LARGEST_SPAN = 256
 #: Dask stops giving tasks to a worker at 80 % of its limit (distributed.worker.memory.pause).
 USABLE = 0.8
 
@@ -98,27 +103,66 @@ class Tiling:
         """Matrices in all."""
         return math.prod(self.shape[axis] for axis in self.batch)
 
-    def region(self, number: int) -> tuple[slice, ...]:
-        """Return the batch region of a tile, by its number in C order.
+    def region(self, tiles: int | range) -> tuple[slice, ...]:
+        """Return the batch region of a tile, by its number in C order, or of a span of tiles.
 
         Examples
         --------
         >>> tiling = Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3))
-        >>> tiling.n_tiles, tiling.region(2)
-        (3, (slice(8, 10, None),))
+        >>> tiling.n_tiles, tiling.region(2), tiling.region(range(0, 2))
+        (3, (slice(8, 10, None),), (slice(0, 8, None),))
         """
-        where = np.unravel_index(number, self.grid) if self.grid else ()
+        first, last = (tiles, tiles) if isinstance(tiles, int) else (tiles[0], tiles[-1])
         return tuple(
-            slice(int(k) * self.tile[axis], min((int(k) + 1) * self.tile[axis], self.shape[axis]))
-            for k, axis in zip(where, self.batch, strict=True)
+            slice(i * self.tile[axis], min((k + 1) * self.tile[axis], self.shape[axis]))
+            for i, k, axis in zip(self.where(first), self.where(last), self.batch, strict=True)
         )
 
-    def index(self, number: int) -> tuple[slice, ...]:
-        """Return the region of a tile in the whole stack, core dimensions included."""
+    def index(self, tiles: int | range) -> tuple[slice, ...]:
+        """Return the region of a tile or a span in the whole stack, core dimensions included."""
         index = [slice(None)] * len(self.shape)
-        for axis, span in zip(self.batch, self.region(number), strict=True):
+        for axis, span in zip(self.batch, self.region(tiles), strict=True):
             index[axis] = span
         return tuple(index)
+
+    def where(self, number: int) -> tuple[int, ...]:
+        """Return the place of a tile in the grid."""
+        return tuple(map(int, np.unravel_index(number, self.grid))) if self.grid else ()
+
+    def chunk_keys(self, number: int) -> dict[str, str]:
+        """Return under which key each array of the target has a tile.
+
+        Examples
+        --------
+        >>> Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3)).chunk_keys(2)
+        {'inverse': 'c/2/0/0', 'rcond': 'c/2', 'info': 'c/2'}
+        """
+        where = self.where(number)
+        whole = [0] * len(self.shape)
+        for axis, k in zip(self.batch, where, strict=True):
+            whole[axis] = k
+        batch = "/".join(["c", *map(str, where)])
+        return {"inverse": "/".join(["c", *map(str, whole)]), "rcond": batch, "info": batch}
+
+    def spans(self, numbers: Iterable[int], longest: int) -> Iterator[range]:
+        """Yield `numbers`, which ascend, as ranges of tiles that lie side by side along the last axis.
+
+        Examples
+        --------
+        >>> tiling = Tiling(shape=(2, 10, 3, 3), core=(2, 3), tile=(1, 2, 3, 3))
+        >>> list(tiling.spans([0, 1, 2, 4, 5, 6], longest=2))
+        [range(0, 2), range(2, 3), range(4, 5), range(5, 7)]
+        """
+        row = self.grid[-1] if self.grid else 1
+        start = stop = -1
+        for number in numbers:
+            if number != stop or number - start == longest or number % row == 0:
+                if start >= 0:
+                    yield range(start, stop)
+                start = number
+            stop = number + 1
+        if start >= 0:
+            yield range(start, stop)
 
 
 @dataclass(frozen=True)
@@ -137,6 +181,13 @@ class Plan:
     """Bytes of the whole target."""
     reads: float
     """How many times the source is decoded; above 1 where tiles are smaller than its chunks."""
+    span: int
+    """Tiles that a worker does at a time."""
+
+    @property
+    def tile_nbytes(self) -> int:
+        """Bytes of a tile of the target, about."""
+        return self.nbytes_out // max(1, self.tiling.n_tiles)
 
     def describe(self) -> str:
         """Return the plan for people."""
@@ -210,7 +261,17 @@ def make_plan(layout: Layout, limits: Limits, *, tile_nbytes: int, tile: tuple[i
         nbytes_in=math.prod(layout.shape) * layout.itemsize_in,
         nbytes_out=math.prod(layout.shape) * layout.itemsize_out + n_matrices * (4 + layout.itemsize_rcond),
         reads=_reads(layout, shape),
+        span=longest_span(layout, shape),
     )
+
+
+def longest_span(layout: Layout, tile: tuple[int, ...]) -> int:
+    """Return how many tiles are done at a time."""
+    if not layout.batch:
+        return 1
+    along = layout.batch[-1]
+    nbytes = max(1, layout.itemsize_out * math.prod(tile))
+    return max(1, min(SPAN_NBYTES // nbytes, LARGEST_SPAN, _cuts(layout.shape[along], tile[along])))
 
 
 def project_memory(layout: Layout, limits: Limits, tile: tuple[int, ...]) -> int:
@@ -218,6 +279,9 @@ def project_memory(layout: Layout, limits: Limits, tile: tuple[int, ...]) -> int
 
     The task lets go of its input before it writes, so the peak is that of the worst of three moments.
     """
+    if (several := longest_span(layout, tile)) > 1:
+        along = layout.batch[-1]
+        tile = (*tile[:along], min(several * tile[along], layout.shape[along]), *tile[along + 1 :])
     elements = math.prod(tile)
     source, result = elements * layout.itemsize_in, elements * layout.itemsize_out
     units = math.prod(

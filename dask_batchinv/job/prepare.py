@@ -45,6 +45,10 @@ class Options:
     """Bytes of a tile; by default the Dask configuration ``batchinv.job.tile-size``."""
     overwrite: bool = False
     """Replace a target of ours that belongs to another job."""
+    trust_ledger: bool = False
+    """Do not read back what earlier runs have recorded."""
+    durable: bool = False
+    """Record a tile only when it is on the disk."""
 
     def __post_init__(self) -> None:
         try:
@@ -143,6 +147,7 @@ def _known_target(place: Place, fingerprint: targets.Fingerprint, overwrite: boo
             f"{place.name} belongs to another job: {'; '.join(changed)}. Choose another target, or pass --overwrite "
             "to replace it"
         )
+    targets.refuse_links(place)
     # A creation that was interrupted left nothing worth keeping.
     return begun if begun.ready else None
 

@@ -14,6 +14,8 @@ from dask_batchinv.job.driver import OnProgress, Progress
 
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0
+#: Before the numbers; what earlier runs have done is read back first.
+_WORDS = {"checking": "reading back: ", "inverting": ""}
 
 
 @contextmanager
@@ -30,9 +32,10 @@ def shown(*, enabled: bool = True, stream: Any = None) -> Iterator[OnProgress | 
 
 
 def _move(bar: Any, now: Progress) -> None:
-    if bar.total is None:
-        # What an earlier run has done must not count for the rate of this one.
+    if bar.total is None or bar.desc != _WORDS[now.activity]:
+        # What an earlier run, or the reading back, has done must not count for the rate.
         bar.reset(total=now.matrices)
+        bar.desc = _WORDS[now.activity]
         bar.initial = now.matrices_before
         bar.n = now.matrices_before
     bar.set_postfix_str(_troubles(now), refresh=False)
@@ -40,6 +43,8 @@ def _move(bar: Any, now: Progress) -> None:
 
 
 def _troubles(now: Progress) -> str:
+    if now.activity == "checking":
+        return f"{now.failed_tiles:,} tiles damaged"
     tiles = f", {now.failed_tiles:,} tiles given up" if now.failed_tiles else ""
     return f"{now.failed:,} without an inverse{tiles}"
 
@@ -50,15 +55,17 @@ class _Lines:
     def __init__(self, stream: Any):
         self._stream = stream
         self._next = 0.0
+        self._activity = ""
 
     def __call__(self, now: Progress) -> None:
         clock = time.monotonic()
-        if clock < self._next and now.matrices_done < now.matrices:
+        if clock < self._next and now.matrices_done < now.matrices and now.activity == self._activity:
             return
+        self._activity = now.activity
         self._next = clock + LINE_SECONDS
         done = now.matrices_done - now.matrices_before
         rate = done / now.seconds if now.seconds else 0.0
         left = f"{(now.matrices - now.matrices_done) / rate:,.0f} s left" if rate else "time left unknown"
         share = now.matrices_done / now.matrices if now.matrices else 1.0
-        done_of = f"{now.matrices_done:,} of {now.matrices:,} matrices ({share:.0%})"
+        done_of = f"{_WORDS[now.activity]}{now.matrices_done:,} of {now.matrices:,} matrices ({share:.0%})"
         print(f"{done_of}, {rate:,.0f}/s, {left}, {_troubles(now)}", file=self._stream, flush=True)

@@ -75,8 +75,14 @@ class JobReport:
     """Tiles recorded in the ledger."""
     tiles_now: int
     """Of these, done by this run."""
+    tiles_proven: int
+    """Tiles of earlier runs that this one has read back and found as they were written."""
+    damaged_tiles: tuple[FailedTile, ...]
+    """Tiles of earlier runs that were not, and were done again."""
     failed_tiles: tuple[FailedTile, ...]
     """Tiles that could not be done."""
+    stopped: str | None
+    """What ended the run before its time: a full disk, a lost cluster."""
     retries: int
     """Tiles tried again in this run."""
     seconds: float
@@ -109,7 +115,7 @@ class JobReport:
     @property
     def exit_code(self) -> int:
         """0 done; 1 some tiles could not be done; 3 more matrices failed than were allowed."""
-        if not self.complete:
+        if not self.complete or self.stopped is not None:
             return 1
         return 3 if self.max_failed is not None and self.n_failed > self.max_failed else 0
 
@@ -120,7 +126,7 @@ class JobReport:
     def __str__(self) -> str:
         share = f" of {self.matrices:,}" if not self.complete else ""
         lines = [
-            f"{'done' if self.complete else 'NOT COMPLETE'}: {self.source} -> {self.target}",
+            f"{'NOT COMPLETE' if self.exit_code == 1 else 'done'}: {self.source} -> {self.target}",
             f"matrices         {self.matrices_done:,}{share}, {self.n_failed:,} without an inverse",
         ]
         for kind, number in self.failed.items():
@@ -134,7 +140,15 @@ class JobReport:
             )
         lines.append(f"tiles            {self.tiles_done:,} of {self.tiles:,}, {self.tiles_now:,} in this run, "
                      f"{self.retries:,} tried again")  # fmt: skip
-        lines += named_tiles(self.failed_tiles)
+        if self.tiles_proven or self.damaged_tiles:
+            lines.append(f"read back        {self.tiles_proven:,} tiles of earlier runs are as they were written, "
+                         f"{len(self.damaged_tiles):,} were damaged and done again")  # fmt: skip
+            lines += named_tiles(self.damaged_tiles)
+        if self.failed_tiles:
+            lines.append(f"failed           {len(self.failed_tiles):,} tiles")
+            lines += named_tiles(self.failed_tiles)
+        if self.stopped:
+            lines.append(f"stopped          {self.stopped}")
         if self.tiles_now and self.seconds:
             rate = self.bytes_read / self.seconds
             lines.append(
@@ -142,8 +156,6 @@ class JobReport:
                 f"{format_bytes(rate)}/s, {format_bytes(self.bytes_written)} written"
             )
             lines.append(f"workers          {self.workers} with {self.threads_per_worker} thread(s), {self.kernel}")
-        if not self.source_checked:
-            lines.append("note             the source has no checksums: damage to it cannot be noticed")
         lines += [f"note             {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -224,8 +236,8 @@ class JobFailedError(RuntimeError):
 
     def __str__(self) -> str:
         report = self.report
-        if not report.complete:
-            first = report.failed_tiles[0].cause if report.failed_tiles else ", ".join(report.notes)
+        if report.exit_code == 1:
+            first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
             missing = report.tiles - report.tiles_done
             return (f"{missing} of {report.tiles} tiles could not be done, first cause: {first}. "
                     f"Once it is mended, the same call does the rest.\n{report}")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +15,11 @@ import dask
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.codecs import ZstdCodec
 
 from dask_batchinv import storage
 from dask_batchinv.job import ledger
+from dask_batchinv.job.lock import LOCK
 from dask_batchinv.job.plan import Tiling
 from dask_batchinv.job.source import Source, array_names
 from dask_batchinv.outcome import Info, SourceError, TargetError
@@ -26,7 +29,7 @@ from dask_batchinv.stack import real_dtype, result_dtype
 #: The attribute that says a group is ours.
 MARK = "dask_batchinv"
 #: Raised when targets of older versions cannot be continued by this one.
-FORMAT = 1
+FORMAT = 2
 
 #: What Zarr writes a chunk to before it gives it its name.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.partial$")
@@ -40,6 +43,8 @@ class Begun:
 
     fingerprint: Fingerprint
     """What it is made of: source, parameters, versions."""
+    generation: str
+    """Which creation it stems from."""
     tile: tuple[int, ...]
     """Its tiles, which stay whatever limits a later run has."""
     ready: bool
@@ -85,7 +90,7 @@ def _look(place: Place) -> Begun | None:
     except ValueError:
         meta = {}
     fs, path = place.filesystem()
-    if meta is None and fs.isdir(path) and not place.children():
+    if meta is None and fs.isdir(path) and set(place.children()) <= {LOCK}:
         return None
     attributes = (meta or {}).get("attributes") or {}
     mark = attributes.get(MARK)
@@ -97,8 +102,29 @@ def _look(place: Place) -> Begun | None:
         )
     names = tuple(mark.get("names", ()))
     if mark.get("format") != FORMAT:
-        return Begun({"format": mark.get("format")}, (), ready=False, complete=False, names=names)
-    return Begun(mark["fingerprint"], tuple(mark["tile"]), mark["ready"], attributes["complete"], names)
+        return Begun({"format": mark.get("format")}, "", (), ready=False, complete=False, names=names)
+    return Begun(
+        fingerprint=mark["fingerprint"],
+        generation=mark["generation"],
+        tile=tuple(mark["tile"]),
+        ready=mark["ready"],
+        complete=attributes["complete"],
+        names=names,
+    )
+
+
+def generation_of(place: Place) -> str | None:
+    """Return which creation the target stems from that is there now; None if there is none."""
+    meta = place.read_json("zarr.json")
+    generation: str | None = ((meta or {}).get("attributes") or {}).get(MARK, {}).get("generation")
+    return generation
+
+
+def refuse_links(place: Place) -> None:
+    """Raise TargetError if a part of a target is a link that leads out of it."""
+    for name in ("inverse", "rcond", "info", "ledger"):
+        if not place.contains(place / name):
+            raise TargetError(f"{name} in {place.name} is a link to elsewhere: put the array itself there")
 
 
 def tiling_of(place: Place, begun: Begun) -> Tiling:
@@ -135,7 +161,9 @@ def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprin
     SourceError
         If a coordinate cannot be read.
     TargetError
-        If the place cannot be written, or holds what is not ours.
+        If the place holds what is not ours.
+    OSError
+        If it cannot be written.
     """
     coordinates = _read_coordinates(source)
     if (old := look(place)) is not None:  # again: time has passed since the job was prepared
@@ -143,25 +171,33 @@ def create(place: Place, source: Source, tiling: Tiling, fingerprint: Fingerprin
             raise TargetError(f"another run has begun {place.name} meanwhile: wait for it, then run the command again")
         _clear(place, old)
     names = ["inverse", "rcond", "info", "ledger", *source.coordinates]
-    mark = {"format": FORMAT, "fingerprint": fingerprint, "tile": list(tiling.tile), "ready": False, "names": names}
+    mark = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "generation": uuid.uuid4().hex,
+        "tile": list(tiling.tile),
+        "ready": False,
+        "names": names,
+    }
     try:
         _create(place, source, tiling, coordinates, {"complete": False, MARK: mark})
-    except OSError as error:
-        raise TargetError(redact(f"the target {place.name} cannot be created: {error}")) from error
+    except Exception as error:  # whatever a file system may raise
+        text = f"the target {place.name} could not be created: {type(error).__name__}: {error}; run the command again"
+        raise OSError(redact(text)) from error
 
 
 def _clear(place: Place, begun: Begun) -> None:
     """Remove an old target of ours."""
-    ours = {"zarr.json", *begun.names}
+    ours = {"zarr.json", LOCK, *begun.names}
     if others := [name for name in place.children() if name not in ours and not _UNFINISHED.search(name)]:
         raise TargetError(
             f"{place.name} holds what dask_batchinv did not put there ({', '.join(others[:5])}): move that away first"
         )
     if begun.ready or begun.complete:
         # A break from here on must not leave something that looks finished.
-        mark = {"format": FORMAT, "fingerprint": {}, "tile": [], "ready": False, "names": begun.names}
+        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "tile": [], "ready": False, "names": begun.names}
         set_attributes(place, {"complete": False, MARK: mark})
-    place.remove(last="zarr.json")  # so that a break leaves the mark in place
+    place.remove(last="zarr.json", keep=LOCK)  # so that a break leaves the mark in place
 
 
 def _create(place: Place, source: Source, tiling: Tiling, found: xr.Dataset | None, attributes: dict[str, Any]) -> None:
@@ -188,7 +224,10 @@ def _create(place: Place, source: Source, tiling: Tiling, found: xr.Dataset | No
     if found is not None:
         with _unspecified():
             # Xarray replaces the attributes of the group: by those that it has already.
-            found.assign_attrs(attributes).to_zarr(place.store(), mode="a", zarr_format=3, consolidated=False)
+            found.assign_attrs(attributes).to_zarr(
+                place.store(), mode="a", zarr_format=3, consolidated=False,
+                encoding={str(name): {"compressors": [ZstdCodec(checksum=True)]} for name in found.variables},
+            )  # fmt: skip
     ledger.create(group, tiling.n_tiles)
     with _unspecified():
         zarr.consolidate_metadata(place.store())
@@ -232,7 +271,12 @@ def _unspecified() -> Iterator[None]:
         yield
 
 
-def finish(place: Place) -> None:
+def reopen(place: Place) -> None:
+    """Take the word back that a target is complete."""
+    set_attributes(place, {"complete": False})
+
+
+def finish(place: Place, *, durable: bool) -> None:
     """Sweep up what killed workers left, and mark the target as complete: the last write of a job."""
     if place.is_local:
         for folder, _, files in os.walk(place.url):
@@ -241,3 +285,6 @@ def finish(place: Place) -> None:
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(folder, name))
     set_attributes(place, {"complete": True})
+    if durable and place.is_local:
+        storage.sync_path(os.path.join(place.url, "zarr.json"))
+        storage.sync_path(place.url)

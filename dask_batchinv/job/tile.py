@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,13 @@ import numpy.typing as npt
 import zarr
 
 from dask_batchinv import storage
+from dask_batchinv.job import target as targets
+from dask_batchinv.job.ledger import CHECKSUMS
 from dask_batchinv.job.plan import Tiling
 from dask_batchinv.job.source import Missing, Source
+from dask_batchinv.job.versions import VersionError, differing, versions
 from dask_batchinv.kernels import invert_block
-from dask_batchinv.outcome import Info
+from dask_batchinv.outcome import Info, TargetError
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import AssumeA, Device, result_dtype
 
@@ -33,6 +39,8 @@ class TileTask:
     """Where to read."""
     target: Place
     """Where to write."""
+    generation: str
+    """Which target: another one may have taken its place since."""
     tiling: Tiling
     """Which region each tile has."""
     assume_a: AssumeA
@@ -43,6 +51,10 @@ class TileTask:
     """Below it a matrix counts as failed."""
     missing: Missing
     """What a missing chunk of the source means."""
+    durable: bool
+    """Whether a tile counts as written only when it is on the disk."""
+    versions: tuple[tuple[str, str], ...]
+    """What the driver runs."""
 
 
 @dataclass(frozen=True)
@@ -55,40 +67,82 @@ class TileResult:
     """Its row for the ledger; None if it failed."""
     error: str | None = None
     """Why it failed, without credentials."""
+    stops: bool = False
+    """Whether the cause would fail all other tiles too."""
 
 
-def run_tile(task: TileTask, number: int) -> TileResult:
-    """Do one tile. May be done again, by anyone: it writes the same bytes to the same keys."""
-    start = time.perf_counter()
-
-    def work() -> dict[str, int]:
-        inverse, info, rcond = _read_and_invert(task, number)
-        index, region = task.tiling.index(number), task.tiling.region(number)
-        _open_target(task.run, task.target, "inverse")[index] = inverse
-        _open_target(task.run, task.target, "rcond")[region] = rcond
-        _open_target(task.run, task.target, "info")[region] = info
-        return count(info, rcond) | {"milliseconds": round(1000 * (time.perf_counter() - start))}
-
-    return guarded(number, work)
+def run_tiles(task: TileTask, numbers: range) -> list[TileResult]:
+    """Do tiles that lie side by side. May be done again, by anyone: it writes the same bytes to the same keys."""
+    if len(numbers) > 1:
+        with suppress(Exception):  # one by one, each has an error of its own
+            return _do(task, numbers)
+    return [result for number in numbers for result in guarded(number, partial(_do, task, range(number, number + 1)))]
 
 
-def guarded(number: int, work: Callable[[], dict[str, int]]) -> TileResult:
+def guarded(number: int, work: Callable[[], list[TileResult]]) -> list[TileResult]:
     """Return what `work` makes of a tile; an exception becomes the error of the result."""
     try:
-        return TileResult(number, work())
+        return work()
     except Exception as error:  # a failure is data here: the driver decides what it means
-        return TileResult(number, None, redact(f"{type(error).__name__}: {error}"))
+        stops = isinstance(error, (VersionError, TargetError)) or (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        )
+        return [TileResult(number, None, redact(f"{type(error).__name__}: {error}"), stops)]
 
 
-def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, number: int) -> Array:
-    """Read a tile of the source, core dimensions last."""
-    block = _open_source(run, source, missing)[tiling.index(number)]
+def _do(task: TileTask, numbers: range) -> list[TileResult]:
+    start = time.perf_counter()
+    _check_versions(task.versions)
+    inverse, info, rcond = _read_and_invert(task, numbers)
+    index, region = task.tiling.index(numbers), task.tiling.region(numbers)
+    _check_generation(task)
+    arrays = {name: _open_target(task.run, task.target, name) for name in CHECKSUMS}
+    arrays["inverse"][index] = inverse
+    arrays["rcond"][region] = rcond
+    arrays["info"][region] = info
+    rows = [_count_tile(task, number, numbers, info, rcond) for number in numbers]
+    for number, row in zip(numbers, rows, strict=True):
+        for name, key in task.tiling.chunk_keys(number).items():
+            row[CHECKSUMS[name]] = storage.checksum(arrays[name], key)
+            if task.durable:
+                storage.sync_chunk(arrays[name], key)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(numbers)
+    return [
+        TileResult(number, row | {"milliseconds": round(milliseconds)})
+        for number, row in zip(numbers, rows, strict=True)
+    ]
+
+
+def _count_tile(task: TileTask, number: int, numbers: range, info: Array, rcond: Array) -> dict[str, int]:
+    if len(numbers) == 1:
+        return count(info, rcond)
+    width = task.tiling.tile[task.tiling.batch[-1]]
+    part = slice((number - numbers.start) * width, (number - numbers.start + 1) * width)
+    return count(info[..., part], rcond[..., part])
+
+
+@lru_cache(maxsize=4)
+def _check_versions(mine: tuple[tuple[str, str], ...]) -> None:
+    """Workers may join at any time; they are looked at before the first write of each."""
+    if found := differing(dict(mine), versions()):
+        raise VersionError(f"a worker on {socket.gethostname()} has other versions than the driver: {found}")
+
+
+def _check_generation(task: TileTask) -> None:
+    """Hold back a worker that was cut off for so long that its target was replaced meanwhile."""
+    if targets.generation_of(task.target) != task.generation:
+        raise TargetError(f"{task.target.name} was removed or replaced while the job was running")
+
+
+def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tiles: int | range) -> Array:
+    """Read tiles of the source, core dimensions last."""
+    block = _open_source(run, source, missing)[tiling.index(tiles)]
     return np.moveaxis(np.asarray(block), tiling.core, (-2, -1))
 
 
-def _read_and_invert(task: TileTask, number: int) -> tuple[Array, Array, Array]:
+def _read_and_invert(task: TileTask, numbers: range) -> tuple[Array, Array, Array]:
     # A function of its own so that the input is gone before the output is encoded.
-    stack = read_stack(task.run, task.source, task.missing, task.tiling, number)
+    stack = read_stack(task.run, task.source, task.missing, task.tiling, numbers)
     inverse, info, rcond = invert_block(
         stack,
         dtype=result_dtype(stack.dtype),

@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import uuid
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import zarr
 from distributed import Client
 
 from dask_batchinv import storage
 from dask_batchinv.job import target as targets
-from dask_batchinv.job.cluster import ClusterOptions, check_reach, connect
-from dask_batchinv.job.driver import run_tiles
-from dask_batchinv.job.ledger import FAILED, Ledger
+from dask_batchinv.job.cluster import ClusterOptions, check_reach, check_versions, connect
+from dask_batchinv.job.ledger import CHECKSUMS, FAILED, Ledger
 from dask_batchinv.job.plan import Tiling
 from dask_batchinv.job.report import FailedTile, named_tiles
 from dask_batchinv.job.source import Missing, Source, open_source
 from dask_batchinv.job.tile import TileResult, count, guarded, read_stack
+from dask_batchinv.job.window import run_on_cluster
 from dask_batchinv.kernels import read_part
-from dask_batchinv.outcome import Info, TargetError
+from dask_batchinv.outcome import Info, RefusedError, TargetError
 from dask_batchinv.place import Place
 from dask_batchinv.stack import AssumeA
 
@@ -29,6 +31,8 @@ Array = npt.NDArray[Any]
 
 #: LAPACK's own tests accept a residual of 30 n eps ‖A‖₁ ‖X‖₁.
 LARGEST_RATIO = 30.0
+#: The multiples of the golden ratio, taken modulo 1, are spread evenly.
+_GOLDEN = (5**0.5 - 1) / 2
 #: Bytes of matrices multiplied at a time.
 _GROUP_NBYTES = 2**20
 
@@ -49,6 +53,8 @@ class VerifyTask:
     """Structure of the matrices."""
     missing: Missing
     """What a missing chunk of the source means."""
+    sample: float
+    """The share of tiles whose residuals are computed."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +108,19 @@ def verify_store(
     target: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
+    sample: float = 1.0,
     client: Client | None = None,
     scheduler: str | None = None,
     workers: int | None = None,
     threads_per_worker: int | None = None,
     memory_limit: str | int | None = None,
+    insecure: bool = False,
 ) -> VerifyReport:
     """Read a target back, every chunk of its three arrays, and check it.
 
-    Each tile must be there with the right checksums, its inverses NaN exactly where ``info`` is not 0, and its
-    counts those of the ledger. With `source`, every good inverse is multiplied with its matrix.
+    Each tile must be there with the checksums that the ledger has of it, its inverses NaN exactly where ``info`` is
+    not 0, and its counts those of the ledger. With `source`, every good inverse is multiplied with its matrix.
+    What it finds, `invert_store` repairs.
 
     Parameters
     ----------
@@ -119,7 +128,9 @@ def verify_store(
         What `invert_store` has written.
     source : str or path, optional
         What it was made from.
-    client, scheduler, workers, threads_per_worker, memory_limit
+    sample : float
+        Share of the tiles whose inverses are multiplied; every chunk is read all the same.
+    client, scheduler, workers, threads_per_worker, memory_limit, insecure
         The cluster, as for `invert_store`.
 
     Returns
@@ -132,13 +143,16 @@ def verify_store(
     RefusedError
         If there is no target of ours, or `source` is not what it was made from.
     """
-    return verify(target, source, ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit))
+    cluster = ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure)
+    return verify(target, source, cluster, sample)
 
 
 def verify(
-    target: str | os.PathLike[str], source: str | os.PathLike[str] | None, cluster: ClusterOptions
+    target: str | os.PathLike[str], source: str | os.PathLike[str] | None, cluster: ClusterOptions, sample: float = 1.0
 ) -> VerifyReport:
     """Do what `verify_store` promises."""
+    if not 0 <= sample <= 1:
+        raise RefusedError(f"sample must be between 0 and 1, got {sample}")
     place = targets.parse_place(target)
     begun = targets.look(place)
     if begun is None or not begun.ready:
@@ -152,16 +166,16 @@ def verify(
         source=opened,
         assume_a=begun.fingerprint["assume_a"],
         missing="fill",  # a tile that is done was read, or filled as it was asked for
+        sample=sample,
     )
     ledger = Ledger(place, read_only=True)
     rows: list[dict[str, int]] = []
     bad: list[TileResult] = []
-    with connect(cluster) as (
-        running,
-        has,
-    ):
+    with connect(cluster) as (running, _):
+        check_versions(running)
         check_reach(running, opened, place)
-        for result, _ in run_tiles(running, has, verify_tile, task, range(tiling.n_tiles), attempts=1):
+        spans = (range(number, number + 1) for number in range(tiling.n_tiles))
+        for result, _ in run_on_cluster(running, verify_tiles, task, spans, attempts=1):
             if result is not None and result.row is not None:
                 rows.append(result.row)
                 if problem := _unlike_ledger(result.row, ledger, result.number):
@@ -193,23 +207,29 @@ def _same_source(location: str | os.PathLike[str], begun: targets.Begun) -> Sour
 def _unlike_ledger(row: dict[str, int], ledger: Ledger, number: int) -> str | None:
     if not ledger.done[number]:
         return "not recorded in the ledger: run the job again"
+    for name, column in CHECKSUMS.items():
+        if int(ledger.column(column)[number]) != row[column]:
+            return f"{name} is not what was written"
     for name in ("matrices", *FAILED):
         if (recorded := int(ledger.column(name)[number])) != row[name]:
             return f"{row[name]} {name}, but the ledger says {recorded}"
     return None
 
 
-def verify_tile(task: VerifyTask, number: int) -> TileResult:
-    """Check one tile."""
-    return guarded(number, lambda: _verify_tile(task, number))
+def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult]:
+    """Check tiles."""
+    return [result for number in numbers for result in guarded(number, partial(_verify_tile, task, number))]
 
 
-def _verify_tile(task: VerifyTask, number: int) -> dict[str, int]:
+@lru_cache(maxsize=12)
+def _open_target(run: str, target: Place, name: str) -> zarr.Array[Any]:
+    return storage.open_array(target / name, read_only=True)
+
+
+def _verify_tile(task: VerifyTask, number: int) -> list[TileResult]:
     index, region = task.tiling.index(number), task.tiling.region(number)
-    names = {"inverse": index, "info": region, "rcond": region}
-    parts = {
-        name: np.asarray(storage.open_array(task.target / name, read_only=True)[where]) for name, where in names.items()
-    }
+    arrays = {name: _open_target(task.run, task.target, name) for name in CHECKSUMS}
+    parts = {name: np.asarray(array[index if name == "inverse" else region]) for name, array in arrays.items()}
     info, rcond = parts["info"].reshape(-1), parts["rcond"].reshape(-1)
     n = task.tiling.shape[task.tiling.core[0]]
     inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(info.size, n, n)
@@ -223,7 +243,9 @@ def _verify_tile(task: VerifyTask, number: int) -> dict[str, int]:
     _refuse(good & ~((rcond >= 0) & (rcond < 1.1)), region, "good, but their rcond is not between 0 and 1")
     _refuse((info > 0) & (rcond != 0), region, "singular, but their rcond is not 0")
     row = count(info, rcond) | {"residuals": 0, "largest_ratio_bits": 0}
-    if task.source is not None and n:
+    for name, key in task.tiling.chunk_keys(number).items():
+        row[CHECKSUMS[name]] = storage.checksum(arrays[name], key)
+    if task.source is not None and n and _is_sampled(number, task.sample):
         stack = read_stack(task.run, task.source, task.missing, task.tiling, number).reshape(info.size, n, n)
         ratio = residual_ratios(read_part(stack[good], task.assume_a), inverse[good])
         large = np.zeros(len(info), bool)
@@ -231,7 +253,12 @@ def _verify_tile(task: VerifyTask, number: int) -> dict[str, int]:
         _refuse(large, region, f"not the inverse: its residual is over {LARGEST_RATIO:g} n eps |A| |X|")
         row["residuals"] = int(good.sum())
         row["largest_ratio_bits"] = int(np.float64(ratio.max(initial=0.0)).view(np.int64))
-    return row
+    return [TileResult(number, row)]
+
+
+def _is_sampled(number: int, share: float) -> bool:
+    """Choose about that share of all tiles, spread evenly over them, and always the same."""
+    return number * _GOLDEN % 1.0 < share
 
 
 def _refuse(wrong: Array, region: tuple[slice, ...], what: str) -> None:

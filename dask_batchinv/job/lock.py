@@ -1,0 +1,188 @@
+"""One run at a time: the lock of a target, which dies with the process that holds it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any
+
+from dask_batchinv.outcome import TargetError
+from dask_batchinv.place import Place, redact
+
+#: Its name in the target, only while a run is at work there, or one was killed.
+LOCK = ".dask_batchinv.lock"
+#: A lease is renewed this often, and given up for dead after so many renewals that did not come.
+RENEWAL_SECONDS = 5.0
+RENEWALS = 3
+#: Of two runs that take a lease over at the same moment, the one that writes last keeps it.
+_SETTLING_SECONDS = 1.0
+_ATTEMPTS = 10
+
+
+class LockLostError(ConnectionError):
+    """Another run has taken the target over, because this one was not heard of for too long."""
+
+
+class Lock:
+    """What a run holds while it may write to a target."""
+
+    def check(self) -> None:
+        """Raise LockLostError if another run has taken over."""
+
+
+@contextmanager
+def locked(target: Place) -> Iterator[Lock]:
+    """Hold the lock of a target.
+
+    On a disk it is a lock of the operating system, which ends with the process. Where there is none, as in an object
+    store, it is a lease that is renewed: a run that finds one watches it for a while, by its own clock, and takes it
+    over if nobody renews it.
+
+    Raises
+    ------
+    TargetError
+        If another run is at work on the target.
+    """
+    handle = _lock_file(target) if target.is_local else None
+    if handle is None:
+        with _Lease(target) as lease:
+            yield lease
+        return
+    try:
+        yield Lock()
+    finally:
+        # Removed while it is still locked: who waits for it sees that the file has gone, and makes another.
+        with suppress(OSError):
+            os.unlink(os.path.join(target.url, LOCK))
+            os.rmdir(target.url)  # if nothing came of the run
+        os.close(handle)
+
+
+def _lock_file(target: Place) -> int | None:
+    """Return the handle of the locked file, or None where the file system has no locks."""
+    path = os.path.join(target.url, LOCK)
+    for attempt in count():
+        try:
+            os.makedirs(target.url, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:
+                continue  # another run has just removed the folder, having done nothing
+            raise TargetError(f"the target {target.name} cannot be written: {error}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                os.truncate(handle, 0)
+                os.write(handle, _holder().encode())
+                return handle
+        except BlockingIOError:
+            holder = os.read(handle, 1000).decode(errors="replace")
+            os.close(handle)
+            raise _busy(target, holder) from None
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return None
+        os.close(handle)
+    raise AssertionError("counting has no end")
+
+
+def _is_at(handle: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _busy(target: Place, holder: str) -> TargetError:
+    return TargetError(f"another run is at work on {target.name} ({holder or 'unknown'}): wait for it, or stop it")
+
+
+class _Lease(Lock):
+    """A key in the target with a number that grows."""
+
+    def __init__(self, target: Place):
+        self._target = target
+        self._me = uuid.uuid4().hex
+        self._lost = False
+        self._released = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def check(self) -> None:
+        """Raise LockLostError if another run has taken over."""
+        if self._lost:
+            raise LockLostError(f"another run has taken {self._target.name} over")
+
+    def __enter__(self) -> _Lease:
+        try:
+            self._acquire()
+        except TargetError:
+            raise
+        except Exception as error:  # whatever a file system may raise
+            text = f"the target {self._target.name} cannot be written: {type(error).__name__}: {error}"
+            raise TargetError(redact(text)) from error
+        self._renewing.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._released.set()
+        self._renewing.join()
+        if not self._lost:
+            with suppress(Exception):
+                fs, path = self._target.filesystem()
+                fs.rm_file(f"{path}/{LOCK}")
+
+    def _acquire(self) -> None:
+        if seen := self._read():
+            self._watch(seen)
+        self._write(0)
+        time.sleep(_SETTLING_SECONDS)
+        if (now := self._read()).get("run") != self._me:
+            raise _busy(self._target, str(now.get("holder", "")))
+
+    def _watch(self, seen: dict[str, Any]) -> None:
+        deadline = time.monotonic() + RENEWALS * RENEWAL_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(RENEWAL_SECONDS / 5)
+            now = self._read()
+            if not now:
+                return
+            if now != seen:
+                raise _busy(self._target, str(now.get("holder", "")))
+
+    def _renew(self) -> None:
+        number = 0
+        while not self._released.wait(RENEWAL_SECONDS):
+            # What fails now may succeed the next time; if it never does, another run may take over, and we see that.
+            with suppress(Exception):
+                if (now := self._read()) and now.get("run") != self._me:
+                    self._lost = True
+                    return
+                self._write(number := number + 1)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return self._target.read_json(LOCK) or {}
+        except ValueError:  # half written
+            return {"run": "unknown"}
+
+    def _write(self, number: int) -> None:
+        fs, path = self._target.filesystem()
+        if self._target.is_local or self._target.is_memory:
+            fs.makedirs(path, exist_ok=True)
+        content = {"run": self._me, "renewed": number, "holder": _holder()}
+        fs.pipe_file(f"{path}/{LOCK}", json.dumps(content).encode())

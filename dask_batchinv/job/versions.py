@@ -1,0 +1,32 @@
+"""The versions that must be the same in every process of a job, or its tiles would not be of one piece."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+#: What computes the matrices, and what reads and writes their bytes.
+PACKAGES = ("dask_batchinv", "llvmlite", "numpy", "scipy", "zarr", "numcodecs", "google-crc32c", "distributed")
+
+Versions = dict[str, str]
+
+
+class VersionError(RuntimeError):
+    """A worker has other versions than the process that started the job."""
+
+
+def versions() -> Versions:
+    """Return the versions of this process."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def differing(mine: Versions, theirs: Versions) -> str:
+    """Return in words what differs, or an empty string."""
+    names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    return ", ".join(f"{name} is {theirs.get(name)} there and {mine.get(name)} here" for name in names)
