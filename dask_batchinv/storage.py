@@ -259,9 +259,6 @@ def open_array(place: Place, *, read_only: bool = False) -> zarr.Array[Any]:
     Chunks that equal the fill value are written like all others, so that one which is not there was lost: reading
     raises `MissingChunkError`.
     """
-    return zarr.open_array(
-        OwnStore(place.store(read_only=read_only)),
-        mode="r" if read_only else "r+",
-        zarr_format=3,
-        config={"write_empty_chunks": True},
-    )
+    array = zarr.open_array(OwnStore(place.store(read_only=read_only)), mode="r" if read_only else "r+", zarr_format=3)
+    # Zarr up to 3.1 takes no notice of a configuration that is given when an array is opened.
+    return array.with_config({"write_empty_chunks": True})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +16,7 @@ from distributed import Client
 from dask_batchinv.job import target as targets
 from dask_batchinv.job.cluster import ClusterOptions, Workers, check_reach, check_versions, connect
 from dask_batchinv.job.ledger import FAILED, Ledger
-from dask_batchinv.job.lock import Lock, LockLostError, locked
+from dask_batchinv.job.lock import Lock, LockLostError, locked, sweep
 from dask_batchinv.job.plan import Plan
 from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
 from dask_batchinv.job.proof import ProofTask, prove_tiles, spans_to_prove
@@ -166,6 +167,7 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
             ledger = Ledger(job.target, read_only=True)
             run.prove(ledger)
             if ledger.done.all():  # nothing is locked or written where nothing is wrong
+                sweep(job.target)
                 return _report(job, plan, workers, run.outcome, ledger)
         with locked(job.target) as lock:
             return run.under(lock)
@@ -203,21 +205,25 @@ class _Run:
         begun = targets.look(job.target)  # again: another run may have been at work until now
         if begun is None or begun.fingerprint != job.fingerprint or begun.tile != plan.tiling.tile:
             raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")
-        ledger = Ledger(job.target, durable=job.options.durable)
+        with _as_os_error(f"the ledger of {job.target.name} cannot be opened"):
+            ledger = Ledger(job.target, durable=job.options.durable)
         try:
             for result in outcome.damaged:
                 ledger.forget(result.number)
             if outcome.proven is None and job.begun is not None and not job.options.trust_ledger:
                 self.prove(ledger)
             if begun.complete and not ledger.done.all():
-                targets.reopen(job.target)
+                with _as_os_error(f"{job.target.name} cannot be written"):
+                    targets.reopen(job.target)
             if outcome.stopped is None:
                 self._invert(begun.generation, ledger, lock)
         finally:
             # Also when interrupted: what is recorded is not done again.
             self._flush(ledger, FINAL_ATTEMPTS)
-        if ledger.done.all() and outcome.stopped is None:
-            targets.finish(job.target, durable=job.options.durable)
+        with _as_os_error(f"{job.target.name} cannot be finished"):
+            targets.sweep(job.target)
+            if ledger.done.all() and outcome.stopped is None:
+                targets.finish(job.target, durable=job.options.durable)
         return _report(job, plan, self.workers, outcome, ledger)
 
     def prove(self, ledger: Ledger) -> None:
@@ -315,6 +321,15 @@ class _Run:
                 time.sleep(BACK_OFF_SECONDS * 2**attempt)
         if attempts > 1:
             self.outcome.stopped = self.outcome.stopped or cause
+
+
+@contextmanager
+def _as_os_error(what: str) -> Iterator[None]:
+    """Turn whatever a file system may raise into an OSError, without credentials."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(redact(f"{what}: {type(error).__name__}: {error}; run the command again")) from error
 
 
 def _nobody_looks(progress: Progress) -> None:

@@ -67,6 +67,14 @@ def locked(target: Place) -> Iterator[Lock]:
         os.close(handle)
 
 
+def sweep(target: Place) -> None:
+    """Remove the lock of a run that was killed, if it left one."""
+    fs, path = target.filesystem()
+    if fs.exists(f"{path}/{LOCK}"):
+        with suppress(TargetError), locked(target):  # unless a run is at work
+            pass
+
+
 def _lock_file(target: Place) -> int | None:
     """Return the handle of the locked file, or None where the file system has no locks."""
     path = os.path.join(target.url, LOCK)

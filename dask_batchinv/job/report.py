@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -246,7 +247,16 @@ class JobFailedError(RuntimeError):
 
 
 def first_failed(target: Place, tiling: Tiling, ledger: Ledger) -> dict[str, list[Index]]:
-    """Return the first failed matrices of each kind, from the ``info`` of those tiles that have any."""
+    """Return the first failed matrices of each kind, from the ``info`` of those tiles that have any.
+
+    Of a target that cannot be read at the moment, none: the counts are known all the same.
+    """
+    with suppress(Exception):
+        return _first_failed(target, tiling, ledger)
+    return {kind: [] for kind in FAILED}
+
+
+def _first_failed(target: Place, tiling: Tiling, ledger: Ledger) -> dict[str, list[Index]]:
     info = storage.open_array(target / "info", read_only=True)
     found: dict[str, list[Index]] = {kind: [] for kind in FAILED}
     for kind, code in zip(FAILED, (None, Info.NOT_FINITE, Info.OVERFLOW, Info.BELOW_MIN_RCOND), strict=True):

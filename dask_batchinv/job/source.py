@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 
+from dask_batchinv.job.guard import COMPRESSORS, open_guarded
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import KEPT
@@ -27,7 +28,7 @@ Missing = Literal["error", "fill"]
 # are looked at one by one, for one that must not run can stand behind one that may.
 _NUMCODECS = (
     *("adler32", "astype", "bitround", "blosc", "bz2", "crc32", "crc32c", "delta", "fixedscaleoffset", "fletcher32"),
-    *("gzip", "jenkins_lookup3", "lz4", "lzma", "packbits", "pcodec", "quantize", "shuffle", "zfpy", "zlib", "zstd"),
+    *("gzip", "jenkins_lookup3", "lz4", "lzma", "packbits", "quantize", "shuffle", "zlib", "zstd"),
 )
 _ALLOWED_V2 = frozenset(_NUMCODECS)
 _ALLOWED_V3 = frozenset(
@@ -36,7 +37,26 @@ _ALLOWED_V3 = frozenset(
 )
 #: What the target holds; dimensions and coordinates cannot have these names.
 RESERVED = ("inverse", "info", "rcond", "ledger")
+_INDEX_CODECS = frozenset(["bytes", "crc32c"])
 _CHECKSUMS = frozenset(["adler32", "crc32", "crc32c", "fletcher32", "gzip", "jenkins_lookup3", "zlib"])
+#: What a codec's configuration calls the dtypes that it makes.
+_CODEC_DTYPES = ("dtype", "astype", "encode_dtype", "decode_dtype")
+#: Labels may be text and times, which the stack may not.
+_LABELS_V2 = re.compile(r"[<>|]([bifcu]\d{1,2}|[SU]\d{1,5}|[mM]8(\[\d{0,9}[a-zA-Z]{0,2}\])?)")
+_LABELS_V3 = frozenset(
+    (
+        *("string", "variable_length_utf8", "fixed_length_utf32", "null_terminated_bytes"),
+        *("numpy.datetime64", "numpy.timedelta64"),
+    )
+)
+_TEXTS = ("|O", "string", "variable_length_utf8")
+#: A metadata document may be so long, a label so wide, a shard have so many chunks, a codec stand so deep, and an
+#: error say so much.
+_DOCUMENT_NBYTES = 16 * 2**20
+_LABEL_NBYTES = 2**20
+_CHUNKS_PER_SHARD = 2**20
+_NESTED = 4
+_TEXT_LENGTH = 1500
 _DTYPES = frozenset([*KEPT, "bool", "float16", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))])
 
 
@@ -86,10 +106,14 @@ class Source:
         missing : {"error", "fill"}
             What a chunk that is not in the store means: `MissingChunkError`, or the fill value.
         """
+        node = _read_node(self.place, self.zarr_format)
+        # What is opened must be what was checked, also on a worker hours later.
+        if node is None or _digest(node, self.coordinates) != self.digest:
+            raise SourceError(f"the metadata of {self.place.name} have changed since the job began: start it anew")
         store = self.place.store(read_only=True)
         if missing == "error":
             store = StrictStore(store)
-        return zarr.open_array(store, mode="r", zarr_format=self.zarr_format)
+        return open_guarded(store, node.meta)
 
 
 def open_source(
@@ -114,11 +138,11 @@ def open_source(
     """
     try:
         return _open_source(location, variable, dims)
-    except SourceError:
-        raise
     except Exception as error:  # whatever a file system may raise
+        if isinstance(error, SourceError) and len(str(error)) <= _TEXT_LENGTH:
+            raise
         text = f"the source {os.fspath(location)} cannot be opened: {type(error).__name__}: {error}"
-        raise SourceError(redact(text)) from error
+        raise SourceError(_shortened(redact(text if not isinstance(error, SourceError) else str(error)))) from error
 
 
 def _open_source(location: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
@@ -137,9 +161,11 @@ def _open_source(location: str | os.PathLike[str], variable: str | None, dims: S
             raise SourceError(f"there is no variable {variable!r} in {root.name}; it has {_listed(root)}")
     elif variable is not None:
         raise SourceError(f"{place.name} is an array, not a group: leave --variable out")
-    dtype = _checked_dtype(node.meta)
-    _check_codecs(node.meta, place)
-    array = zarr.open_array(place.store(read_only=True), mode="r", zarr_format=node.zarr_format)
+    dtype = _checked_dtype(node)
+    _check_codecs(node, _allowed(node), f"{place.name} is not among those that are safe to run")
+    _check_layout(node, dtype.itemsize)
+    _stored_names(node)
+    array = open_guarded(place.store(read_only=True), node.meta)
     names, core = _name_dims(node, array.ndim, dims, array.shape)
     if array.shape[core[0]] != array.shape[core[1]]:
         raise SourceError(
@@ -154,7 +180,6 @@ def _open_source(location: str | os.PathLike[str], variable: str | None, dims: S
             f"{', '.join(taken)} of {place.name} are names of dimensions or coordinates that the target needs itself: "
             "rename those first"
         )
-    canonical = json.dumps([node.meta, coordinates], sort_keys=True)
     return Source(
         place=place,
         root=root,
@@ -168,30 +193,98 @@ def _open_source(location: str | os.PathLike[str], variable: str | None, dims: S
         dims=names,
         core=core,
         coordinates=coordinates,
-        checksummed=any(_is_checksum(codec) for codec in _codecs(node.meta)),
-        digest=hashlib.sha256(canonical.encode()).hexdigest(),
+        checksummed=any(_is_checksum(codec) for codec in _codecs(node)),
+        digest=_digest(node, coordinates),
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]} ..."
 
 
 @dataclass(frozen=True)
 class _Node:
     """The raw metadata of one Zarr node."""
 
+    place: Place
     zarr_format: Literal[2, 3]
     is_array: bool
     meta: dict[str, Any]
     attributes: dict[str, Any]
 
+    def expect(self, ok: bool, expected: str, got: Any) -> None:
+        """Raise SourceError unless `ok`."""
+        if not ok:
+            raise SourceError(
+                f"the metadata of {self.place.name} make no sense, it cannot be opened: expected {expected}, "
+                f"got {_shown(got)}. Write the source anew"
+            )
 
-def _read_node(place: Place) -> _Node | None:
-    if (meta := place.read_json("zarr.json")) is not None:
-        return _Node(3, meta.get("node_type") == "array", meta, meta.get("attributes") or {})
-    attributes = place.read_json(".zattrs") or {}
-    if (meta := place.read_json(".zarray")) is not None:
-        return _Node(2, True, meta, attributes)
-    if place.read_json(".zgroup") is not None:
-        return _Node(2, False, {}, attributes)
-    return None
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an array."""
+        shape = self.meta.get("shape")
+        self.expect(_are_sizes(shape, 0), "a shape of integers from 0 on", shape)
+        return tuple(shape)  # type: ignore[arg-type]  # it is a list
+
+    def size(self, name: str, value: Any) -> tuple[int, ...]:
+        """Return a chunk shape, or raise SourceError."""
+        ok = _are_sizes(value, 1) and len(value) == len(self.shape)
+        self.expect(ok, f"{name} of {len(self.shape)} integers from 1 on", value)
+        return tuple(value)
+
+
+def _shown(value: Any) -> str:
+    return ascii(value) if len(ascii(value)) <= 200 else f"{ascii(value)[:200]} ..."
+
+
+def _are_sizes(value: Any, least: int) -> bool:
+    return isinstance(value, list) and all(type(size) is int and least <= size < 2**63 for size in value)
+
+
+def _read_node(place: Place, zarr_format: Literal[2, 3] | None = None) -> _Node | None:
+    """Return what is at a place, of one Zarr format or of either, as Zarr would look for it; None if nothing is."""
+    if zarr_format != 2 and (meta := _read_json(place, "zarr.json")) is not None:
+        node = _Node(place, 3, meta.get("node_type") == "array", meta, meta.get("attributes") or {})
+    elif zarr_format != 3 and (meta := _read_json(place, ".zarray")) is not None:
+        node = _Node(place, 2, True, meta, _read_json(place, ".zattrs") or {})
+    elif zarr_format != 3 and (meta := _read_json(place, ".zgroup")) is not None:
+        node = _Node(place, 2, False, meta, _read_json(place, ".zattrs") or {})
+    else:
+        return None
+    found = meta.get("zarr_format")
+    node.expect(type(found) is int and found == node.zarr_format, f"zarr_format {node.zarr_format}", found)
+    if node.zarr_format == 3:
+        node.expect(meta.get("node_type") in ("array", "group"), "node_type array or group", meta.get("node_type"))
+    node.expect(isinstance(node.attributes, dict), "attributes in an object", node.attributes)
+    return node
+
+
+def _read_json(place: Place, key: str) -> dict[str, Any] | None:
+    """Return a JSON object as `Place.read_json` does, but nothing that is too long for metadata, or no file."""
+    fs, path = place.filesystem()
+    if place.is_local and os.path.exists(f"{path}/{key}") and not os.path.isfile(f"{path}/{key}"):
+        if os.path.isdir(f"{path}/{key}"):
+            return None
+        raise SourceError(f"{key} of {place.name} is not a file: it cannot be opened")
+    try:
+        text = fs.cat_file(f"{path}/{key}", start=0, end=_DOCUMENT_NBYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    if len(text) > _DOCUMENT_NBYTES:
+        raise SourceError(
+            f"{key} of {place.name} is longer than {_DOCUMENT_NBYTES >> 20} MiB, which metadata never are: it cannot "
+            "be opened. Write the source anew"
+        )
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {key}, got {type(content).__name__}")
+    return content
+
+
+def _digest(node: _Node, coordinates: tuple[str, ...]) -> str:
+    canonical = json.dumps([node.meta, coordinates], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _known_variable(group: Place, variable: str | None, dims: Sequence[str] | None) -> str:
@@ -210,7 +303,7 @@ def _known_variable(group: Place, variable: str | None, dims: Sequence[str] | No
 
 def array_names(group: Place) -> dict[str, tuple[int, ...]]:
     """Return the arrays of a group with their shapes, by name."""
-    return {name: tuple(node.meta["shape"]) for name, node in _array_nodes(group)}
+    return {name: node.shape for name, node in _array_nodes(group)}
 
 
 def _array_nodes(group: Place) -> Iterator[tuple[str, _Node]]:
@@ -226,43 +319,140 @@ def _listed(group: Place) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in array_names(group).items()) or "no arrays"
 
 
-def _checked_dtype(meta: dict[str, Any]) -> np.dtype[Any]:
+def _checked_dtype(node: _Node) -> np.dtype[Any]:
     """Return the dtype, judged by the metadata alone: object and string dtypes must not reach a codec."""
-    declared = meta["dtype"] if meta["zarr_format"] == 2 else meta["data_type"]
-    if isinstance(declared, str) and (declared in _DTYPES or re.fullmatch(r"[<>|][bifcu]\d{1,2}", declared)):
+    declared = _declared(node)
+    node.expect(declared is not None, "a dtype", declared)
+    if _is_number(declared):
         dtype: np.dtype[Any] = np.dtype(declared)
-        if dtype.name in _DTYPES:
-            return dtype
+        return dtype
     raise SourceError(
-        f"dtype {json.dumps(declared)} has no inverse here: expected float32, float64, complex64 or complex128, "
+        f"dtype {_shown(declared)} has no inverse here: expected float32, float64, complex64 or complex128, "
         "or bool, an integer or float16, which are converted"
     )
 
 
-def _codecs(meta: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _declared(node: _Node) -> Any:
+    return node.meta.get("dtype" if node.zarr_format == 2 else "data_type")
+
+
+def _is_number(declared: Any) -> bool:
+    if not isinstance(declared, str):
+        return False
+    if declared in _DTYPES:
+        return True
+    try:
+        return bool(re.fullmatch(r"[<>|][bifcu]\d{1,2}", declared)) and np.dtype(declared).name in _DTYPES
+    except TypeError:
+        return False
+
+
+def _codecs(node: _Node) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (name, configuration) of every codec that would decode a chunk, inner ones of shards included."""
-    if meta["zarr_format"] == 2:
-        for codec in [*(meta.get("filters") or []), meta.get("compressor")]:
-            if codec is not None:
-                yield str(codec.get("id")), codec
+    for chain in _chains(node):
+        yield from chain
+
+
+def _chains(node: _Node) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Yield the codecs that run one after the other, as (name, configuration); for shards, also those inside."""
+    if node.zarr_format == 2:
+        filters, compressor = node.meta.get("filters"), node.meta.get("compressor")
+        node.expect(filters is None or isinstance(filters, list), "filters in a list", filters)
+        chain = [*(filters or []), *([] if compressor is None else [compressor])]
+        node.expect(all(isinstance(codec, dict) for codec in chain), "codecs that are objects", chain)
+        yield [(str(codec.get("id")), codec) for codec in chain]
         return
-    todo = list(meta.get("codecs") or [])
+    todo = [(node.meta.get("codecs"), 0)]
     while todo:
-        codec = todo.pop(0)
-        if isinstance(codec, str):
-            codec = {"name": codec}
-        configuration = codec.get("configuration") or {}
-        yield str(codec.get("name")), configuration
-        todo += [*configuration.get("codecs", ()), *configuration.get("index_codecs", ())]
+        codecs, depth = todo.pop(0)
+        node.expect(isinstance(codecs, list), "codecs in a list", codecs)
+        chain = [_codec_v3(node, codec) for codec in codecs or ()]
+        node.expect(depth <= _NESTED, f"codecs not more than {_NESTED} deep in each other", depth)
+        yield chain
+        for _, configuration in chain:
+            todo += [(configuration[key], depth + 1) for key in ("codecs", "index_codecs") if key in configuration]
 
 
-def _check_codecs(meta: dict[str, Any], place: Place) -> None:
-    allowed = _ALLOWED_V2 if meta["zarr_format"] == 2 else _ALLOWED_V3
-    if refused := [name for name, _ in _codecs(meta) if name not in allowed]:
+def _codec_v3(node: _Node, codec: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(codec, str):
+        codec = {"name": codec}
+    ok = isinstance(codec, dict) and isinstance(codec.get("configuration") or {}, dict)
+    node.expect(ok, "a codec with a name and a configuration", codec)
+    return str(codec.get("name")), codec.get("configuration") or {}
+
+
+def _allowed(node: _Node) -> frozenset[str]:
+    return _ALLOWED_V2 if node.zarr_format == 2 else _ALLOWED_V3
+
+
+def _check_codecs(node: _Node, allowed: frozenset[str], where: str) -> None:
+    chains = list(_chains(node))
+    if refused := [name for chain in chains for name, _ in chain if name not in allowed]:
         raise SourceError(
-            f"codec {', '.join(map(repr, refused))} of {place.name} is not among those that are safe to run: "
+            f"codec {', '.join(map(_shown, refused[:5]))} of {where}: "
             f"{', '.join(sorted(allowed))}. Write the source anew with one of these"
         )
+    outer = _compressors(chains[0])
+    for chain in chains:
+        if len(found := (outer if chain is chains[0] else outer + _compressors(chain))) > 1:
+            raise SourceError(
+                f"{node.place.name} is compressed more than once, with {', '.join(found)}, which no reader can keep "
+                "within bounds: write it anew with one compressor"
+            )
+        if _compressors(chain) and any(name == "sharding_indexed" for name, _ in chain):
+            raise SourceError(f"whole shards of {node.place.name} are compressed: write it anew with compressed chunks")
+        for name, configuration in chain:
+            _check_configuration(node, name, configuration)
+
+
+def _compressors(chain: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    return [name for name, _ in chain if name.removeprefix("numcodecs.") in COMPRESSORS]
+
+
+def _check_configuration(node: _Node, name: str, configuration: dict[str, Any]) -> None:
+    if node.zarr_format == 3:
+        node.expect("id" not in configuration, f"no id in the configuration of {name}", configuration.get("id"))
+    for key in _CODEC_DTYPES:
+        if configuration.get(key) is not None:
+            ok = _is_number(configuration[key])
+            node.expect(ok, f"a dtype of numbers for {key} of the codec {name}", configuration[key])
+    if name == "sharding_indexed":
+        for codec in configuration.get("index_codecs", ()):
+            inner, _ = _codec_v3(node, codec)
+            node.expect(inner in _INDEX_CODECS, "an index of shards that is not compressed", inner)
+
+
+def _check_layout(node: _Node, itemsize: int) -> None:
+    """Check what says where the chunks are and how large, as strictly here as in any version of Zarr."""
+    meta = node.meta
+    node.expect(math.prod(node.shape) * itemsize < 2**63, "less than 2**63 bytes in all", list(node.shape))
+    if node.zarr_format == 2:
+        node.size("chunks", meta.get("chunks"))
+        separator = meta.get("dimension_separator", ".")
+    else:
+        node.expect(not meta.get("storage_transformers"), "no storage_transformers", meta.get("storage_transformers"))
+        name, configuration = _codec_v3(node, meta.get("chunk_grid"))
+        node.expect(name == "regular", "a regular chunk_grid", name)
+        _check_shards(node, node.size("chunk_shape", configuration.get("chunk_shape")))
+        name, configuration = _codec_v3(node, meta.get("chunk_key_encoding"))
+        node.expect(name in ("default", "v2"), "chunk_key_encoding default or v2", name)
+        separator = configuration.get("separator", "/")
+    node.expect(separator in (".", "/"), "a separator '.' or '/' in the names of chunks", separator)
+
+
+def _check_shards(node: _Node, shape: tuple[int, ...]) -> None:
+    chain = next(_chains(node))
+    while inner := [configuration for name, configuration in chain if name == "sharding_indexed"]:
+        chunk = node.size("chunk_shape of shards", inner[0].get("chunk_shape"))
+        fits = sorted(chunk) == sorted(shape) or all(
+            whole % part == 0 for whole, part in zip(shape, chunk, strict=True)
+        )
+        # A transpose before the shards turns their axes.
+        turned = any(name == "transpose" for name, _ in chain)
+        node.expect(fits or turned, f"chunks that divide a shard {shape}", list(chunk))
+        count = math.prod(shape) // max(1, math.prod(chunk))
+        node.expect(count <= _CHUNKS_PER_SHARD, f"at most {_CHUNKS_PER_SHARD} chunks in a shard", count)
+        shape, chain = chunk, [_codec_v3(node, codec) for codec in inner[0].get("codecs", ())]
 
 
 def _is_checksum(codec: tuple[str, dict[str, Any]]) -> bool:
@@ -276,7 +466,7 @@ def _name_dims(
     """Return the names of all dimensions and the axes of the core ones."""
     if ndim < 2:
         raise SourceError(f"expected a stack of matrices with at least two dimensions, got shape {shape}")
-    known = list(_stored_names(node) or [None] * ndim)
+    known = _stored_names(node) or [None] * ndim
     made_up = [*(f"dim_{axis}" for axis in range(ndim - 2)), "row", "col"]
     names: list[str] = []
     for name, spare in zip(known, made_up, strict=True):
@@ -329,31 +519,63 @@ def _is_nan(value: Any) -> bool:
 def _coordinates(group: Place, node: _Node, sizes: dict[str, int], variable: str) -> tuple[str, ...]:
     """Return the arrays of the group that are coordinates of the variable, by CF's and Xarray's rules."""
     root = _read_node(group)
-    listed = [node.attributes.get("coordinates"), root.attributes.get("coordinates") if root else None]
+    if root is None:
+        return ()
+    listed = [node.attributes.get("coordinates"), root.attributes.get("coordinates")]
     wanted = {*sizes, *(name for text in listed if isinstance(text, str) for name in text.split())} - {variable}
     found = []
-    for name in sorted(wanted):
-        coordinate = _read_node(group / name)
+    for name in sorted(filter(_is_name, wanted)):  # others would lead out of the group
+        # In the format of the group, for in that Xarray will read it.
+        coordinate = _read_node(group / name, root.zarr_format)
         if coordinate is None or not coordinate.is_array:
             continue
         along = _stored_names(coordinate) or ()
         if set(along) <= set(sizes):
             lengths = tuple(sizes[str(dim)] for dim in along)
-            if len(along) and lengths != tuple(coordinate.meta["shape"]):
+            if len(along) and lengths != coordinate.shape:
                 raise SourceError(f"the coordinate {(group / name).name} is not as long as its dimensions")
-            _check_coordinate(coordinate, group / name)
+            _check_coordinate(coordinate)
             found.append(name)
     return tuple(found)
 
 
+def _is_name(name: str) -> bool:
+    """Tell whether a name is one of something directly inside a group."""
+    return name.isprintable() and "/" not in name and "\\" not in name and name not in ("", ".", "..")
+
+
 def _stored_names(node: _Node) -> list[str | None] | None:
-    if node.zarr_format == 3:
-        return node.meta.get("dimension_names")
-    return node.attributes.get("_ARRAY_DIMENSIONS")
+    names: Any = node.meta.get("dimension_names") if node.zarr_format == 3 else node.attributes.get("_ARRAY_DIMENSIONS")
+    if names is None:
+        return None
+    ok = isinstance(names, list) and all(
+        name in (None, "") or (isinstance(name, str) and _is_name(name)) for name in names
+    )
+    node.expect(ok, "dimension names that are text without '/' or control characters, or null", names)
+    node.expect(len(names) == len(node.shape), f"{len(node.shape)} dimension names", names)
+    return list(names)
 
 
-def _check_coordinate(node: _Node, place: Place) -> None:
-    """Labels may be text, which the stack may not."""
-    allowed = (_ALLOWED_V2 if node.zarr_format == 2 else _ALLOWED_V3) | {"vlen-utf8"}
-    if refused := [name for name, _ in _codecs(node.meta) if name not in allowed]:
-        raise SourceError(f"codec {', '.join(map(repr, refused))} of the coordinate {place.name} is not safe to run")
+def _check_coordinate(node: _Node) -> None:
+    where = f"the coordinate {node.place.name} is not safe to run, as these are"
+    _check_codecs(node, _allowed(node) | {"vlen-utf8"}, where)
+    declared = _declared(node)
+    ok, nbytes = _is_label(node, declared), 0
+    if isinstance(declared, dict):
+        nbytes = (declared.get("configuration") or {}).get("length_bytes", 0)
+    node.expect(ok, "labels that are numbers, text or times", declared)
+    node.expect(type(nbytes) is int and 0 <= nbytes <= _LABEL_NBYTES, "labels that are not so long", nbytes)
+    names = [name for name, _ in _codecs(node)]
+    node.expect(
+        ("vlen-utf8" in names[:1] or node.zarr_format == 3) if declared in _TEXTS else "vlen-utf8" not in names,
+        "vlen-utf8 first for text and for nothing else",
+        names,
+    )
+    _check_layout(node, 1)
+
+
+def _is_label(node: _Node, declared: Any) -> bool:
+    if node.zarr_format == 2:
+        return isinstance(declared, str) and (declared == "|O" or bool(_LABELS_V2.fullmatch(declared)))
+    name = declared.get("name") if isinstance(declared, dict) else declared
+    return _is_number(declared) or (isinstance(name, str) and name in _LABELS_V3)

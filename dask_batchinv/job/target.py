@@ -83,12 +83,12 @@ def look(place: Place) -> Begun | None:
 
 
 def _look(place: Place) -> Begun | None:
-    if not place.exists():
-        return None
     try:
         meta = place.read_json("zarr.json")
     except ValueError:
         meta = {}
+    if meta is None and not place.exists():
+        return None
     fs, path = place.filesystem()
     if meta is None and fs.isdir(path) and set(place.children()) <= {LOCK}:
         return None
@@ -276,14 +276,18 @@ def reopen(place: Place) -> None:
     set_attributes(place, {"complete": False})
 
 
-def finish(place: Place, *, durable: bool) -> None:
-    """Sweep up what killed workers left, and mark the target as complete: the last write of a job."""
+def sweep(place: Place) -> None:
+    """Remove what killed workers left half written."""
     if place.is_local:
         for folder, _, files in os.walk(place.url):
             for name in files:
                 if _UNFINISHED.search(name):
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(folder, name))
+
+
+def finish(place: Place, *, durable: bool) -> None:
+    """Mark the target as complete: the last write of a job."""
     set_attributes(place, {"complete": True})
     if durable and place.is_local:
         storage.sync_path(os.path.join(place.url, "zarr.json"))

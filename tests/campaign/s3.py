@@ -63,6 +63,7 @@ def environment(server: Server, endpoint: str | None = None) -> dict[str, str]:
         "AWS_ENDPOINT_URL": endpoint or server.endpoint,
         "AWS_ACCESS_KEY_ID": server.key,
         "AWS_SECRET_ACCESS_KEY": server.secret,
+        "AWS_SESSION_TOKEN": "",
         "AWS_DEFAULT_REGION": "us-east-1",
         # Nothing that this machine may have been set up with plays a part, and no question goes to the outside.
         "AWS_CONFIG_FILE": os.devnull,

@@ -1,0 +1,177 @@
+"""Limits: a disk that fills up, memory that is no more than the plan says, a million tiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zarr
+
+from tests.campaign.processes import Client, cluster
+from tests.campaign.work import Row, Work, check
+
+PAGE = 4096
+
+
+def full_disks(work: Work, folder: Path, times: int, _: random.Random) -> Iterator[Row]:
+    """A file system of limited size fills up at some share of what the target needs; then it grows."""
+    row = Row("the disk is full at 25, 50, 75, 99 % of the target")
+    need = sum(-(-path.stat().st_size // PAGE) * PAGE for path in work.reference.rglob("*") if path.is_file())
+    if os.geteuid() != 0:
+        row.remarks["skipped"] = "mounting a tmpfs takes root"
+        yield row
+        return
+    with cluster(folder) as running:
+        for share in (0.25, 0.50, 0.75, 0.99) * times:
+            with row.run(f"at {share:.0%}"), _small_disk(work.folder / "small", int(share * need)) as small:
+                target = small / "target.zarr"
+                command = work.command(target, "--scheduler", running.address)
+                ended = Client(work.folder, command).wait()
+                check(ended.code == 1, f"exit code {ended.code}, expected 1: {ended.err[-500:]}")
+                check("No space left on device" in ended.out + ended.err, "the cause is not named")
+                subprocess.run(["mount", "-o", f"remount,size={2 * need}", small], check=True)
+                (small / "log").unlink(missing_ok=True)
+                ended = Client(work.folder, command).wait()
+                check(ended.code == 0, f"exit code {ended.code} after the disk has grown: {ended.err[-500:]}")
+                work.check(target)
+    yield row
+
+
+@contextmanager
+def _small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+#: n, dtype, chunk of the source, further options: what makes the projection large in its different terms.
+MEMORY_CASES: tuple[tuple[int, str, int, dict[str, Any]], ...] = (
+    (2, "f4", 2**18, {}),
+    (7, "f8", 2**14, {}),
+    (64, "f8", 1000, {}),
+    (16, "c16", 2**13, {"compressors": "auto"}),
+    (32, "i2", 4096, {}),
+    (512, "f8", 16, {}),
+)
+
+
+def memory(folder: Path, times: int, _: random.Random) -> Iterator[Row]:
+    """A worker in a control group that has no byte more than was projected."""
+    row = Row("a worker has as much memory as was projected, and no more")
+    group = Path("/sys/fs/cgroup/memory")
+    if not os.access(group, os.W_OK):
+        row.remarks["skipped"] = "takes a writable memory control group of version 1"
+        yield row
+        return
+    worst = 0.0
+    for n, dtype, chunk, options in MEMORY_CASES * times:
+        with row.run(f"n = {n}, {dtype}"):
+            worst = max(worst, _limited_run(folder, group / f"campaign-{os.getpid()}", n, dtype, chunk, options))
+    row.remarks["largest share of the projection that was used"] = round(worst, 2)
+    yield row
+
+
+def _limited_run(folder: Path, group: Path, n: int, dtype: str, chunk: int, options: dict[str, Any]) -> float:
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = folder / "memory-source.zarr", folder / "memory-target.zarr"
+    for path in (source, target):
+        subprocess.run(["rm", "-rf", path], check=True)
+    rng = np.random.default_rng(n)
+    array = zarr.create_array(source, shape=(4 * chunk, n, n), chunks=(chunk, n, n), dtype=dtype, **options)
+    for start in range(0, 4 * chunk, chunk):
+        array[start : start + chunk] = (100 * rng.normal(size=(chunk, n, n))).astype(dtype)
+    arguments = [str(source), str(target), "--max-failed", "any"]
+    cli = [sys.executable, "-m", "dask_batchinv.cli"]
+    with cluster(folder / "cluster", workers=1, memory="16GiB") as running:
+        where = ["--scheduler", running.address]
+        planned = subprocess.run([*cli, "plan", *arguments, *where, "--json"], capture_output=True, check=True)
+        projected = json.loads(planned.stdout)["projected_bytes_per_worker"]
+        group.mkdir(exist_ok=True)
+        try:
+            (group / "memory.limit_in_bytes").write_text(str(projected))
+            for worker in running.workers():
+                (group / "cgroup.procs").write_text(str(worker.pid))
+            ended = Client(folder, ["run", *arguments, *where, "--json", "--quiet"]).wait()
+            check(ended.code == 0, f"exit code {ended.code}: {ended.out[-500:]} {ended.err[-500:]}")
+            check(ended.report["retries"] == 0, "a worker died")
+            (worker,) = running.workers()
+            used = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1]) * 1024  # type: ignore[index]
+        finally:
+            for worker in running.workers():
+                worker.kill()
+                worker.wait(10)
+            time.sleep(0.1)
+            with suppress(OSError):
+                group.rmdir()
+    return used / projected
+
+
+def a_million_tiles(folder: Path, tiles: int, chance: random.Random) -> Iterator[Row]:
+    """Very many very small tiles: killed half way, finished, and run once more when nothing is left to do."""
+    row = Row(f"{tiles:,} tiles of four 2 x 2 matrices, everything killed half way")
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = folder / "many-source.zarr", folder / "many-target.zarr"
+    subprocess.run(["rm", "-rf", source, target], check=True)
+    a = np.random.default_rng(0).normal(size=(4 * tiles, 2, 2))
+    zarr.create_array(source, shape=a.shape, chunks=(4096, 2, 2), dtype="f8")[...] = a
+    arguments = [sys.executable, "-m", "dask_batchinv.cli", "run", str(source), str(target), "--tile-size", "32",
+                 "--workers", "2", "--json", "--quiet"]  # fmt: skip
+    with row.run("from the beginning to the end"):
+        with subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+            first = _watch(process, lambda: _rows(target) >= tiles // 2)
+            os.killpg(process.pid, signal.SIGKILL)
+        peaks, seconds, reports = [first], [], []
+        for _ in range(2):
+            start = time.monotonic()
+            with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                peaks.append(_watch(process, lambda: False))
+                reports.append(json.loads(process.stdout.read()))
+            seconds.append(time.monotonic() - start)
+            check(process.returncode == 0, f"exit code {process.returncode}")
+        check(reports[0]["tiles_now"] + reports[0]["tiles_proven"] == tiles, "tiles were lost")
+        check(reports[1]["tiles_proven"] == tiles, "not all tiles were read back")
+        check(reports[1]["tiles_now"] == 0, "tiles were done again")
+        inverse = zarr.open_array(target / "inverse", mode="r")
+        for start in chance.sample(range(0, len(a) - 4096, 4096), 20):
+            part = inverse[start : start + 4096]
+            residual = np.abs(part @ a[start : start + 4096] - np.eye(2)).max(axis=(1, 2))
+            check((residual < 1e-13 * np.linalg.cond(a[start : start + 4096])).all(), "an inverse is wrong")
+    row.remarks |= {
+        "peak memory of client and scheduler, MiB": round(max(peaks) / 2**20),
+        "seconds of the run that does the second half": round(seconds[0]),
+        "seconds of the run that has nothing left to do": round(seconds[1], 1),
+        "bytes of the ledger per tile": round(sum(p.stat().st_size for p in (target / "ledger").rglob("*")) / tiles, 1),
+    }
+    yield row
+
+
+def _rows(target: Path) -> int:
+    """About how many tiles the ledger has, without reading it."""
+    return 4096 * sum(1 for _ in (target / "ledger" / "tiles" / "c").glob("*"))
+
+
+def _watch(process: subprocess.Popen[Any], enough: Any) -> int:
+    """Wait for the end of a process, or until it is enough; return the peak of its memory."""
+    peak = 0
+    while process.poll() is None and not enough():
+        with suppress(psutil.Error, OSError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max([peak, *(int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status))])
+        time.sleep(1.0)
+    return peak

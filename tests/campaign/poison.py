@@ -1,0 +1,65 @@
+"""Tiles that kill whoever touches them: they must be left out, by name, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import zarr
+
+from tests.campaign.processes import Client, cluster
+from tests.campaign.slow import POISON
+from tests.campaign.work import MATRICES_PER_TILE, Row, Work, check, chunks_of
+
+#: Hanging tiles are given up sooner than users would want it.
+IMPATIENT = {"batchinv.job.patience": "4s"}
+#: Enough for a tile, and soon too little for one that hoards.
+MEMORY = "600MiB"
+
+
+def poison(work: Work, folder: Path, each: int, chance: random.Random) -> Iterator[Row]:
+    """One tile of the source is poison; then it is put right."""
+    for value, kind in POISON.items():
+        row = Row(f"a tile is poison: {kind}")
+        with cluster(folder, memory=MEMORY, settings={"distributed.scheduler.worker-ttl": "60s"}) as running:
+            for number in range(each):
+                with row.run(f"run {number}"):
+                    _one(work, row, running.address, value, chance.randrange(work.tiles))
+        yield row
+
+
+def _one(work: Work, row: Row, address: str, value: float, bad: int) -> None:
+    target = work.fresh()
+    command = work.command(target, "--scheduler", address)
+    with _poisoned(work, bad, value):
+        ended = Client(work.folder, command, settings=IMPATIENT).wait()
+        check(ended.code == 1, f"exit code {ended.code}, expected 1: {ended.out[-300:]} {ended.err[-500:]}")
+        failed = [(tile["number"], tile["cause"]) for tile in ended.report["failed_tiles"]]
+        check([number for number, _ in failed] == [bad], f"tile {bad} is poison, but these failed: {failed}")
+        check("with this tile alone on it" in failed[0][1], f"the cause is not named: {failed[0][1]}")
+        reference = chunks_of(work.reference)
+        ours = chunks_of(target)
+        check(len(reference) - len(ours) == 3, "something is missing beside the poison tile")
+        check(all(reference[name] == content for name, content in ours.items()), "another tile has other bits")
+        row.redone = max(row.redone, len(work.finished()) - (work.tiles - 1))
+    ended = Client(work.folder, command).wait()
+    check(ended.code == 0, f"exit code {ended.code} without the poison: {ended.out[-300:]} {ended.err[-500:]}")
+    check(ended.report["tiles_now"] == 1, "more than the poison tile was done")
+    work.check(target)
+
+
+class _poisoned:  # noqa: N801 - used as a function
+    """Change the first number of a tile, and put the chunk back as it was."""
+
+    def __init__(self, work: Work, number: int, value: float):
+        self._path = work.source / f"cov/c/{number}/0/0"
+        self._before = self._path.read_bytes()
+        array = zarr.open_array(work.source / "cov", mode="r+")
+        array[number * MATRICES_PER_TILE, 0, 0] = value
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args: object) -> None:
+        self._path.write_bytes(self._before)

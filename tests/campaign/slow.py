@@ -1,0 +1,61 @@
+"""Preloaded by the workers of the campaign: each tile takes its time, so that there is time to kill, and is noted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_batchinv.job import tile
+
+#: Seconds that each tile takes longer.
+SECONDS = 0.04
+#: Tiles whose first number is one of these are poison. Between them and zero nothing else lies.
+POISON = {-1001.0: "segfault", -1002.0: "exit", -1003.0: "hang", -1004.0: "hang with the lock", -1005.0: "memory"}
+
+_do, _invert = tile._do, tile._read_and_invert
+
+
+def dask_setup(worker: Any) -> None:
+    """Slow this worker down, and write down its process."""
+    folder = Path(os.environ["CAMPAIGN_FOLDER"])
+    (folder / f"worker-{os.getpid()}").touch()
+    tile._do = do
+    tile.read_stack = read_stack
+
+
+def do(task: tile.TileTask, numbers: range) -> list[tile.TileResult]:
+    """Do tiles, slowly, and note that they were finished."""
+    time.sleep(SECONDS)
+    results = _do(task, numbers)
+    log = os.open(Path(task.target.url).parent / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.write(log, "".join(f"{number}\n" for number in numbers).encode())
+    os.close(log)
+    return results
+
+
+_read = tile.read_stack
+
+
+def read_stack(*arguments: Any) -> Any:
+    """Read a tile; poison does what it does."""
+    stack = _read(*arguments)
+    kind = POISON.get(float(np.real(stack.flat[0])))
+    if kind == "segfault":
+        ctypes.string_at(0)
+    elif kind == "exit":
+        os._exit(3)
+    elif kind == "hang":
+        time.sleep(10_000)
+    elif kind == "hang with the lock":
+        ctypes.PyDLL(None).sleep(10_000)  # does not let go of the interpreter
+    elif kind == "memory":
+        hoard = []
+        while True:
+            hoard.append(np.ones(2**21))
+            time.sleep(0.005)
+    return stack

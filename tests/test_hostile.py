@@ -1,0 +1,906 @@
+"""A source may be anybody's: nothing in its metadata or its chunks may run, read elsewhere, or fill the memory."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import pickle
+import struct
+import tracemalloc
+import zlib
+from contextlib import suppress
+from functools import partial
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+from stacks import conditioned
+
+from dask_batchinv import PlanError, RefusedError
+from dask_batchinv.job.cluster import Workers
+from dask_batchinv.job.guard import (
+    COMPRESSORS,
+    BoundedCodec,
+    BoundedCompressor,
+    ChunkSizeError,
+    Size,
+    decompress,
+    zstd_nbytes,
+)
+from dask_batchinv.job.prepare import Options, plan_for, prepare
+
+# Zarr warns of what is not in its specification; that is no concern here.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+V2 = {
+    "zarr_format": 2, "shape": [4, 2, 2], "chunks": [4, 2, 2], "dtype": "<f8", "order": "C", "fill_value": 0,
+    "filters": None, "compressor": None,
+}  # fmt: skip
+V3 = {
+    "zarr_format": 3, "node_type": "array", "shape": [4, 2, 2], "data_type": "float64", "fill_value": 0,
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4, 2, 2]}},
+    "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}], "attributes": {},
+}  # fmt: skip
+BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+PICKLE = {"id": "pickle", "protocol": 5}
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def shard(codecs=(BYTES,), index=(BYTES, {"name": "crc32c"}), chunk=(1, 2, 2), **more):
+    configuration = {"chunk_shape": list(chunk), "codecs": list(codecs), "index_codecs": list(index), **more}
+    return {"name": "sharding_indexed", "configuration": configuration}
+
+
+def nested(depth, innermost):
+    return innermost if depth == 0 else [shard(nested(depth - 1, innermost), chunk=(4, 2, 2))]
+
+
+def grid(*shape):
+    return {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}}}
+
+
+def keys(name, **configuration):
+    return {"chunk_key_encoding": {"name": name, "configuration": configuration}}
+
+
+def numcodec(name, **configuration):
+    return {"name": f"numcodecs.{name}", "configuration": configuration}
+
+
+def write_array(path, meta, attributes=None):
+    """Write an array by hand, as an attacker would, with a pickle for every chunk."""
+    path.mkdir(parents=True, exist_ok=True)
+    name = ".zarray" if "chunks" in meta or "compressor" in meta else "zarr.json"
+    (path / name).write_text(json.dumps(meta))
+    if attributes is not None:
+        (path / ".zattrs").write_text(json.dumps(attributes))
+    bomb = numcodecs.Pickle().encode(np.array([Bomb(path.parent / "exploded")], object))
+    for chunk in ("0.0.0", "0", "0/0/0", "c/0/0/0", "c/0"):
+        where = path / chunk
+        if not where.exists() and not any(parent.is_file() for parent in where.parents):
+            where.parent.mkdir(parents=True, exist_ok=True)
+            where.write_bytes(bomb)
+    return path
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Every chunk that anything reads through Zarr."""
+    seen = []
+    original = zarr.storage.LocalStore.get
+
+    async def get(self, key, *args, **kwargs):
+        seen.append(key)
+        return await original(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+    monkeypatch.setattr(pickle, "loads", None)
+    monkeypatch.setattr(numcodecs.Pickle, "decode", None)
+    return seen
+
+
+@pytest.fixture
+def refused(tmp_path, opened):
+    """Expect an error that can be read, and see that nothing was written, read or run."""
+
+    def tree():
+        return sorted((str(path), path.lstat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+    def check(source, **options):
+        before = tree()
+        with pytest.raises(RefusedError) as caught:
+            prepare(source, tmp_path / "target", Options(**options))
+        text = str(caught.value)
+        assert 20 < len(text) < 2000
+        assert "\0" not in text
+        assert tree() == before
+        assert not [key for key in opened if not key.endswith((".json", ".zarray", ".zattrs", ".zgroup"))]
+        assert not (tmp_path / "exploded").exists()
+        return text
+
+    return check
+
+
+SAFE, DTYPE, SENSE = "not among those that are safe", "has no inverse here", "make no sense"
+
+FORMAT_2 = {
+    "pickle-compressor": ({"compressor": PICKLE}, SAFE),
+    "pickle-filter": ({"filters": [PICKLE]}, SAFE),
+    "pickle-behind-text": ({"filters": [{"id": "vlen-utf8"}, PICKLE], "dtype": "|O"}, DTYPE),
+    "pickle-behind-text-numbers": ({"filters": [{"id": "vlen-utf8"}, PICKLE]}, SAFE),
+    "pickle-behind-delta": ({"filters": [{"id": "delta", "dtype": "<f8"}, PICKLE]}, SAFE),
+    "pickle-before-delta": ({"filters": [PICKLE, {"id": "delta", "dtype": "<f8"}]}, SAFE),
+    "pickle-in-upper-case": ({"compressor": {"id": "Pickle"}}, SAFE),
+    "json2": ({"filters": [{"id": "json2"}]}, SAFE),
+    "msgpack2": ({"filters": [{"id": "msgpack2"}]}, SAFE),
+    "categorize": ({"filters": [{"id": "categorize", "labels": ["a"], "dtype": "|O"}]}, SAFE),
+    "vlen-bytes": ({"filters": [{"id": "vlen-bytes"}]}, SAFE),
+    "vlen-array": ({"filters": [{"id": "vlen-array", "dtype": "<f8"}]}, SAFE),
+    "zfpy": ({"compressor": {"id": "zfpy", "mode": 4}}, SAFE),
+    "pcodec": ({"compressor": {"id": "pcodec"}}, SAFE),
+    "unknown": ({"compressor": {"id": "no-such-codec"}}, SAFE),
+    "unknown-and-huge": ({"compressor": {"id": "x" * 100_000}}, SAFE),
+    "many-unknown": ({"filters": [{"id": f"codec-{i}"} for i in range(5000)]}, SAFE),
+    "codec-is-text": ({"compressor": "zlib"}, SENSE),
+    "codec-is-a-number": ({"compressor": 7}, SENSE),
+    "codec-is-a-list": ({"compressor": [PICKLE]}, SENSE),
+    "codec-is-false": ({"compressor": False}, SENSE),
+    "filters-are-an-object": ({"filters": {"id": "pickle"}}, SENSE),
+    "filters-are-text": ({"filters": "pickle"}, SENSE),
+    "filter-is-null": ({"filters": [None]}, SENSE),
+    "name-is-a-list": ({"compressor": {"id": ["pickle"]}}, SAFE),
+    "name-is-an-object": ({"compressor": {"id": {"id": "pickle"}}}, SAFE),
+    "name-is-null": ({"compressor": {"id": None}}, SAFE),
+    "no-name": ({"compressor": {}}, SAFE),
+    "two-compressors": ({"compressor": {"id": "zlib"}, "filters": [{"id": "bz2"}]}, "compressed more than once"),
+    "zlib-twice": ({"filters": [{"id": "zlib"}, {"id": "zlib"}]}, "compressed more than once"),
+    "astype-object": ({"filters": [{"id": "astype", "encode_dtype": "<f8", "decode_dtype": "|O"}]}, SENSE),
+    "astype-huge": ({"filters": [{"id": "astype", "encode_dtype": "<f8", "decode_dtype": "S999999999"}]}, SENSE),
+    "delta-of-objects": ({"filters": [{"id": "delta", "dtype": "|O"}]}, SENSE),
+    "codec-with-nonsense": ({"compressor": {"id": "zlib", "level": 1, "evil": 1}}, "cannot be opened"),
+    "objects": ({"dtype": "|O"}, DTYPE),
+    "objects-of-pickle": ({"dtype": "|O", "filters": [PICKLE]}, DTYPE),
+    "text": ({"dtype": "<U4"}, DTYPE),
+    "bytes": ({"dtype": "|S4"}, DTYPE),
+    "structured": ({"dtype": [["a", "<f8"], ["b", "|O"]]}, DTYPE),
+    "times": ({"dtype": "<M8[ns]"}, DTYPE),
+    "void": ({"dtype": "|V8"}, DTYPE),
+    "huge-text": ({"dtype": "<U999999999"}, DTYPE),
+    "huge-number": ({"dtype": "<f99"}, DTYPE),
+    "float128": ({"dtype": "<f16"}, DTYPE),
+    "nonsense-dtype": ({"dtype": "f8,O"}, DTYPE),
+    "dtype-is-a-number": ({"dtype": 8}, DTYPE),
+    "dtype-is-null": ({"dtype": None}, SENSE),
+    "dtype-is-an-object": ({"dtype": {"names": ["a"], "formats": ["O"]}}, DTYPE),
+    "dtype-is-long": ({"dtype": "f" * 10**6}, DTYPE),
+    "shape-negative": ({"shape": [-4, 2, 2]}, SENSE),
+    "shape-float": ({"shape": [4.0, 2, 2]}, SENSE),
+    "shape-bool": ({"shape": [True, 2, 2]}, SENSE),
+    "shape-text": ({"shape": ["4", 2, 2]}, SENSE),
+    "shape-is-text": ({"shape": "422"}, SENSE),
+    "shape-is-a-number": ({"shape": 4}, SENSE),
+    "shape-nan": ({"shape": [float("nan"), 2, 2]}, SENSE),
+    "shape-1e18": ({"shape": [1e18, 2, 2]}, SENSE),
+    "shape-10**18": ({"shape": [10**18, 2, 2]}, "less than 2\\*\\*63 bytes"),
+    "shape-10**30": ({"shape": [10**30, 2, 2]}, SENSE),
+    "shape-missing": ({"shape": None}, SENSE),
+    "chunks-of-another-rank": ({"chunks": [4, 2]}, SENSE),
+    "chunk-zero": ({"chunks": [0, 2, 2]}, SENSE),
+    "chunk-negative": ({"chunks": [-1, 2, 2]}, SENSE),
+    "chunk-float": ({"chunks": [4.5, 2, 2]}, SENSE),
+    "chunks-true": ({"chunks": True}, SENSE),
+    "separator-leads-out": ({"dimension_separator": "/../"}, SENSE),
+    "separator-is-a-list": ({"dimension_separator": ["/"]}, SENSE),
+    "fill-value-nonsense": ({"fill_value": "x" * 10_000}, "cannot be opened"),
+    "fill-value-is-an-object": ({"fill_value": {"a": 1}}, "cannot be opened"),
+    "order": ({"order": "Q"}, "cannot be opened"),
+    "format-3-in-zarray": ({"zarr_format": 3, "codecs": [numcodec("pickle")]}, SENSE),
+    "format-is-text": ({"zarr_format": "2"}, SENSE),
+    "format-is-a-float": ({"zarr_format": 2.0, "compressor": PICKLE}, SENSE),
+}
+
+FORMAT_3 = {
+    "pickle": ({"codecs": [BYTES, numcodec("pickle")]}, SAFE),
+    "pickle-alone": ({"codecs": [numcodec("pickle")]}, SAFE),
+    "pickle-by-another-id": ({"codecs": [BYTES, numcodec("zlib", id="pickle")]}, SENSE),
+    "pickle-in-a-shard": ({"codecs": [shard([BYTES, numcodec("pickle")])]}, SAFE),
+    "pickle-in-an-index": ({"codecs": [shard(index=[numcodec("pickle")])]}, SAFE),
+    "pickle-three-deep": ({"codecs": nested(3, [BYTES, numcodec("pickle")])}, SAFE),
+    "pickle-in-an-inner-index": ({"codecs": nested(2, [shard(index=[BYTES, numcodec("pickle")])])}, SAFE),
+    "pickle-behind-gzip": ({"codecs": [BYTES, {"name": "gzip"}, numcodec("pickle")]}, SAFE),
+    "zfpy": ({"codecs": [numcodec("zfpy")]}, SAFE),
+    "vlen-utf8": ({"codecs": ["vlen-utf8"]}, SAFE),
+    "unknown": ({"codecs": [BYTES, {"name": "https://evil.example/codec"}]}, SAFE),
+    "compressed-index": ({"codecs": [shard(index=[BYTES, {"name": "zstd"}])]}, "index of shards"),
+    "two-compressors": ({"codecs": [BYTES, {"name": "zstd"}, {"name": "gzip"}]}, "compressed more than once"),
+    "compressed-shards": ({"codecs": [shard(), {"name": "gzip"}]}, "whole shards"),
+    "endless-shards": ({"codecs": nested(60, [BYTES])}, SENSE),
+    "codec-is-a-number": ({"codecs": [BYTES, 7]}, SENSE),
+    "codec-is-a-list": ({"codecs": [[BYTES]]}, SENSE),
+    "codec-is-null": ({"codecs": [None]}, SENSE),
+    "codecs-are-text": ({"codecs": "bytes"}, SENSE),
+    "codecs-are-an-object": ({"codecs": BYTES}, SENSE),
+    "codecs-missing": ({"codecs": None}, SENSE),
+    "codecs-empty": ({"codecs": []}, "cannot be opened"),
+    "inner-codecs-are-text": ({"codecs": [{"name": "sharding_indexed", "configuration": {"codecs": "x"}}]}, SENSE),
+    "configuration-is-a-list": ({"codecs": [{"name": "bytes", "configuration": [1]}]}, SENSE),
+    "name-is-a-number": ({"codecs": [{"name": 3}]}, SAFE),
+    "name-is-a-list": ({"codecs": [{"name": ["bytes"]}]}, SAFE),
+    "two-serializers": ({"codecs": [BYTES, BYTES]}, "cannot be opened"),
+    "compressor-first": ({"codecs": [{"name": "zstd", "configuration": {}}, BYTES]}, "cannot be opened"),
+    "astype-huge": (
+        {"codecs": [numcodec("astype", encode_dtype="<f8", decode_dtype="S99999999"), BYTES]},
+        SENSE,
+    ),
+    "text": ({"data_type": "string"}, DTYPE),
+    "raw": ({"data_type": "r64"}, DTYPE),
+    "extension-dtype": ({"data_type": {"name": "fixed_length_utf32", "configuration": {"length_bytes": 4}}}, DTYPE),
+    "structured": ({"data_type": {"name": "structured", "configuration": {"fields": [["a", "float64"]]}}}, DTYPE),
+    "times": ({"data_type": {"name": "numpy.datetime64", "configuration": {"unit": "s", "scale_factor": 1}}}, DTYPE),
+    "float64-as-an-object": ({"data_type": {"name": "float64", "configuration": {}}}, DTYPE),
+    "dtype-is-a-list": ({"data_type": ["float64"]}, DTYPE),
+    "dtype-missing": ({"data_type": None}, SENSE),
+    "shape-negative": ({"shape": [-1, 2, 2]}, SENSE),
+    "shape-float": ({"shape": [4.5, 2, 2]}, SENSE),
+    "shape-bool": ({"shape": [4, True, True]}, SENSE),
+    "shape-1e18": ({"shape": [1e18, 2, 2]}, SENSE),
+    "shape-10**18": ({"shape": [10**18, 2, 2]}, "less than 2\\*\\*63 bytes"),
+    "shape-is-an-object": ({"shape": {"0": 4}}, SENSE),
+    "chunks-of-another-rank": (grid(4, 2, 2, 1), SENSE),
+    "chunk-zero": (grid(4, 2, 0), SENSE),
+    "chunk-negative": (grid(4, -2, 2), SENSE),
+    "chunk-text": (grid("4", 2, 2), SENSE),
+    "other-grid": ({"chunk_grid": {"name": "rectangular", "configuration": {"chunk_shape": [[4], [2], [2]]}}}, SENSE),
+    "grid-is-a-list": ({"chunk_grid": [4, 2, 2]}, SENSE),
+    "grid-missing": ({"chunk_grid": None}, SENSE),
+    "shards-that-do-not-divide": ({"codecs": [shard(chunk=(3, 2, 2))]}, "divide a shard"),
+    "shards-of-another-rank": ({"codecs": [shard(chunk=(1, 2))]}, SENSE),
+    "shards-of-zero": ({"codecs": [shard(chunk=(0, 2, 2))]}, SENSE),
+    "shards-of-too-many-chunks": ({**grid(10**9, 2, 2), "codecs": [shard(chunk=(1, 2, 2))]}, "chunks in a shard"),
+    "shard-index-in-the-middle": ({"codecs": [shard(index_location="middle")]}, "cannot be opened"),
+    "names-too-few": ({"dimension_names": ["a", "b"]}, SENSE),
+    "names-numbers": ({"dimension_names": [1, 2, 3]}, SENSE),
+    "names-lists": ({"dimension_names": [["a"], ["b"], ["c"]]}, SENSE),
+    "names-is-text": ({"dimension_names": "abc"}, SENSE),
+    "names-with-slash": ({"dimension_names": ["../x", "b", "c"]}, SENSE),
+    "names-with-dots": ({"dimension_names": ["..", "b", "c"]}, SENSE),
+    "names-with-nul": ({"dimension_names": ["a\0b", "b", "c"]}, SENSE),
+    "names-absolute": ({"dimension_names": ["/etc", "b", "c"]}, SENSE),
+    "names-of-ours": ({"dimension_names": ["inverse", "b", "c"]}, "the target needs itself"),
+    "attributes-are-a-list": ({"attributes": [1]}, SENSE),
+    "attributes-are-text": ({"attributes": "units"}, SENSE),
+    "storage-transformers": ({"storage_transformers": [{"name": "evil"}]}, SENSE),
+    "must-understand": ({"evil": {"name": "evil", "must_understand": True}}, "cannot be opened"),
+    "must-understand-by-default": ({"evil": 1}, "cannot be opened"),
+    "separator-leads-out": (keys("default", separator="../"), SENSE),
+    "separator-leads-out-2": (keys("v2", separator="/../"), SENSE),
+    "key-encoding-unknown": (keys("evil"), SENSE),
+    "key-encoding-missing": ({"chunk_key_encoding": None}, SENSE),
+    "fill-value-nonsense": ({"fill_value": "0x" + "f" * 10_000}, "cannot be opened"),
+    "fill-value-missing": ({"fill_value": None}, "cannot be opened"),
+    "fill-value-is-an-object": ({"fill_value": {"__reduce__": "os.system"}}, "cannot be opened"),
+    "format-2-in-zarr-json": ({"zarr_format": 2}, SENSE),
+    "format-99": ({"zarr_format": 99}, SENSE),
+    "format-is-text": ({"zarr_format": "3"}, SENSE),
+    "node-type": ({"node_type": "evil"}, SENSE),
+    "node-type-is-a-list": ({"node_type": ["array"]}, SENSE),
+}
+
+
+@pytest.mark.parametrize("case", FORMAT_2)
+def test_format_2(refused, tmp_path, case):
+    changes, match = FORMAT_2[case]
+    assert_says(refused(write_array(tmp_path / "evil", V2 | changes)), match)
+
+
+@pytest.mark.parametrize("case", FORMAT_3)
+def test_format_3(refused, tmp_path, case):
+    changes, match = FORMAT_3[case]
+    assert_says(refused(write_array(tmp_path / "evil", V3 | changes)), match)
+
+
+def assert_says(text, match):
+    with pytest.raises(RefusedError, match=match):
+        raise RefusedError(text)
+
+
+# --- documents ------------------------------------------------------------------------------------------------
+
+
+def test_documents_that_are_too_deep(refused, tmp_path):
+    path = write_array(tmp_path / "evil", V3)
+    for depth in (10_000, 100_000):
+        (path / "zarr.json").write_text('{"attributes":' * depth + "1" + "}" * depth)
+        assert "cannot be opened" in refused(path)
+
+
+def test_attributes_that_are_deep(refused, tmp_path):
+    deep = '{"a":' * 900 + "1" + "}" * 900
+    path = write_array(tmp_path / "evil", V3)
+    (path / "zarr.json").write_text(json.dumps(V3)[:-1].replace('"attributes": {}', f'"attributes": {deep}') + "}")
+    # Depending on the version of Python.
+    with suppress(RefusedError):
+        prepare(path, tmp_path / "target", Options())
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("name", ["zarr.json", ".zarray", ".zattrs"])
+def test_documents_that_are_too_long(refused, tmp_path, name):
+    path = write_array(tmp_path / "evil", V2 if name == ".zattrs" else {"chunks": 1} if name == ".zarray" else V3)
+    with open(path / name, "wb") as file:
+        file.truncate(2**40)  # takes no space
+    assert "longer than 16 MiB" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", ".zarray"])
+def test_documents_that_are_folders(refused, tmp_path, name):
+    (tmp_path / "evil" / name).mkdir(parents=True)
+    assert "there is no Zarr array" in refused(tmp_path / "evil")
+
+
+def test_documents_that_are_pipes(refused, tmp_path):
+    (tmp_path / "evil").mkdir()
+    os.mkfifo(tmp_path / "evil" / "zarr.json")
+    assert "is not a file" in refused(tmp_path / "evil")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"{" * 10, b"[" * 100_000, b'{"zarr_format": ' + b"9" * 10_000 + b"}"]
+)
+def test_documents_that_are_no_json(refused, tmp_path, content):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "zarr.json").write_bytes(content)
+    assert "cannot be opened" in refused(tmp_path / "evil")
+
+
+def test_two_formats_at_once(refused, tmp_path):
+    path = write_array(tmp_path / "a", V3)
+    write_array(path, V2 | {"compressor": PICKLE})
+    job = prepare(path, tmp_path / "target", Options())
+    assert job.source.zarr_format == 3
+    assert job.source.open().metadata.zarr_format == 3  # the one that was checked is the one opened
+    other = write_array(tmp_path / "b", V3 | {"codecs": [BYTES, numcodec("pickle")]})
+    write_array(other, V2)
+    assert SAFE in refused(other)
+
+
+def test_metadata_that_change_between_the_check_and_the_reading(tmp_path):
+    path = write_array(tmp_path / "evil", V2)
+    source = prepare(path, tmp_path / "target", Options()).source
+    assert source.open().shape == (4, 2, 2)
+    (path / ".zarray").write_text(json.dumps(V2 | {"filters": [PICKLE]}))
+    with pytest.raises(RefusedError, match="have changed since the job began"):
+        source.open()
+
+
+# --- groups ---------------------------------------------------------------------------------------------------
+
+
+def make_group(path, zarr_format, attributes, dims=("t", "i", "j")):
+    """Write a group with a stack A in it, and whose attributes name coordinates."""
+    path.mkdir(parents=True)
+    if zarr_format == 3:
+        group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        (path / "zarr.json").write_text(json.dumps(group))
+        write_array(path / "A", V3 | {"dimension_names": list(dims), "attributes": attributes})
+    else:
+        (path / ".zgroup").write_text('{"zarr_format": 2}')
+        (path / ".zattrs").write_text(json.dumps(attributes))
+        write_array(path / "A", V2, {"_ARRAY_DIMENSIONS": list(dims), **attributes})
+    return path
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    "words",
+    ["../x", "/etc", "a/../../x", ".", "..", "./t/..", "../g/A", "x\\..\\y", "t\0", "A", 7, ["../x"], {"a": 1}],
+    ids=str,
+)
+def test_coordinates_elsewhere(tmp_path, zarr_format, words, monkeypatch):
+    """Names that lead out of the group are no names in it: they are not looked at."""
+    group = make_group(tmp_path / "g", zarr_format, {"coordinates": words})
+    write_array(tmp_path / "x", V2 | {"shape": [4], "chunks": [4]}, {"_ARRAY_DIMENSIONS": ["t"]})
+    write_array(tmp_path / "x", V3 | {"shape": [4], **grid(4), "dimension_names": ["t"]})
+    touched = watch_paths(monkeypatch)
+    job = prepare(group, tmp_path / "target", Options(variable="A"))
+    assert job.source.coordinates == ()
+    assert touched
+    assert all(os.path.realpath(path).startswith((str(group), str(tmp_path / "target"))) for path in touched)
+
+
+def watch_paths(monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    touched = []
+    original = LocalFileSystem.cat_file
+    monkeypatch.setattr(
+        LocalFileSystem, "cat_file", lambda self, path, **how: touched.append(path) or original(self, path, **how)
+    )
+    return touched
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "..", ".", "a/../../b", "t\0"], ids=ascii)
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_dimensions_elsewhere(refused, tmp_path, zarr_format, name):
+    group = make_group(tmp_path / "g", zarr_format, {}, (name, "i", "j"))
+    assert SENSE in refused(group, variable="A")
+
+
+@pytest.mark.parametrize("names", ["tij", [1, 2, 3], ["t", "i"], {"t": 1}, [["t"], "i", "j"], [{}, "i", "j"]], ids=str)
+def test_dimensions_of_format_2(refused, tmp_path, names):
+    path = write_array(tmp_path / "evil", V2, {"_ARRAY_DIMENSIONS": names})
+    assert SENSE in refused(path)
+
+
+@pytest.mark.parametrize("attributes", [[], "x", 7, [1]], ids=str)
+def test_attributes_of_format_2(refused, tmp_path, attributes):
+    assert "cannot be opened" in refused(write_array(tmp_path / "evil", V2, attributes))
+
+
+@pytest.mark.parametrize("found", ["3", 99, None, 3.5, [3]], ids=str)
+def test_format_of_a_group(refused, tmp_path, found):
+    group = make_group(tmp_path / "g", 3, {})
+    (group / "zarr.json").write_text(json.dumps({"zarr_format": found, "node_type": "group"}))
+    assert SENSE in refused(group, variable="A")
+
+
+COORDINATES_2 = {
+    "objects": {"dtype": "|O"},
+    "pickle": {"dtype": "|O", "filters": [PICKLE]},
+    "pickle-compressor": {"dtype": "|O", "compressor": PICKLE},
+    "pickle-behind-text": {"dtype": "|O", "filters": [{"id": "vlen-utf8"}, PICKLE]},
+    "text-behind-delta": {"dtype": "|O", "filters": [{"id": "delta", "dtype": "<f8"}, {"id": "vlen-utf8"}]},
+    "text-in-numbers": {"filters": [{"id": "vlen-utf8"}]},
+    "categorize": {"filters": [{"id": "categorize", "labels": [], "dtype": "|O"}]},
+    "structured": {"dtype": [["a", "|O"]]},
+    "void": {"dtype": "|V8"},
+    "huge": {"dtype": "<U999999999"},
+    "chunk-zero": {"chunks": [0]},
+    "separator": {"dimension_separator": "/../"},
+    "length": {"shape": [5]},
+    "shape": {"shape": "4"},
+    "twice": {"compressor": {"id": "zlib"}, "filters": [{"id": "zlib"}]},
+    "format": {"zarr_format": 3},
+}
+COORDINATES_3 = {
+    "pickle": {"codecs": [BYTES, numcodec("pickle")]},
+    "pickle-in-a-shard": {"codecs": [shard([BYTES, numcodec("pickle")], chunk=[1])]},
+    "vlen-bytes": {"data_type": "bytes", "codecs": ["vlen-bytes"]},
+    "text-in-numbers": {"codecs": ["vlen-utf8"]},
+    "structured": {"data_type": {"name": "structured", "configuration": {"fields": [["a", "string"]]}}},
+    "huge": {"data_type": {"name": "fixed_length_utf32", "configuration": {"length_bytes": 4 * 10**9}}},
+    "length-is-text": {"data_type": {"name": "fixed_length_utf32", "configuration": {"length_bytes": "9"}}},
+    "configuration-is-text": {"data_type": {"name": "fixed_length_utf32", "configuration": "9"}},
+    "grid": {"chunk_grid": {"name": "evil"}},
+    "keys": keys("default", separator="/../"),
+    "transformers": {"storage_transformers": [{"name": "evil"}]},
+    "names": {"dimension_names": ["../t"]},
+}
+
+
+@pytest.mark.parametrize("case", COORDINATES_2)
+def test_coordinates_of_format_2(refused, tmp_path, case):
+    group = make_group(tmp_path / "g", 2, {})
+    meta = V2 | {"shape": [4], "chunks": [4]} | COORDINATES_2[case]
+    write_array(group / "t", meta, {"_ARRAY_DIMENSIONS": ["t"]})
+    refused(group, variable="A")
+
+
+@pytest.mark.parametrize("case", COORDINATES_3)
+def test_coordinates_of_format_3(refused, tmp_path, case):
+    group = make_group(tmp_path / "g", 3, {})
+    write_array(group / "t", V3 | {"shape": [4], **grid(4), "dimension_names": ["t"]} | COORDINATES_3[case])
+    refused(group, variable="A")
+
+
+def test_coordinates_of_two_formats(refused, tmp_path):
+    """Xarray reads a coordinate in the format of its group, so that is the one to check."""
+    group = make_group(tmp_path / "g", 2, {})
+    write_array(group / "t", V3 | {"shape": [4], **grid(4), "dimension_names": ["t"]})
+    write_array(
+        group / "t",
+        V2 | {"shape": [4], "chunks": [4], "dtype": "|O", "filters": [PICKLE]},
+        {"_ARRAY_DIMENSIONS": ["t"]},
+    )
+    assert "'pickle' of the coordinate" in refused(group, variable="A")
+
+
+def test_consolidated_metadata_that_lie(tmp_path, opened):
+    group = make_group(tmp_path / "g", 3, {})
+    lie = V3 | {"shape": [400, 2, 2], "codecs": [BYTES, numcodec("pickle")]}
+    document = json.loads((group / "zarr.json").read_text())
+    document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": {"A": lie}}
+    (group / "zarr.json").write_text(json.dumps(document))
+    source = prepare(group, tmp_path / "target", Options(variable="A")).source
+    assert source.open().shape == source.shape == (4, 2, 2)
+
+
+# --- what only the plan can judge -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        V2 | {"shape": [10**9, 2, 2], "chunks": [10**9, 2, 2]},
+        V3 | {"shape": [1, 10**6, 10**6], **grid(1, 10**6, 10**6)},
+        V3 | {"shape": [10**9, 2, 2], **grid(10**9, 2, 2), "codecs": [shard(chunk=(10**8, 2, 2))]},
+    ],
+    ids=["chunks", "matrices", "shards"],
+)
+def test_plans_that_fit_no_worker(tmp_path, meta):
+    job = prepare(write_array(tmp_path / "evil", meta), tmp_path / "target", Options())
+    with pytest.raises(PlanError) as caught:
+        plan_for(job, Workers(1, 1, 2**30))
+    assert len(str(caught.value)) < 2000
+    assert not (tmp_path / "target").exists()
+
+
+# --- chunks that fill the memory ------------------------------------------------------------------------------
+
+LARGE = bytes(8 * 2**20)
+LARGEST_PEAK = 2**20
+
+
+def zstd_frame(blocks, header=b"\x00\x58"):
+    """A frame whose header does not say how large it is, of (kind, size, bytes)."""
+    frame = struct.pack("<I", 0xFD2FB528) + header
+    for i, (kind, size, content) in enumerate(blocks):
+        frame += (size << 3 | kind << 1 | (i == len(blocks) - 1)).to_bytes(3, "little") + content
+    return frame
+
+
+def zstd_of_unknown_size(data):
+    return zstd_frame([(0, len(data), data)])
+
+
+SILENT_BOMB = zstd_frame([(1, 2**17, b"\0")] * 256)
+SMALL = bytes(128)
+BOMBS = {
+    "zlib": [zlib.compress(LARGE)],
+    "gzip": [gzip.compress(LARGE), gzip.compress(SMALL) + gzip.compress(LARGE)],
+    "bz2": [bz2.compress(LARGE), bz2.compress(SMALL) + bz2.compress(LARGE)],
+    "lzma": [lzma.compress(LARGE, preset=0), lzma.compress(SMALL, preset=0) + lzma.compress(LARGE, preset=0)],
+    "lz4": [numcodecs.LZ4().encode(LARGE)],
+    "blosc": [numcodecs.Blosc().encode(LARGE)],
+    "zstd": [
+        numcodecs.Zstd().encode(LARGE),
+        numcodecs.Zstd().encode(SMALL) + numcodecs.Zstd().encode(LARGE),
+        numcodecs.Zstd().encode(SMALL) + SILENT_BOMB,
+        SILENT_BOMB,
+        b"\x50\x2a\x4d\x18\x04\0\0\0junk" + SILENT_BOMB,
+    ],
+}
+EACH_BOMB = [
+    pytest.param(kind, bomb, id=f"{kind}-{i}") for kind, bombs in BOMBS.items() for i, bomb in enumerate(bombs)
+]
+
+
+def v3_names(kind):
+    return [kind, f"numcodecs.{kind}"] if kind in ("blosc", "gzip", "zstd") else [f"numcodecs.{kind}"]
+
+
+def explode(tmp_path, meta, chunk, content):
+    """Read a chunk that is a bomb."""
+    path = write_array(tmp_path / "evil", meta)
+    (path / chunk).write_bytes(content)
+    array = prepare(path, tmp_path / "target", Options()).source.open()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ChunkSizeError, match="made to fill the memory"):
+            array[...]
+        assert tracemalloc.get_traced_memory()[1] < LARGEST_PEAK + len(content)
+    finally:
+        tracemalloc.stop()
+
+
+def test_bombs_of_every_compressor():
+    assert set(BOMBS) == COMPRESSORS
+
+
+@pytest.mark.parametrize(("kind", "bomb"), EACH_BOMB)
+def test_bombs(kind, bomb):
+    """Not one byte more comes out than is asked for, however long the chunk may be in the store."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ChunkSizeError, match="made to fill the memory"):
+            decompress(kind, {}, bomb, Size(128))
+        assert tracemalloc.get_traced_memory()[1] < LARGEST_PEAK + len(bomb)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("kind", "bomb"), EACH_BOMB)
+def test_bombs_of_format_2(tmp_path, kind, bomb):
+    explode(tmp_path, V2 | {"compressor": {"id": kind}}, "0.0.0", bomb)
+
+
+@pytest.mark.parametrize(("kind", "bomb"), EACH_BOMB)
+def test_bombs_among_filters(tmp_path, kind, bomb):
+    filters = [{"id": "delta", "dtype": "<f8"}, {"id": kind}]
+    explode(tmp_path, V2 | {"filters": filters}, "0.0.0", bomb)
+
+
+@pytest.mark.parametrize(("kind", "bomb"), EACH_BOMB)
+def test_bombs_of_format_3(tmp_path, kind, bomb):
+    for number, name in enumerate(v3_names(kind)):
+        explode(tmp_path / str(number), V3 | {"codecs": [BYTES, {"name": name, "configuration": {}}]}, "c/0/0/0", bomb)
+
+
+@pytest.mark.parametrize(("kind", "bomb"), EACH_BOMB)
+def test_bombs_in_shards(tmp_path, kind, bomb):
+    codecs = [BYTES, {"name": v3_names(kind)[0], "configuration": {}}]
+    content = bomb
+    for _ in range(2 if kind == "zstd" else 1):
+        codecs = [shard(codecs, index=[BYTES], chunk=(4, 2, 2))]
+        content += struct.pack("<QQ", 0, len(content))
+    explode(tmp_path, V3 | {"codecs": codecs}, "c/0/0/0", content)
+
+
+@pytest.mark.parametrize("kind", sorted(COMPRESSORS - {"bz2", "lzma"}))
+def test_chunks_that_lie_about_their_size(tmp_path, kind):
+    """The header says what is expected, the rest is a bomb."""
+    bomb = bytearray(BOMBS[kind][0])
+    if kind == "blosc":
+        bomb[4:8] = (128).to_bytes(4, "little")
+    elif kind == "lz4":
+        bomb[:4] = (128).to_bytes(4, "little")
+    elif kind == "zstd":
+        bomb = bytearray(zstd_frame([(1, 2**17, b"\0")] * 256, header=b"\x20\x80"))
+    elif kind == "gzip":
+        bomb[-4:] = (128).to_bytes(4, "little")
+    path = write_array(tmp_path / "evil", V2 | {"compressor": {"id": kind}})
+    (path / "0.0.0").write_bytes(bomb)
+    with pytest.raises((RuntimeError, ValueError)):
+        prepare(path, tmp_path / "target", Options()).source.open()[...]
+
+
+@pytest.mark.parametrize("kind", sorted(COMPRESSORS))
+def test_chunks_that_end_too_early(tmp_path, kind):
+    whole = bytes(numcodecs.get_codec({"id": kind}).encode(np.random.default_rng(1).bytes(128)))
+    path = write_array(tmp_path / "evil", V2 | {"compressor": {"id": kind}})
+    array = prepare(path, tmp_path / "target", Options()).source.open()
+    for length in (1, 5, len(whole) // 2, len(whole) - 1):
+        (path / "0.0.0").write_bytes(whole[:length])
+        with pytest.raises((RuntimeError, ValueError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)):
+            array[...]
+
+
+GZIP = {"name": "gzip", "configuration": {"level": 1}}
+
+
+@pytest.mark.parametrize(
+    ("meta", "chunk"),
+    [
+        (V2, "0.0.0"),
+        (V2 | {"compressor": {"id": "gzip"}}, "0.0.0"),
+        (V2 | {"filters": [{"id": "delta", "dtype": "<f8"}]}, "0.0.0"),
+        (V3, "c/0/0/0"),
+        (V3 | {"codecs": [BYTES, GZIP]}, "c/0/0/0"),
+        (V3 | {"codecs": [shard([BYTES, GZIP])]}, "c/0/0/0"),
+    ],
+    ids=["2", "2-gzip", "2-delta", "3", "3-gzip", "3-shards"],
+)
+@pytest.mark.parametrize("missing", ["error", "fill"])
+def test_chunks_that_no_chunk_can_be(tmp_path, meta, chunk, missing):
+    """Files with a hole take no space, devices never end, and a pipe is waited for."""
+    path = write_array(tmp_path / "evil", meta)
+    array = prepare(path, tmp_path / "target", Options()).source.open(missing)
+    with open(path / chunk, "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ChunkSizeError, match="has 1099511627776 bytes where by its metadata it cannot have more"):
+        array[:2]
+    for make in (os.mkfifo, partial(os.symlink, "/dev/zero")):
+        (path / chunk).unlink()
+        make(path / chunk)
+        with pytest.raises(ChunkSizeError, match="is not a file"):
+            array[...]
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        {"id": "packbits"},
+        {"id": "delta", "dtype": "|u1", "astype": "|u1"},
+        {"id": "astype", "encode_dtype": "|u1", "decode_dtype": "|u1"},
+    ],
+    ids=lambda codec: codec["id"],
+)
+def test_filters_that_multiply(tmp_path, codec):
+    path = write_array(tmp_path / "evil", V2 | {"dtype": "|u1", "filters": [codec] * 8})
+    (path / "0.0.0").write_bytes(bytes(100))  # eight times packed bits would become a GiB
+    array = prepare(path, tmp_path / "target", Options()).source.open()
+    with pytest.raises(ChunkSizeError, match="has 100 bytes"):
+        array[...]
+
+
+@pytest.mark.parametrize("reach", [(0, 2**40), (0, 2**62), (2**63, 2**63), (8, 10_000)], ids=str)
+def test_indices_of_shards_that_lie(tmp_path, reach):
+    """Each chunk of a shard may say that it is all of it, and more."""
+    path = write_array(tmp_path / "evil", V3 | {"codecs": [shard(index=[BYTES])]})
+    (path / "c/0/0/0").write_bytes(bytes(20_000) + struct.pack("<QQ", *reach) * 4)
+    array = prepare(path, tmp_path / "target", Options()).source.open()
+    with pytest.raises((ValueError, OverflowError)):
+        array[:2]
+
+
+@pytest.mark.parametrize("kind", sorted(COMPRESSORS))
+@pytest.mark.parametrize("shards", [None, (64, 2, 2)])
+def test_chunks_that_cannot_be_compressed(tmp_path, kind, shards):
+    """Noise becomes longer by compression; that is no bomb."""
+    for chunk in (1, 64):
+        a = np.frombuffer(np.random.default_rng(1).bytes(64 * 32)).reshape(64, 2, 2)
+        name = v3_names(kind)[0]
+        codec = zarr.registry.get_codec_class(name).from_dict({"name": name, "configuration": {}})
+        path = tmp_path / f"s{chunk}"
+        array = zarr.create_array(
+            path, shape=a.shape, chunks=(chunk, 2, 2), shards=shards, dtype="f8", compressors=[codec]
+        )
+        array[...] = a
+        assert_reads(path, a)
+
+
+# --- ordinary sources -----------------------------------------------------------------------------------------
+
+
+def assert_reads(path, a, bounded=1):
+    source = prepare(path, path.parent / "target", Options()).source
+    array = source.open()
+    assert array.shape == a.shape
+    np.testing.assert_array_equal(array[...], a)
+    assert array[...].dtype == a.dtype
+    assert guards(array) == bounded, "Zarr decodes with a codec of its own"
+    return array
+
+
+def guards(array):
+    """Count the bounded codecs that a chunk passes."""
+    if array.metadata.zarr_format == 2:
+        codecs = [*(array.metadata.filters or ()), array.metadata.compressor]
+        return sum(isinstance(codec, BoundedCompressor) for codec in codecs)
+    todo, found = list(array.metadata.codecs), 0
+    while todo:
+        codec = todo.pop()
+        found += isinstance(codec, BoundedCodec)
+        todo += getattr(codec, "codecs", ())
+    return found
+
+
+FILTERS_2 = {
+    "none": None,
+    "delta": [{"id": "delta", "dtype": "<f8"}],
+    "astype": [{"id": "astype", "encode_dtype": "<f4", "decode_dtype": "<f8"}],
+    "fixedscaleoffset": [{"id": "fixedscaleoffset", "scale": 2, "offset": 0, "dtype": "<f8", "astype": "<f8"}],
+    "quantize": [{"id": "quantize", "digits": 9, "dtype": "<f8"}],
+    "bitround": [{"id": "bitround", "keepbits": 52}],
+    "shuffle": [{"id": "shuffle", "elementsize": 8}],
+    "checksums": [{"id": "shuffle", "elementsize": 4}, {"id": "crc32"}, {"id": "fletcher32"}],
+    "delta-checksum": [{"id": "delta", "dtype": "<f8"}, {"id": "adler32"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "filters"),
+    [*((kind, "none") for kind in sorted(COMPRESSORS)), *(("zstd", name) for name in FILTERS_2), ("lzma", "delta")],
+)
+def test_ordinary_sources_of_format_2(tmp_path, kind, filters):
+    a = np.round(conditioned(10, 3, 10) * 8)
+    array = zarr.create_array(
+        tmp_path / "s", shape=a.shape, chunks=(4, 3, 3), dtype="f8", zarr_format=2,
+        filters=FILTERS_2[filters] and [numcodecs.get_codec(dict(codec)) for codec in FILTERS_2[filters]],
+        compressors=numcodecs.get_codec({"id": kind}),
+    )  # fmt: skip
+    array[...] = a
+    assert_reads(tmp_path / "s", np.asarray(array[...]))
+
+
+def test_packed_bits_of_format_2(tmp_path):
+    for count in (2, 3, 5):
+        a = np.random.default_rng(1).random((7, 3, 3)) < 0.5
+        array = zarr.create_array(
+            tmp_path / f"s{count}", shape=a.shape, chunks=(count, 3, 3), dtype="bool", zarr_format=2,
+            filters=[numcodecs.PackBits()], compressors=numcodecs.Zstd(),
+        )  # fmt: skip
+        array[...] = a
+        assert_reads(tmp_path / f"s{count}", a)
+
+
+@pytest.mark.parametrize("kind", sorted(COMPRESSORS))
+@pytest.mark.parametrize(("shards", "dtype"), [(None, "f4"), ((4, 3, 3), "c16")])
+def test_ordinary_sources_of_format_3(tmp_path, kind, shards, dtype):
+    a = np.round(conditioned(10, 3, 10) * 8).astype(dtype)
+    for number, name in enumerate(v3_names(kind)):
+        codec = zarr.registry.get_codec_class(name).from_dict({"name": name, "configuration": {}})
+        array = zarr.create_array(
+            tmp_path / f"s{number}", shape=a.shape, chunks=(2, 3, 3), shards=shards, dtype=dtype, compressors=[codec]
+        )
+        array[...] = a
+        assert_reads(tmp_path / f"s{number}", a)
+
+
+def test_checksums_before_a_compressor(tmp_path):
+    a = conditioned(10, 3, 10)
+    compressors = [zarr.codecs.Crc32cCodec(), zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec()]
+    array = zarr.create_array(
+        tmp_path / "s", shape=a.shape, chunks=(2, 3, 3), shards=(4, 3, 3), dtype="f8", compressors=compressors
+    )
+    array[...] = a
+    assert_reads(tmp_path / "s", a)
+
+
+@pytest.mark.parametrize("configuration", [{}, {"format": 2}, {"preset": 9}], ids=str)
+def test_lzma(tmp_path, configuration):
+    a = conditioned(10, 3, 10)
+    array = zarr.create_array(
+        tmp_path / "s", shape=a.shape, chunks=(2, 3, 3), dtype="f8", zarr_format=2,
+        compressors=numcodecs.get_codec({"id": "lzma", **configuration}),
+    )  # fmt: skip
+    array[...] = a
+    assert_reads(tmp_path / "s", a)
+    raw = [{"id": lzma.FILTER_LZMA2, "preset": 1}]
+    array = zarr.create_array(
+        tmp_path / "raw", shape=a.shape, chunks=(2, 3, 3), dtype="f8", zarr_format=2,
+        compressors=numcodecs.LZMA(format=lzma.FORMAT_RAW, filters=raw),
+    )  # fmt: skip
+    array[...] = a
+    assert_reads(tmp_path / "raw", a)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_zstd_that_does_not_say_its_size(tmp_path, frames):
+    """Other writers than Zarr's own stream into a chunk."""
+    a = conditioned(4, 2, 3)
+    data = a.tobytes()
+    parts = [data] if frames == 1 else [data[:40], data[40:]]
+    path = write_array(tmp_path / "s", V2 | {"compressor": {"id": "zstd"}})
+    (path / "0.0.0").write_bytes(b"".join(map(zstd_of_unknown_size, parts)))
+    assert_reads(path, a)
+    (path / "0.0.0").write_bytes(zstd_of_unknown_size(data[:-8]))
+    with pytest.raises(ChunkSizeError, match="does not decompress to the 128 bytes"):
+        prepare(path, tmp_path / "target", Options()).source.open()[...]
+
+
+def test_zstd_of_several_frames(tmp_path):
+    a = conditioned(4, 2, 3)
+    path = write_array(tmp_path / "s", V3 | {"codecs": [BYTES, {"name": "zstd", "configuration": {}}]})
+    (path / "c" / "0" / "0" / "0").write_bytes(
+        b"".join(
+            bytes(numcodecs.Zstd(checksum=check).encode(part))
+            for check, part in zip((True, False), a.reshape(2, -1), strict=True)
+        )
+    )
+    assert_reads(path, a)
+
+
+@pytest.mark.parametrize("size", [1, 200, 255, 256, 70_000, 300_000])
+@pytest.mark.parametrize("checksum", [True, False])
+@pytest.mark.parametrize("random", [True, False])
+def test_zstd_nbytes(size, checksum, random):
+    data = np.random.default_rng(1).bytes(size) if random else bytes(size)
+    frame = bytes(numcodecs.Zstd(checksum=checksum).encode(data))
+    assert zstd_nbytes(memoryview(frame)) == size
+    assert zstd_nbytes(memoryview(frame * 3)) == 3 * size
+    assert zstd_nbytes(memoryview(frame + zstd_of_unknown_size(data[:100]))) is None
+    assert zstd_nbytes(memoryview(zstd_of_unknown_size(b"x") + frame)) is None
+
+
+def test_no_codec_is_registered(tmp_path):
+    import numcodecs.registry
+
+    before = dict(numcodecs.registry.codec_registry)
+    write_array(tmp_path / "s", V2 | {"compressor": {"id": "zstd"}})
+    prepare(tmp_path / "s", tmp_path / "target", Options()).source.open()
+    assert dict(numcodecs.registry.codec_registry) == before
+    assert numcodecs.get_codec({"id": "zstd"}).__class__ is numcodecs.Zstd
+    assert zarr.registry.get_codec_class("zstd") is zarr.codecs.ZstdCodec
