@@ -73,18 +73,15 @@ def run_on_cluster(
     ClusterLostError
         If the scheduler is lost, or there are no workers for as long as the patience.
     """
-    window = _Window(client, function, task, attempts or int(dask.config.get("batchinv.job.attempts")))
-    todo = iter(spans)
-    stopping = False
+    attempts = attempts or int(dask.config.get("batchinv.job.attempts"))
+    window = _Window(client, function, task, spans, attempts)
     try:
-        while not window.idle or (not stopping and window.feed(todo)) or window.take_suspect():
+        while not window.idle or window.take_suspect():
+            window.feed()
             for result, tried in window.collect():
                 yield result, tried
                 if result is not None and result.stops:
-                    stopping = True
-                    window.give_up_waiting()
-            if not stopping:
-                window.feed(todo)
+                    window.begin_nothing_new()
     finally:
         window.cancel()
 
@@ -101,10 +98,12 @@ class _Worker:
 class _Window:
     """The spans that are on the cluster, or wait to be tried again."""
 
-    def __init__(self, client: Client, function: Function, task: Any, attempts: int):
+    def __init__(self, client: Client, function: Function, task: Any, spans: Iterable[range], attempts: int):
         self._client = client
         self._function = function
         self._task = task
+        self._todo = iter(spans)
+        self._next = next(self._todo, None)
         self._attempts = attempts
         self._patience: float = parse_timedelta(dask.config.get("batchinv.job.patience"))
         self._slowest = 0.0
@@ -124,19 +123,19 @@ class _Window:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is on the cluster, and nothing waits but those that are to be tried alone."""
-        return not self._running and not self._waiting
+        """Whether nothing is left but tiles that are to be tried alone."""
+        return not self._running and not self._waiting and self._next is None
 
-    def feed(self, todo: Iterator[range]) -> bool:
-        """Give spans to workers while they have room; return whether any is on the cluster or waits."""
+    def feed(self) -> None:
+        """Give spans to workers while they have room."""
         while (address := self._free_worker()) is not None:
             if self._waiting and self._waiting[0][0] <= time.monotonic():
                 self._submit(heapq.heappop(self._waiting)[-1], address)
-            elif self._alone is None and (span := next(todo, None)) is not None:
-                self._submit(span, address)
+            elif self._next is not None:
+                self._submit(self._next, address)
+                self._next = next(self._todo, None)
             else:
-                break
-        return not self.idle
+                return
 
     def take_suspect(self) -> bool:
         """Let the next tile that is to be tried alone wait for a worker; return whether there is one."""
@@ -147,8 +146,10 @@ class _Window:
         self._retry(self._alone)
         return True
 
-    def give_up_waiting(self) -> None:
+    def begin_nothing_new(self) -> None:
         """Let what is on the cluster come to its end, and try nothing again."""
+        self._next = None
+        self._todo = iter(())
         self._waiting.clear()
         self._suspects.clear()
         self._attempts = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import zarr
 
@@ -12,8 +13,8 @@ from tests.campaign.processes import Client, cluster
 from tests.campaign.slow import POISON
 from tests.campaign.work import MATRICES_PER_TILE, Row, Work, check, chunks_of
 
-#: Hanging tiles are given up sooner than users would want it.
-IMPATIENT = {"batchinv.job.patience": "4s"}
+#: Hanging tiles are given up sooner than users would want it, but not before a worker can start again.
+IMPATIENT = {"batchinv.job.patience": "10s"}
 #: Enough for a tile, and soon too little for one that hoards.
 MEMORY = "600MiB"
 
@@ -25,15 +26,22 @@ def poison(work: Work, folder: Path, each: int, chance: random.Random) -> Iterat
         with cluster(folder, memory=MEMORY, settings={"distributed.scheduler.worker-ttl": "60s"}) as running:
             for number in range(each):
                 with row.run(f"run {number}"):
-                    _one(work, row, running.address, value, chance.randrange(work.tiles))
+                    _one(
+                        work,
+                        row,
+                        running.address,
+                        value,
+                        chance.randrange(work.tiles),
+                        IMPATIENT if "hang" in kind else {},
+                    )
         yield row
 
 
-def _one(work: Work, row: Row, address: str, value: float, bad: int) -> None:
+def _one(work: Work, row: Row, address: str, value: float, bad: int, settings: dict[str, Any]) -> None:
     target = work.fresh()
     command = work.command(target, "--scheduler", address)
     with _poisoned(work, bad, value):
-        ended = Client(work.folder, command, settings=IMPATIENT).wait()
+        ended = Client(work.folder, command, settings=settings).wait()
         check(ended.code == 1, f"exit code {ended.code}, expected 1: {ended.out[-300:]} {ended.err[-500:]}")
         failed = [(tile["number"], tile["cause"]) for tile in ended.report["failed_tiles"]]
         check([number for number, _ in failed] == [bad], f"tile {bad} is poison, but these failed: {failed}")
