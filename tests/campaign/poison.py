@@ -22,18 +22,12 @@ MEMORY = "600MiB"
 def poison(work: Work, folder: Path, each: int, chance: random.Random) -> Iterator[Row]:
     """One tile of the source is poison; then it is put right."""
     for value, kind in POISON.items():
+        settings = IMPATIENT if "hang" in kind else {}
         row = Row(f"a tile is poison: {kind}")
         with cluster(folder, memory=MEMORY, settings={"distributed.scheduler.worker-ttl": "60s"}) as running:
             for number in range(each):
                 with row.run(f"run {number}"):
-                    _one(
-                        work,
-                        row,
-                        running.address,
-                        value,
-                        chance.randrange(work.tiles),
-                        IMPATIENT if "hang" in kind else {},
-                    )
+                    _one(work, row, running.address, value, chance.randrange(work.tiles), settings)
         yield row
 
 
