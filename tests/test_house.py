@@ -40,6 +40,7 @@ ORDER = [
     "array",
     "accessor",
     "job.guard",
+    "job.metadata",
     "job.source",
     "job.plan",
     "job.ledger",

@@ -103,7 +103,9 @@ def _do(task: TileTask, numbers: range) -> list[TileResult]:
     rows = [_count_tile(task, number, numbers, info, rcond) for number in numbers]
     for number, row in zip(numbers, rows, strict=True):
         for name, key in task.tiling.chunk_keys(number).items():
-            row[CHECKSUMS[name]] = storage.checksum(arrays[name], key)
+            row[CHECKSUMS[name]] = found = storage.checksum(arrays[name], key)
+            if found < 0 and arrays[name].size:
+                raise RuntimeError(f"{name}/{key} was not written, or not by a store of ours")
             if task.durable:
                 storage.sync_chunk(arrays[name], key)
     milliseconds = 1000 * (time.perf_counter() - start) / len(numbers)

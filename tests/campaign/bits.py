@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from distributed import Client, LocalCluster
 
@@ -13,7 +14,7 @@ from tests.campaign.work import Row, Work, check, chunks_of
 
 #: Flips in a run, each in another tile.
 FLIPS = 10
-TILE = {"variable": "cov", "tile_size": "600KB", "max_failed": None}
+TILE: dict[str, Any] = {"variable": "cov", "tile_size": "600KB", "max_failed": None}
 
 
 def bits(work: Work, flips: int, chance: random.Random) -> Iterator[Row]:
@@ -29,7 +30,7 @@ def bits(work: Work, flips: int, chance: random.Random) -> Iterator[Row]:
 def _target(work: Work, client: Client, flips: int, chance: random.Random) -> Iterator[Row]:
     row = Row("a bit flips in a chunk of the target: verify finds it, run repairs it")
     target = work.fresh()
-    invert_store(work.source, target, client=client, **TILE)  # type: ignore[arg-type]
+    invert_store(work.source, target, client=client, **TILE)
     for number in range(flips // FLIPS):
         with row.run(f"run {number}", faults=FLIPS):
             tiles = chance.sample(range(work.tiles), FLIPS)
@@ -38,7 +39,7 @@ def _target(work: Work, client: Client, flips: int, chance: random.Random) -> It
                 _flip(target / name, chance)
             found = verify_store(target, client=client)
             check([bad.number for bad in found.bad_tiles] == sorted(tiles), "verify did not find exactly those tiles")
-            report = invert_store(work.source, target, client=client, **TILE)  # type: ignore[arg-type]
+            report = invert_store(work.source, target, client=client, **TILE)
             repaired = sorted(bad.number for bad in report.damaged_tiles)
             check(repaired == sorted(tiles), f"{sorted(tiles)} were damaged, {repaired} were repaired")
             work.check(target)
@@ -49,7 +50,7 @@ def _target(work: Work, client: Client, flips: int, chance: random.Random) -> It
         with row.run(f"run {number}"):
             _flip(ledger, chance)
             check(not verify_store(target, client=client).ok, "verify did not find it")
-            invert_store(work.source, target, client=client, **TILE)  # type: ignore[arg-type]
+            invert_store(work.source, target, client=client, **TILE)
             check(verify_store(target, client=client).ok, "it is not repaired")
             work.check(target)
     yield row
@@ -67,7 +68,7 @@ def _source(work: Work, client: Client, flips: int, chance: random.Random) -> It
             for path in paths.values():
                 _flip(path, chance)
             try:
-                invert_store(work.source, target, client=client, **TILE)  # type: ignore[arg-type]
+                invert_store(work.source, target, client=client, **TILE)
                 named = []
             except JobFailedError as error:
                 named = [bad.number for bad in error.report.failed_tiles]
@@ -77,7 +78,7 @@ def _source(work: Work, client: Client, flips: int, chance: random.Random) -> It
             check(all(reference[name] == content for name, content in ours.items()), "another tile has other bits")
             for path, content in before.items():
                 path.write_bytes(content)
-            invert_store(work.source, target, client=client, **TILE)  # type: ignore[arg-type]
+            invert_store(work.source, target, client=client, **TILE)
             work.check(target)
     yield row
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import zarr
 
 from tests.campaign.processes import Client, cluster
@@ -110,7 +109,7 @@ def _limited_run(folder: Path, group: Path, n: int, dtype: str, chunk: int, opti
             check(ended.code == 0, f"exit code {ended.code}: {ended.out[-500:]} {ended.err[-500:]}")
             check(ended.report["retries"] == 0, "a worker died")
             (worker,) = running.workers()
-            used = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1]) * 1024  # type: ignore[index]
+            used = _peak_memory(worker.pid)
         finally:
             for worker in running.workers():
                 worker.kill()
@@ -170,8 +169,14 @@ def _watch(process: subprocess.Popen[Any], enough: Any) -> int:
     """Wait for the end of a process, or until it is enough; return the peak of its memory."""
     peak = 0
     while process.poll() is None and not enough():
-        with suppress(psutil.Error, OSError):
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            peak = max([peak, *(int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status))])
+        peak = max(peak, _peak_memory(process.pid))
         time.sleep(1.0)
     return peak
+
+
+def _peak_memory(pid: int) -> int:
+    """Return the most that a process has had in memory, in bytes; 0 if it is just ending."""
+    with suppress(OSError):
+        found = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        return 1024 * sum(map(int, found))
+    return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,13 @@ def _one(work: Work, row: Row, address: str, value: float, bad: int, settings: d
     work.check(target)
 
 
-class _poisoned:  # noqa: N801 - used as a function
+@contextmanager
+def _poisoned(work: Work, number: int, value: float) -> Iterator[None]:
     """Change the first number of a tile, and put the chunk back as it was."""
-
-    def __init__(self, work: Work, number: int, value: float):
-        self._path = work.source / f"cov/c/{number}/0/0"
-        self._before = self._path.read_bytes()
-        array = zarr.open_array(work.source / "cov", mode="r+")
-        array[number * MATRICES_PER_TILE, 0, 0] = value
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *args: object) -> None:
-        self._path.write_bytes(self._before)
+    path = work.source / f"cov/c/{number}/0/0"
+    before = path.read_bytes()
+    zarr.open_array(work.source / "cov", mode="r+")[number * MATRICES_PER_TILE, 0, 0] = value
+    try:
+        yield
+    finally:
+        path.write_bytes(before)

@@ -19,7 +19,7 @@ from dask_batchinv import JobFailedError, JobReport, RefusedError, invert_store
 from dask_batchinv.place import Place
 from tests.campaign.work import Row, Work, check
 
-TILE = {"variable": "cov", "tile_size": "600KB", "max_failed": None}
+TILE: dict[str, Any] = {"variable": "cov", "tile_size": "600KB", "max_failed": None}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _one(work: Work, client: Client, schedule: Schedule, broken: int | None, tot
     report: JobReport | None = None
     with faulty(schedule):
         try:
-            report = invert_store(work.source, target, client=client, **TILE)  # type: ignore[arg-type]
+            report = invert_store(work.source, target, client=client, **TILE)
         except JobFailedError as error:
             report = error.report
         except (OSError, RefusedError) as error:
@@ -160,6 +160,6 @@ def _one(work: Work, client: Client, schedule: Schedule, broken: int | None, tot
         total["tiles that were named"] += len(named)
         if not named and not report.stopped:
             work.check(target)
-    again = invert_store(work.source, target, client=client, **TILE)  # type: ignore[arg-type]
+    again = invert_store(work.source, target, client=client, **TILE)
     check(again.exit_code == 0, "it was not finished without the faults")
     work.check(target)
