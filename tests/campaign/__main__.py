@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.campaign import bits, kills, limits, objects, page, poison, stores
+from tests.campaign.points import POINTS
 from tests.campaign.processes import Client
 from tests.campaign.work import Row, Work, prepare_work
 
@@ -36,7 +37,9 @@ def _parts(
     return {
         "workers": lambda chance: kills.workers(work(TILES), cluster, some(300, 5), chance),
         "stops": lambda chance: kills.stops(work(TILES), cluster, some(30), chance),
-        "clients": lambda chance: kills.clients(work(TILES), cluster, some(10), some(100), chance),
+        "clients": lambda chance: kills.clients(
+            work(TILES), cluster, len(POINTS) if share >= 0.1 else 4, some(10), some(100), chance
+        ),
         "schedulers": lambda chance: kills.schedulers(work(TILES), cluster, some(50), chance),
         "groups": lambda chance: kills.groups(work(TILES), cluster, some(50), chance),
         "disks": lambda chance: limits.full_disks(work(TILES), cluster, some(3), chance),

@@ -72,10 +72,10 @@ def stops(work: Work, folder: Path, runs: int, chance: random.Random) -> Iterato
     yield row
 
 
-def clients(work: Work, folder: Path, each: int, at_random: int, chance: random.Random) -> Iterator[Row]:
-    """The client dies at each named point of the job, and at random; the same command finishes."""
+def clients(work: Work, folder: Path, points: int, each: int, at_random: int, chance: random.Random) -> Iterator[Row]:
+    """The client dies at named points of the job, and at random; the same command finishes."""
     with cluster(folder) as running:
-        for point in POINTS:
+        for point in sorted(chance.sample(POINTS, points), key=POINTS.index):
             row = Row(f"the client is killed: {point}")
             for number in range(each):
                 with row.run(f"run {number}"):

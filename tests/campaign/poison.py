@@ -39,7 +39,10 @@ def _one(work: Work, row: Row, address: str, value: float, bad: int, settings: d
         ended = Client(work.folder, command, settings=settings).wait()
         check(ended.code == 1, f"exit code {ended.code}, expected 1: {ended.out[-300:]} {ended.err[-500:]}")
         failed = [(tile["number"], tile["cause"]) for tile in ended.report["failed_tiles"]]
-        check([number for number, _ in failed] == [bad], f"tile {bad} is poison, but these failed: {failed}")
+        check(
+            [number for number, _ in failed] == [bad],
+            f"tile {bad} is poison, these failed: {failed}; stopped: {ended.report['stopped']}",
+        )
         check("with this tile alone on it" in failed[0][1], f"the cause is not named: {failed[0][1]}")
         reference = chunks_of(work.reference)
         ours = chunks_of(target)
