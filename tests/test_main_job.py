@@ -53,8 +53,7 @@ def chunks_of(target):
     return {
         str(path.relative_to(target)): path.read_bytes()
         for name in ("inverse", "info", "rcond")
-        for path in (target / name / "c").rglob("*")
-        if path.is_file()
+        for path in (target / name).glob("c.*")
     }
 
 
@@ -147,7 +146,7 @@ def start_job(source, target, *more):
 
 def wait_for_tiles(running, target, tiles):
     deadline = time.monotonic() + 60
-    while len(list((target / "info" / "c").glob("*"))) < tiles:
+    while len(list((target / "info").glob("c.*"))) < tiles:
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -158,7 +157,7 @@ def finish(source, target):
     recorded = np.flatnonzero(Ledger(Place.parse(target), read_only=True).done)
 
     def stamps():
-        return [(target / f"inverse/c/{tile}/0/0").stat().st_mtime_ns for tile in recorded]
+        return [(target / f"inverse/c.{tile}.0.0").stat().st_mtime_ns for tile in recorded]
 
     before = stamps()
     done = subprocess.run([*COMMAND, "run", source, target, *OPTIONS, "--json"], capture_output=True, text=True)

@@ -40,7 +40,7 @@ def test_a_complete_target_is_left_alone(tmp_path, make_source, client):
         assert {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("*")} == stamps
 
 
-@pytest.mark.parametrize("name", ["inverse/c/1/0/0", "info/c/1", "rcond/c/1"])
+@pytest.mark.parametrize("name", ["inverse/c.1.0.0", "info/c.1", "rcond/c.1"])
 @pytest.mark.parametrize("damage", ["flipped", "missing", "cut", "another tile's"])
 def test_a_damaged_target_is_repaired_by_the_same_call(done, client, name, damage):
     source, path = done
@@ -73,7 +73,7 @@ def test_a_resumed_job_reads_back_what_is_recorded(tmp_path, make_source, client
     with pytest.raises(KeyboardInterrupt):
         invert_store(source, tmp_path / "t", on_progress=stop, **options)
     recorded = np.flatnonzero(ledger.Ledger(Place.parse(tmp_path / "t"), read_only=True).done)
-    bad = tmp_path / "t" / f"inverse/c/{recorded[1]}/0/0"
+    bad = tmp_path / "t" / f"inverse/c.{recorded[1]}.0.0"
     bad.write_bytes(bad.read_bytes()[:-1])
     report = invert_store(source, tmp_path / "t", **options)
     assert [tile.number for tile in report.damaged_tiles] == [recorded[1]]
@@ -130,7 +130,7 @@ def test_an_interrupted_job_is_finished_by_the_same_call(tmp_path, make_source, 
     assert len(recorded) == found.tiles_done
 
     def stamps():
-        return [(tmp_path / "t" / f"inverse/c/{number}/0/0").stat().st_mtime_ns for number in recorded]
+        return [(tmp_path / "t" / f"inverse/c.{number}.0.0").stat().st_mtime_ns for number in recorded]
 
     before = stamps()
     report = invert_store(source, tmp_path / "t", **options)
@@ -164,7 +164,7 @@ def test_what_killed_workers_left_is_swept_up(tmp_path, make_source, client):
 
     with pytest.raises(KeyboardInterrupt):
         invert_store(source, tmp_path / "t", client=client, on_progress=stop)
-    left = tmp_path / "t" / "inverse" / "c" / "0" / "0" / f"0.{'5d9f' * 8}.partial"
+    left = tmp_path / "t" / "inverse" / f"0.{'5d9f' * 8}.partial"
     mine = left.with_name("notes.partial")
     left.write_text("half a chunk")
     mine.write_text("keep")

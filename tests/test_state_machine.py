@@ -20,7 +20,7 @@ from dask_batchinv.job.lock import LOCK
 from dask_batchinv.job.report import status_of
 
 TILES, PER_TILE, N = 6, 10, 3
-PARTS = ("inverse/c/{}/0/0", "info/c/{}", "rcond/c/{}")
+PARTS = ("inverse/c.{}.0.0", "info/c.{}", "rcond/c.{}")
 
 
 class Target(RuleBasedStateMachine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class Layout:
         """Rows of one matrix."""
         return self.shape[self.core[0]]
 
-    @property
+    @cached_property
     def batch(self) -> tuple[int, ...]:
         """Axes that are not core."""
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.core)
@@ -83,12 +84,12 @@ class Tiling:
     tile: tuple[int, ...]
     """Shape of a tile (those at the end may be smaller): also the chunk shape of the target."""
 
-    @property
+    @cached_property
     def batch(self) -> tuple[int, ...]:
         """Axes that are not core."""
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.core)
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, ...]:
         """Tiles along each batch axis."""
         return tuple(_cuts(self.shape[axis], self.tile[axis]) for axis in self.batch)
@@ -135,14 +136,14 @@ class Tiling:
         Examples
         --------
         >>> Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3)).chunk_keys(2)
-        {'inverse': 'c/2/0/0', 'rcond': 'c/2', 'info': 'c/2'}
+        {'inverse': 'c.2.0.0', 'rcond': 'c.2', 'info': 'c.2'}
         """
         where = self.where(number)
         whole = [0] * len(self.shape)
         for axis, k in zip(self.batch, where, strict=True):
             whole[axis] = k
-        batch = "/".join(["c", *map(str, where)])
-        return {"inverse": "/".join(["c", *map(str, whole)]), "rcond": batch, "info": batch}
+        batch = ".".join(["c", *map(str, where)])
+        return {"inverse": ".".join(["c", *map(str, whole)]), "rcond": batch, "info": batch}
 
     def spans(self, numbers: Iterable[int], longest: int) -> Iterator[range]:
         """Yield `numbers`, which ascend, as ranges of tiles that lie side by side along the last axis.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +20,10 @@ from dask_batchinv.storage import CHECKSUM_NBYTES
 
 #: Tiles of at most so many bytes are proven at a time.
 SPAN_NBYTES = 2**26
+#: How many read at a time for each thread of a worker: a disk or a store that is asked for one chunk after the other
+#: keeps us waiting. And how many tiles each of them takes at a time: together never more than a quarter of SPAN_NBYTES.
+_READERS = 8
+_PER_READER = 16
 #: A store that answers with an error may do better a moment later; after that the tile is done again, at no harm.
 _ATTEMPTS = 3
 
@@ -49,8 +54,14 @@ def prove_tiles(task: ProofTask, numbers: range) -> list[TileResult]:
     """Read tiles back, and return one result for each that is not as recorded, and one that counts the others."""
     chunk = numbers.start // ROWS_PER_CHUNK
     rows = _rows_of_chunk(task.run, task.target, chunk)
-    problems = {number: _problem(task, number, rows[number % ROWS_PER_CHUNK]) for number in numbers}
-    bad = [TileResult(number, None, problem) for number, problem in problems.items() if problem]
+
+    def problems(some: range) -> list[TileResult]:
+        found = ((number, _problem(task, number, rows[number % ROWS_PER_CHUNK])) for number in some)
+        return [TileResult(number, None, problem) for number, problem in found if problem]
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        parts = [numbers[start : start + _PER_READER] for start in range(0, len(numbers), _PER_READER)]
+        bad = [result for part in readers.map(problems, parts) for result in part]
     return [TileResult(numbers.start, {"proven": len(numbers) - len(bad)}), *bad]
 
 

@@ -29,8 +29,11 @@ from dask_batchinv.stack import real_dtype, result_dtype
 #: The attribute that says a group is ours.
 MARK = "dask_batchinv"
 #: Raised when targets of older versions cannot be continued by this one.
-FORMAT = 2
+FORMAT = 3
 
+#: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
+#: itself: very small ones then took 1.8 times as long to write, and 3.5 times as long to read from a disk.
+_FLAT: Any = {"name": "default", "separator": "."}
 #: What Zarr writes a chunk to before it gives it its name.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
@@ -209,17 +212,18 @@ def _create(place: Place, source: Source, tiling: Tiling, found: xr.Dataset | No
     coordinates = {"coordinates": " ".join(source.coordinates)} if source.coordinates else {}
     group.create_array(
         "inverse", shape=source.shape, chunks=tiling.tile, dtype=dtype, dimension_names=source.dims,
-        attributes={"long_name": "matrix inverse", **coordinates}, **storage.array_options(dtype),
+        attributes={"long_name": "matrix inverse", **coordinates}, chunk_key_encoding=_FLAT,
+        **storage.array_options(dtype),
     )  # fmt: skip
     group.create_array(
         "rcond", shape=batch_shape, chunks=batch_tile, dtype=real_dtype(dtype), dimension_names=batch,
         attributes={"long_name": "reciprocal condition number in the 1-norm", "units": "1"},
-        **storage.array_options(real_dtype(dtype)),
+        chunk_key_encoding=_FLAT, **storage.array_options(real_dtype(dtype)),
     )  # fmt: skip
     group.create_array(
         "info", shape=batch_shape, chunks=batch_tile, dtype=np.int32, dimension_names=batch,
         attributes={"long_name": "0 good, k > 0 pivot k is zero, -1 not finite, -2 overflow, -3 rcond below minimum"},
-        **storage.array_options(np.int32) | {"fill_value": int(Info.PENDING)},
+        chunk_key_encoding=_FLAT, **storage.array_options(np.int32) | {"fill_value": int(Info.PENDING)},
     )  # fmt: skip
     if found is not None:
         with _unspecified():

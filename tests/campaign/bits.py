@@ -35,7 +35,7 @@ def _target(work: Work, client: Client, flips: int, chance: random.Random) -> It
         with row.run(f"run {number}", faults=FLIPS):
             tiles = chance.sample(range(work.tiles), FLIPS)
             for tile in tiles:
-                name = chance.choice([f"inverse/c/{tile}/0/0", f"info/c/{tile}", f"rcond/c/{tile}"])
+                name = chance.choice([f"inverse/c.{tile}.0.0", f"info/c.{tile}", f"rcond/c.{tile}"])
                 _flip(target / name, chance)
             found = verify_store(target, client=client)
             check([bad.number for bad in found.bad_tiles] == sorted(tiles), "verify did not find exactly those tiles")

@@ -122,7 +122,7 @@ def schedules(work: Work, examples: int, chance: random.Random) -> Iterator[Row]
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(FAULTS, st.none() | st.integers(0, work.tiles - 1))
     def once(faults: list[Fault], broken: int | None) -> None:
-        schedule = Schedule(faults, None if broken is None else f"c/{broken}/0/0")
+        schedule = Schedule(faults, None if broken is None else f"c.{broken}.0.0")
         with row.run(f"{schedule}"):
             _one(work, client, schedule, broken, total)
             total["faults"] += schedule.injected
