@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +15,10 @@ import numpy.typing as npt
 import zarr
 import zarr.abc.store
 import zarr.storage
+from crc32c import crc32c
+from zarr.buffer.cpu import Buffer
 from zarr.codecs import Crc32cCodec
+from zarr.core.sync import sync
 
 from dask_batchinv.place import Place
 
@@ -53,18 +58,9 @@ class OwnStore(StrictStore):
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         """Return the value of a key, as StrictStore does."""
         value = await super().get(key, prototype, byte_range)
-        if value is not None and byte_range is None:
-            self._remember(key, value)
-        return value
-
-    async def set(self, key: str, value: Any) -> None:
-        """Store a value."""
-        await self._store.set(key, value)
-        self._remember(key, value)
-
-    def _remember(self, key: str, value: Any) -> None:
-        if key.startswith("c"):
+        if value is not None and byte_range is None and key.startswith("c"):
             self._checksums[key] = int.from_bytes(value[-CHECKSUM_NBYTES:].to_bytes(), "little")
+        return value
 
     def checksum(self, key: str) -> int:
         """Return the checksum of the chunk that passed last under a key and forget it; -1 if none did."""
@@ -72,10 +68,57 @@ class OwnStore(StrictStore):
 
 
 def checksum(array: zarr.Array[Any], key: str) -> int:
-    """Return the checksum of the chunk of `open_array` that was read or written last under a key; -1 if none was."""
+    """Return the checksum of the chunk of `open_array` that was read last under a key; -1 if none was."""
     store = array.store
     assert isinstance(store, OwnStore)
     return store.checksum(key)
+
+
+class Chunk:
+    """A chunk of an array of ours as it is stored: the values, and after them their checksum.
+
+    Zarr's codecs give the same bytes, but copy all of them twice for the sake of the last four.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike):
+        dtype = np.dtype(dtype).newbyteorder("<")
+        self._stored = np.empty(math.prod(shape) * dtype.itemsize + CHECKSUM_NBYTES, np.uint8)
+        self.values: npt.NDArray[Any] = self._stored[:-CHECKSUM_NBYTES].view(dtype).reshape(shape)
+        """To be filled before `seal`."""
+
+    @classmethod
+    def of(cls, array: zarr.Array[Any], values: npt.NDArray[Any]) -> Chunk:
+        """Return a chunk of an array with copies of `values`, which may be fewer where the array ends."""
+        chunk = cls(array.chunks, array.dtype)
+        if values.shape != array.chunks:
+            chunk.values[...] = array.fill_value
+        chunk.values[tuple(map(slice, values.shape))] = values
+        return chunk
+
+    def seal(self) -> int:
+        """Set the checksum, and return it."""
+        checksum = crc32c(self._stored[:-CHECKSUM_NBYTES].data)
+        self._stored[-CHECKSUM_NBYTES:] = np.frombuffer(checksum.to_bytes(CHECKSUM_NBYTES, "little"), np.uint8)
+        return checksum
+
+    def as_buffer(self) -> Buffer:
+        """Return what is stored."""
+        return Buffer(self._stored)
+
+
+def write_chunks(array: zarr.Array[Any], chunks: dict[str, Chunk]) -> None:
+    """Write sealed chunks under their keys, several at a time."""
+
+    async def write() -> None:
+        room = asyncio.Semaphore(int(zarr.config.get("async.concurrency")))
+
+        async def one(key: str, chunk: Chunk) -> None:
+            async with room:
+                await (array.store_path / key).set(chunk.as_buffer())
+
+        await asyncio.gather(*(one(key, chunk) for key, chunk in chunks.items()))
+
+    sync(write())
 
 
 def sync_chunk(array: zarr.Array[Any], key: str) -> None:

@@ -15,7 +15,7 @@ from conftest import read_target, spoilt, tree
 from stacks import DTYPES, assert_same_bits, conditioned
 from zarr.codecs import Crc32cCodec
 
-from dask_batchinv import JobFailedError, inverse_ex, invert_store, storage, verify_store
+from dask_batchinv import JobFailedError, inverse_ex, invert_store, verify_store
 from dask_batchinv.job import driver
 from dask_batchinv.job.report import status_of
 
@@ -375,17 +375,3 @@ def test_credentials_are_in_no_output(tmp_path, make_source, client):
     assert report.complete
     assert "CANARY" not in str(report) + json.dumps(report.to_json())
     assert not [name for name, content in tree(tmp_path / "t").items() if b"CANARY" in content]
-
-
-def test_a_tile_is_not_recorded_as_empty_because_its_chunk_was_not_written(tmp_path, make_source, client, monkeypatch):
-    """A checksum that nobody has seen must not pass for that of an empty tile, which is never read back."""
-    source = make_source(np.zeros((40, 3, 3)))
-    open_array = storage.open_array
-
-    def forgetful(place, **options):
-        return open_array(place, **options).with_config({"write_empty_chunks": False})
-
-    monkeypatch.setattr(storage, "open_array", forgetful)
-    report = driver_report(source, tmp_path / "t", client)
-    assert report.tiles_done == 0
-    assert "was not written" in report.failed_tiles[0].cause

@@ -293,8 +293,8 @@ def project_memory(layout: Layout, limits: Limits, tile: tuple[int, ...]) -> int
     # A unit in flight stands in memory encoded and decoded.
     reading = source + in_flight * 2 * math.prod(layout.read_unit) * layout.itemsize_in + units * CHUNK_NBYTES
     inverting = source + result * (2 if layout.converts else 1) + limits.scratch
-    # The inverse, in the order stored, and encoded with its checksum.
-    writing = 3 * result
+    # The inverse, and in the order stored with its checksum.
+    writing = 2 * result
     per_matrix = 3 * 12 * elements // max(1, layout.n**2)
     task = max(reading, inverting, writing) + per_matrix
     return IDLE_WORKER_NBYTES + limits.compiling + limits.threads * task

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from dask_batchinv.job.ledger import CHECKSUMS, COLUMNS, ROWS_PER_CHUNK, Rows, read_rows
 from dask_batchinv.job.plan import Tiling
@@ -106,5 +106,5 @@ def _read(target: Place, key: str) -> bytes:
 def _checksum(content: bytes) -> int:
     """Return the checksum of a chunk if that is also what the chunk itself says, else -1."""
     data = np.frombuffer(content, np.uint8)
-    computed = int(google_crc32c.value(data[:-CHECKSUM_NBYTES]))
+    computed = crc32c(data[:-CHECKSUM_NBYTES].data)
     return computed if computed == int.from_bytes(content[-CHECKSUM_NBYTES:], "little") else -1

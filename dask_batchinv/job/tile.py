@@ -25,6 +25,7 @@ from dask_batchinv.kernels import invert_block
 from dask_batchinv.outcome import Info, TargetError
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import AssumeA, Device, result_dtype
+from dask_batchinv.storage import Chunk
 
 Array = npt.NDArray[Any]
 
@@ -93,34 +94,39 @@ def guarded(number: int, work: Callable[[], list[TileResult]]) -> list[TileResul
 def _do(task: TileTask, numbers: range) -> list[TileResult]:
     start = time.perf_counter()
     _check_versions(task.versions)
-    inverse, info, rcond = _read_and_invert(task, numbers)
-    index, region = task.tiling.index(numbers), task.tiling.region(numbers)
+    room, results = _read_and_invert(task, numbers)
     _check_generation(task)
     arrays = {name: _open_target(task.run, task.target, name) for name in CHECKSUMS}
-    arrays["inverse"][index] = inverse
-    arrays["rcond"][region] = rcond
-    arrays["info"][region] = info
-    rows = [_count_tile(task, number, numbers, info, rcond) for number in numbers]
-    for number, row in zip(numbers, rows, strict=True):
+    rows: dict[int, dict[str, int]] = {}
+    chunks: dict[str, dict[str, Chunk]] = {name: {} for name in CHECKSUMS}
+    for number in numbers:
+        parts = {name: _part(task.tiling, name, values, number, numbers) for name, values in results.items()}
+        rows[number] = count(parts["info"], parts["rcond"])
         for name, key in task.tiling.chunk_keys(number).items():
-            row[CHECKSUMS[name]] = found = storage.checksum(arrays[name], key)
-            if found < 0 and arrays[name].size:
-                raise RuntimeError(f"{name}/{key} was not written, or not by a store of ours")
-            if task.durable:
+            rows[number][CHECKSUMS[name]] = -1
+            if arrays[name].size:
+                chunk = room if room and name == "inverse" else Chunk.of(arrays[name], parts[name])
+                rows[number][CHECKSUMS[name]] = chunk.seal()
+                chunks[name][key] = chunk
+    for name, some in chunks.items():
+        storage.write_chunks(arrays[name], some)
+        if task.durable:
+            for key in some:
                 storage.sync_chunk(arrays[name], key)
-    milliseconds = 1000 * (time.perf_counter() - start) / len(numbers)
-    return [
-        TileResult(number, row | {"milliseconds": round(milliseconds)})
-        for number, row in zip(numbers, rows, strict=True)
-    ]
+    milliseconds = round(1000 * (time.perf_counter() - start) / len(numbers))
+    return [TileResult(number, row | {"milliseconds": milliseconds}) for number, row in rows.items()]
 
 
-def _count_tile(task: TileTask, number: int, numbers: range, info: Array, rcond: Array) -> dict[str, int]:
+def _part(tiling: Tiling, name: str, values: Array, number: int, numbers: range) -> Array:
+    """Return what one tile has of the results of several."""
     if len(numbers) == 1:
-        return count(info, rcond)
-    width = task.tiling.tile[task.tiling.batch[-1]]
-    part = slice((number - numbers.start) * width, (number - numbers.start + 1) * width)
-    return count(info[..., part], rcond[..., part])
+        return values
+    along = tiling.batch[-1]
+    width = tiling.tile[along]
+    axis = along if name == "inverse" else values.ndim - 1
+    return values[
+        (slice(None),) * axis + (slice((number - numbers.start) * width, (number - numbers.start + 1) * width),)
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -142,17 +148,22 @@ def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tiles
     return np.moveaxis(np.asarray(block), tiling.core, (-2, -1))
 
 
-def _read_and_invert(task: TileTask, numbers: range) -> tuple[Array, Array, Array]:
+def _read_and_invert(task: TileTask, numbers: range) -> tuple[Chunk | None, dict[str, Array]]:
+    """Return the results of tiles in the order stored; the inverses as a chunk where they are one as they come."""
     # A function of its own so that the input is gone before the output is encoded.
     stack = read_stack(task.run, task.source, task.missing, task.tiling, numbers)
+    dtype = result_dtype(stack.dtype)
+    whole = task.tiling.core == (stack.ndim - 2, stack.ndim - 1) and stack.shape == task.tiling.tile
+    room = Chunk(stack.shape, dtype) if whole else None
     inverse, info, rcond = invert_block(
         stack,
-        dtype=result_dtype(stack.dtype),
+        dtype=dtype,
         assume_a=task.assume_a,
         device=task.device,
         min_rcond=task.min_rcond,
+        out=room.values if room else None,
     )
-    return np.moveaxis(inverse, (-2, -1), task.tiling.core), info, rcond
+    return room, {"inverse": np.moveaxis(inverse, (-2, -1), task.tiling.core), "rcond": rcond, "info": info}
 
 
 def count(info: Array, rcond: Array) -> dict[str, int]:

@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 #: What computes the matrices, and what reads and writes their bytes.
-PACKAGES = ("dask_batchinv", "llvmlite", "numpy", "scipy", "zarr", "numcodecs", "google-crc32c", "distributed")
+PACKAGES = ("dask_batchinv", "llvmlite", "numpy", "scipy", "zarr", "numcodecs", "crc32c", "distributed")
 
 Versions = dict[str, str]
 

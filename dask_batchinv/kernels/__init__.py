@@ -92,6 +92,7 @@ def invert_block(
     assume_a: AssumeA = "general",
     device: Device = "auto",
     min_rcond: float = 0.0,
+    out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Invert one block of shape ``(*, n, n)`` that is in memory.
 
@@ -105,6 +106,8 @@ def invert_block(
         As in `dask_batchinv.inverse`.
     min_rcond : float
         Good matrices with a smaller ``rcond`` get ``info`` -3 and NaN.
+    out : array, optional
+        Where to put the inverse: of its shape and dtype, in C order.
 
     Returns
     -------
@@ -118,7 +121,7 @@ def invert_block(
     dtype = np.dtype(dtype)
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
-    out = np.empty((m, n, n), dtype)
+    out = np.empty((m, n, n), dtype) if out is None else out.reshape(m, n, n)
     info = np.empty(m, np.int32)
     rcond = np.empty(m, np.finfo(dtype).dtype)
     with np.errstate(over="ignore", invalid="ignore"):

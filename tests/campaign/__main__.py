@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.campaign import bits, kills, limits, objects, page, poison, stores
+from tests.campaign import bits, kills, limits, objects, overhead, page, poison, stores
 from tests.campaign.points import POINTS
 from tests.campaign.processes import Client
 from tests.campaign.work import Row, Work, prepare_work
@@ -48,6 +48,7 @@ def _parts(
         "bits": lambda chance: bits.bits(work(20), some(1000, 20), chance),
         "poison": lambda chance: poison.poison(work(20), cluster, some(10), chance),
         "memory": lambda chance: limits.memory(folder, some(2), chance),
+        "overhead": lambda chance: overhead.overhead(folder, some(10), chance),
         "million": lambda chance: limits.a_million_tiles(folder, some(10**6), chance),
     }
 
