@@ -15,6 +15,7 @@ import zarr
 
 from dask_batchinv import storage
 from dask_batchinv.kernels import invert_block, parse_device
+from dask_batchinv.kernels.gpu import is_gpu_array
 from dask_batchinv.outcome import raise_failed
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import (
@@ -72,7 +73,8 @@ def inverse(
     ----------
     a : array of shape ``(*, n, n)``
         A Dask array or `zarr.Array` (the result is a lazy Dask array), an Xarray object (see
-        `Dataset.linalg.inv`), or anything that `numpy.asarray` takes (the result is a NumPy array). float32,
+        `Dataset.linalg.inv`), a CuPy array (the result is one), or anything that `numpy.asarray` takes (the result is
+        a NumPy array). A Dask array of CuPy blocks gives one of CuPy blocks. float32,
         float64, complex64 and complex128 are kept; bool and integers become float64, float16 float32. `a` is
         never modified.
     out : numpy.ndarray, zarr.Array, str or path, optional
@@ -86,7 +88,8 @@ def inverse(
     on_error : {"raise", "nan"}
         What happens when matrices have no inverse: an error that names them, or NaN in their place.
     device : {"auto", "cpu", "gpu"}
-        Where to compute; "auto" follows the Dask configuration ``batchinv.device``.
+        Where to compute; "auto" follows the Dask configuration ``batchinv.device``, and without one takes the GPU for
+        CuPy arrays and in processes that have one, else the CPU. Lazy input: in the process that computes a block.
 
     Returns
     -------
@@ -102,7 +105,7 @@ def inverse(
         With ``on_error="raise"``, if a matrix is singular, not finite, or its inverse overflows. Lazy input:
         when it is computed.
     DeviceError
-        If `device` cannot be used.
+        If `device` cannot be used. Lazy input: when it is computed.
 
     See Also
     --------
@@ -159,7 +162,9 @@ def inverse_ex(
 def invert_any(a: Any, options: Options, out: Any) -> Any:
     """`inverse` for one kind of input; here whatever `numpy.asarray` takes."""
     a = _in_memory(a)
-    if isinstance(out, np.ndarray):
+    if is_gpu_array(a) and out is not None and not is_gpu_array(out):
+        raise TypeError(f"a is on the GPU, but out is {type(out).__name__}: pass a CuPy array, or cupy.asnumpy(a)")
+    if isinstance(out, np.ndarray) or is_gpu_array(out):
         _check_out(out, a)
         if storage.shares_memory(a, out):
             raise ValueError("out overlaps the input: pass an array of its own memory")
@@ -186,7 +191,7 @@ def invert_any_ex(a: Any, options: Options) -> InverseEx:
 
 def _in_memory(a: Any) -> Any:
     _refuse_masked(a)
-    if type(a).__module__.partition(".")[0] != "cupy":
+    if not is_gpu_array(a):
         a = np.asarray(a)
     check_shape(a.shape)
     result_dtype(a.dtype)
@@ -216,7 +221,8 @@ def _(a: da.Array, options: Options) -> InverseEx:
     batch_like = np.zeros_like(a._meta, shape=(0,) * (a.ndim - 2), dtype=bool)
     # Each block of `account` is one InverseEx. da.apply_gufunc would do the same, but fails with array query
     # planning (dask 2026.8).
-    account = a.map_blocks(_account_of_block, options, dtype=object, drop_axis=core, meta=batch_like.astype(object))
+    nothing = np.empty(batch_like.shape, object)  # CuPy has no objects
+    account = a.map_blocks(_account_of_block, options, dtype=object, drop_axis=core, meta=nothing)
     n = a.chunks[-1]
     return InverseEx(
         account.map_blocks(
@@ -291,6 +297,8 @@ def _check_out(out: Any, like: Any) -> None:
 
 def _fill(out: Any, result: da.Array) -> Any:
     """Compute `result` into `out`."""
+    if is_gpu_array(result._meta):
+        raise TypeError("out takes no blocks from the GPU: append .map_blocks(cupy.asnumpy) to the input")
     if isinstance(out, np.ndarray):
         _check_out(out, result)
         storage.refuse_overlap(out, result)

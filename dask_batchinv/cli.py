@@ -8,13 +8,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, get_args
 
 import click
 
 from dask_batchinv import __version__
 from dask_batchinv.job import progress
-from dask_batchinv.job.cluster import ClusterOptions, connect, embedded_workers
+from dask_batchinv.job.cluster import ClusterOptions, connect, count_gpus, embedded_workers
 from dask_batchinv.job.driver import run_job
 from dask_batchinv.job.plan import Plan
 from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
@@ -189,14 +190,15 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     if allowed != "any" and not allowed.isdecimal():
         raise RefusedError(f"--max-failed takes a number or 'any', got {allowed!r}")
     arguments["max_failed"] = None if allowed == "any" else int(allowed)
-    return prepare(source, target, Options(**arguments)), cluster
+    return prepare(source, target, Options(**arguments)), replace(cluster, device=arguments["device"])
 
 
 def _plan(job: Job, cluster: ClusterOptions) -> Plan:
     if cluster.embedded:
-        return plan_for(job, embedded_workers(cluster))
-    with connect(cluster) as (_, workers):
-        return plan_for(job, workers)
+        workers = embedded_workers(cluster)
+        return plan_for(job, replace(workers, gpus=count_gpus(job.options.device, None)))
+    with connect(cluster) as (client, workers):
+        return plan_for(job, replace(workers, gpus=count_gpus(job.options.device, client)))
 
 
 def _print_plan(made: Plan, as_json: bool) -> None:

@@ -97,9 +97,11 @@ def raise_failed(info: npt.NDArray[np.int32], origin: tuple[int | None, ...] | N
         Where the block begins in the whole stack; None for a dimension in which nobody knows, because the
         chunk sizes are unknown.
     """
-    failed = np.argwhere(info != Info.GOOD)
-    if not len(failed):
+    if not (info != Info.GOOD).any():
         return
+    if not isinstance(info, np.ndarray):  # CuPy's
+        info = info.get()
+    failed = np.argwhere(info != Info.GOOD)
     origin = origin or (0,) * info.ndim
     where = ""
     if None in origin:

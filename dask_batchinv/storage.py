@@ -227,6 +227,10 @@ def array_options(dtype: npt.DTypeLike) -> dict[str, Any]:
 
 def shares_memory(a: Any, b: npt.NDArray[Any]) -> bool:
     """Tell whether two arrays share memory; True where that is too hard to say."""
+    if not isinstance(a, np.ndarray):  # both are CuPy's
+        import cupy
+
+        return bool(cupy.shares_memory(a, b))
     effort: Any = 10_000  # NumPy's types know only -1 and 0 in some versions
     try:
         return np.shares_memory(a, b, max_work=effort)

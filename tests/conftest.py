@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client, LocalCluster
+from gpu import fake_cupy
 from hypothesis import HealthCheck, settings
 from stacks import conditioned
 
 from dask_batchinv import invert_store
+from dask_batchinv.kernels import choose_kernel, gpu
 
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=1000, deadline=None)
@@ -18,11 +20,14 @@ settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.getoption("-m"):
-        skip = pytest.mark.skip(reason="takes minutes: run with -m slow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+    reasons = {
+        "slow": None if "slow" in config.getoption("-m") else "takes minutes: run with -m slow",
+        "gpu": gpu.why_unusable(),
+    }
+    for item in items:
+        for mark, reason in reasons.items():
+            if reason and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -114,3 +119,42 @@ def done(tmp_path, make_source, client):
     source = make_source(a[:40], chunks=(10, 3, 3))
     invert_store(source, tmp_path / "t", client=client, tile_size=720, max_failed=None)
     return source, tmp_path / "t"
+
+
+@pytest.fixture(params=[
+    "cpu",
+    pytest.param("emulated", marks=pytest.mark.skipif(not fake_cupy.COMPILER, reason="needs a C++ compiler")),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+])  # fmt: skip
+def backend(request):
+    """Where kernels run. "emulated": those for GPUs, on the CPU, with what stands for CuPy."""
+    if request.param == "emulated":
+        with fake_cupy.installed():
+            yield request.param
+    else:
+        yield request.param
+
+
+@pytest.fixture
+def run(backend):
+    """Call a bare kernel for arrays in main memory."""
+    return run_cpu if backend == "cpu" else run_gpu
+
+
+def run_cpu(a, structure="general"):
+    out, info, rcond = results_for(a)
+    choose_kernel(structure, "cpu").invert(a, out, info, rcond)
+    return out, info, rcond
+
+
+def run_gpu(a, structure="general"):
+    import cupy
+
+    on_gpu = [cupy.array(x) for x in (a, *results_for(a))]
+    gpu.invert(*on_gpu, assume_a=structure)
+    return tuple(cupy.asnumpy(x) for x in on_gpu[1:])
+
+
+def results_for(a):
+    """Return arrays for inverse, info and rcond, filled with what they must not keep."""
+    return np.full(a.shape, 99, a.dtype), np.full(len(a), 99, np.int32), np.full(len(a), 99, np.finfo(a.dtype).dtype)

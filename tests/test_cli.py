@@ -97,7 +97,7 @@ def test_quiet(source, tmp_path):
         (["{source}", "{tmp}/t", "--dims", "a"], "two different names"),
         (["{source}", "{tmp}/t", "--assume-a", "pos"], "'pos' is not one of"),
         (["{source}", "{tmp}/t", "--max-failed", "few"], "takes a number or 'any'"),
-        (["{source}", "{tmp}/t", "--device", "gpu"], "no GPU kernels"),
+        (["{source}", "{tmp}/t", "--device", "gpu"], "CuPy cannot be imported|CUDA finds no"),
         (["{source}", "{tmp}/t", "--memory-limit", "1MiB"], "do not fit|does not fit"),
         (["{source}", "{tmp}/t", "--scheduler", "tcp://127.0.0.1:9"], "no scheduler at tcp://127.0.0.1:9"),
         (["{source}", "memory://t", "--workers", "1"], "memory of this process"),

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import run_cpu
 from lapack_types import SIZES, TYPES, sample
 from stacks import DTYPES
-from test_kernels import run
 
 #: A million matrices and more over all kinds, types, sizes and dtypes.
 MANY = {1: 3000, 2: 3000, 3: 3000, 4: 3000, 5: 3000, 8: 1600, 10: 1600, 16: 800, 32: 160, 33: 160, 50: 60, 64: 40}
@@ -30,7 +30,7 @@ def ratios(a, x):
     return np.asarray(residual / norm(aw) / norm(xw) / (n * np.finfo(real).eps / 2), float)
 
 
-def check(kind, n, dtype, m, seed=0):
+def check(kind, n, dtype, m, seed=0, run=run_cpu):
     """Return the largest ratio of a kind, size and dtype, and of how many matrices."""
     worst, count = 0.0, 0
     for number, type_ in enumerate(TYPES[kind]):

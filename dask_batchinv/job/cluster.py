@@ -21,11 +21,15 @@ from distributed.system import MEMORY_LIMIT
 
 from dask_batchinv.job.source import Source
 from dask_batchinv.job.versions import differing, versions
+from dask_batchinv.kernels import DeviceError, gpu, parse_device
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.place import Place, redact
+from dask_batchinv.stack import Device
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
+#: Threads of an embedded worker with a GPU: enough that reading and writing go on meanwhile.
+GPU_THREADS = 4
 CONNECT_SECONDS = 5
 WORKER_SECONDS = 30
 
@@ -48,6 +52,8 @@ class ClusterOptions:
     """Port of this machine on which to serve Dask's dashboard; by default there is none."""
     insecure: bool = False
     """Allow a scheduler on another machine that is not reached by TLS."""
+    device: Device = "cpu"
+    """Where the job computes: the embedded cluster has one process for a GPU."""
 
     def __post_init__(self) -> None:
         mine = {
@@ -78,12 +84,17 @@ class Workers:
     """Threads of the one with the most."""
     memory: int | None
     """Bytes of the one with the least; None if unlimited."""
+    gpus: int = 0
+    """Workers with a GPU that the job may use."""
 
 
 def embedded_workers(options: ClusterOptions) -> Workers:
     """Return what the embedded cluster would have, without starting it."""
-    count = options.workers or max(1, CPU_COUNT // (options.threads_per_worker or 1))
-    threads = options.threads_per_worker or 1
+    if parse_device(options.device) != "cpu" and gpu.why_unusable() is None:
+        count, threads = options.workers or 1, options.threads_per_worker or min(GPU_THREADS, CPU_COUNT)
+    else:
+        count = options.workers or max(1, CPU_COUNT // (options.threads_per_worker or 1))
+        threads = options.threads_per_worker or 1
     if options.memory_limit is None:
         return Workers(count, threads, MEMORY_LIMIT // count)
     try:
@@ -192,6 +203,27 @@ def check_versions(client: Client) -> None:
         raise ClusterError(
             f"{len(different)} worker(s) have other versions, first {address}: {text}. Install the same versions there"
         )
+
+
+def count_gpus(device: Device, client: Client | None) -> int:
+    """Return how many workers have a GPU that a job may use; without a client, whether this machine has one.
+
+    Raises
+    ------
+    DeviceError
+        With ``device="gpu"``, if one has none.
+    """
+    device = parse_device(device)
+    if device == "cpu":
+        return 0
+    found = client.run(gpu.why_unusable) if client else {"this machine": gpu.why_unusable()}
+    without = {address: reason for address, reason in found.items() if reason is not None}
+    if device == "gpu" and without:
+        address, reason = next(iter(without.items()))
+        raise DeviceError(
+            f'device="gpu", but {len(without)} of {len(found)} workers have none, first {address}: {reason}'
+        )
+    return len(found) - len(without)
 
 
 def check_reach(client: Client, source: Source | None, target: Place) -> None:

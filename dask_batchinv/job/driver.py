@@ -7,14 +7,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from distributed import Client
 
 from dask_batchinv.job import target as targets
-from dask_batchinv.job.cluster import ClusterOptions, Workers, check_reach, check_versions, connect
+from dask_batchinv.job.cluster import ClusterOptions, Workers, check_reach, check_versions, connect, count_gpus
 from dask_batchinv.job.ledger import FAILED, Ledger
 from dask_batchinv.job.lock import Lock, LockLostError, locked, sweep
 from dask_batchinv.job.plan import Plan
@@ -145,7 +145,9 @@ def invert_store(
         variable=variable, dims=dims, assume_a=assume_a, min_rcond=min_rcond, max_failed=max_failed, device=device,
         missing=missing, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip
-    cluster = ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure)
+    cluster = ClusterOptions(
+        client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure, device=device
+    )
     report = run_job(prepare(source, target, options), cluster, on_progress)
     if report.exit_code:
         raise JobFailedError(report)
@@ -159,8 +161,9 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         nobody = Workers(0, 0, None)
         return _report(job, plan_for(job, nobody), nobody, _Outcome(), ledger)
     with connect(options) as (client, workers):
-        plan = plan_for(job, workers)
         check_versions(client)
+        workers = replace(workers, gpus=count_gpus(job.options.device, client))
+        plan = plan_for(job, workers)
         check_reach(client, job.source, job.target)
         run = _Run(client, workers, job, plan, on_progress)
         if job.complete:
@@ -374,6 +377,7 @@ def _report(job: Job, plan: Plan, workers: Workers, outcome: _Outcome, ledger: L
         workers=workers.count,
         threads_per_worker=workers.threads,
         kernel=job.kernel.name,
+        devices=ledger.devices,
         source_checked=job.source.checksummed,
         notes=_notes(job, outcome),
     )

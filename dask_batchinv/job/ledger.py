@@ -17,11 +17,13 @@ from dask_batchinv.place import Place
 
 #: The checksum that each chunk of a tile was written with; -1 if it has none, being empty.
 CHECKSUMS = {"inverse": "inverse_crc32c", "rcond": "rcond_crc32c", "info": "info_crc32c"}
-#: What a row says of its tile, 104 bytes in all. ``smallest_rcond_bits``: of the good matrices, a float64 as int64.
+#: What a row says of its tile, 112 bytes in all. ``smallest_rcond_bits``: of the good matrices, a float64 as int64;
+#: ``device``: an index of DEVICES.
 COLUMNS = (
     "done", "matrices", "singular", "not_finite", "overflow", "below_min_rcond", "ill_conditioned",
-    "smallest_rcond_bits", "milliseconds", "attempts", *CHECKSUMS.values(),
+    "smallest_rcond_bits", "milliseconds", "attempts", "device", *CHECKSUMS.values(),
 )  # fmt: skip
+DEVICES = ("cpu", "gpu")
 FAILED = ("singular", "not_finite", "overflow", "below_min_rcond")
 ROWS_PER_CHUNK = 4096
 
@@ -78,6 +80,12 @@ class Ledger:
     def failed(self) -> dict[str, int]:
         """Matrices without an inverse, by kind."""
         return {name: self.total(name) for name in FAILED}
+
+    @property
+    def devices(self) -> dict[str, int]:
+        """Tiles by the device that inverted them."""
+        counts = np.bincount(self.column("device")[self.done], minlength=len(DEVICES))
+        return dict(zip(DEVICES, map(int, counts), strict=True))
 
     @property
     def smallest_rcond(self) -> float | None:

@@ -17,7 +17,7 @@ from dask_batchinv.job import target as targets
 from dask_batchinv.job.cluster import Workers
 from dask_batchinv.job.plan import Layout, Limits, Plan, make_plan
 from dask_batchinv.job.source import Missing, Source, open_source
-from dask_batchinv.kernels import Kernel, choose_kernel
+from dask_batchinv.kernels import Kernel, choose_kernel, staging
 from dask_batchinv.outcome import RefusedError, TargetError
 from dask_batchinv.place import Place
 from dask_batchinv.stack import AssumeA, Device, parse_choice, real_dtype, result_dtype
@@ -165,10 +165,13 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         itemsize_rcond=real_dtype(dtype).itemsize,
         converts=source.dtype != dtype or source.core != (len(source.shape) - 2, len(source.shape) - 1),
     )
+    scratch = job.kernel.scratch_nbytes(source.n, dtype)
+    if workers.gpus:
+        scratch = max(scratch, staging.scratch_nbytes(source.n, dtype))
     limits = Limits(
         memory=workers.memory,
         threads=workers.threads,
-        scratch=job.kernel.scratch_nbytes(source.n, dtype),
+        scratch=scratch,
         compiling=job.kernel.compile_nbytes(source.n, dtype),
         read_concurrency=None if source.sharded else int(zarr.config.get("async.concurrency")),
     )

@@ -98,6 +98,8 @@ class JobReport:
     """Threads of each."""
     kernel: str
     """What inverted the matrices."""
+    devices: dict[str, int]
+    """Tiles in the ledger by the device that inverted them, "cpu" or "gpu"."""
     source_checked: bool
     """Whether the source carries checksums; without them damage to it goes unnoticed."""
     notes: tuple[str, ...] = field(default=())
@@ -157,6 +159,8 @@ class JobReport:
                 f"{format_bytes(rate)}/s, {format_bytes(self.bytes_written)} written"
             )
             lines.append(f"workers          {self.workers} with {self.threads_per_worker} thread(s), {self.kernel}")
+        if self.devices["gpu"]:
+            lines.append(f"devices          {self.devices['gpu']:,} tiles on GPUs, {self.devices['cpu']:,} on CPUs")
         lines += [f"note             {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -17,11 +17,11 @@ import zarr
 
 from dask_batchinv import storage
 from dask_batchinv.job import target as targets
-from dask_batchinv.job.ledger import CHECKSUMS
+from dask_batchinv.job.ledger import CHECKSUMS, DEVICES
 from dask_batchinv.job.plan import Tiling
 from dask_batchinv.job.source import Missing, Source
 from dask_batchinv.job.versions import VersionError, differing, versions
-from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels import device_for, invert_block
 from dask_batchinv.outcome import Info, TargetError
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import AssumeA, Device, result_dtype
@@ -94,14 +94,15 @@ def guarded(number: int, work: Callable[[], list[TileResult]]) -> list[TileResul
 def _do(task: TileTask, numbers: range) -> list[TileResult]:
     start = time.perf_counter()
     _check_versions(task.versions)
-    room, results = _read_and_invert(task, numbers)
+    device = device_for(None, task.device)
+    room, results = _read_and_invert(task, numbers, device)
     _check_generation(task)
     arrays = {name: _open_target(task.run, task.target, name) for name in CHECKSUMS}
     rows: dict[int, dict[str, int]] = {}
     chunks: dict[str, dict[str, Chunk]] = {name: {} for name in CHECKSUMS}
     for number in numbers:
         parts = {name: _part(task.tiling, name, values, number, numbers) for name, values in results.items()}
-        rows[number] = count(parts["info"], parts["rcond"])
+        rows[number] = count(parts["info"], parts["rcond"]) | {"device": DEVICES.index(device)}
         for name, key in task.tiling.chunk_keys(number).items():
             rows[number][CHECKSUMS[name]] = -1
             if arrays[name].size:
@@ -148,7 +149,7 @@ def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tiles
     return np.moveaxis(np.asarray(block), tiling.core, (-2, -1))
 
 
-def _read_and_invert(task: TileTask, numbers: range) -> tuple[Chunk | None, dict[str, Array]]:
+def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Chunk | None, dict[str, Array]]:
     """Return the results of tiles in the order stored; the inverses as a chunk where they are one as they come."""
     # A function of its own so that the input is gone before the output is encoded.
     stack = read_stack(task.run, task.source, task.missing, task.tiling, numbers)
@@ -159,7 +160,7 @@ def _read_and_invert(task: TileTask, numbers: range) -> tuple[Chunk | None, dict
         stack,
         dtype=dtype,
         assume_a=task.assume_a,
-        device=task.device,
+        device=device,
         min_rcond=task.min_rcond,
         out=room.values if room else None,
     )

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import dask.config
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.kernels import compiled, lapack
+from dask_batchinv.kernels import compiled, gpu, lapack, staging
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
@@ -43,18 +43,42 @@ class Kernel:
     """``compile_nbytes(n, dtype)``: what it takes in bytes before its first use in a process."""
 
 
+def no_nbytes(n: int, dtype: npt.DTypeLike) -> int:
+    """Nothing is compiled in main memory."""
+    return 0
+
+
 def parse_device(device: Device) -> Device:
-    """Return the device that is meant: for "auto", the Dask configuration ``batchinv.device`` decides."""
+    """Return the device that was asked for: for "auto", the Dask configuration ``batchinv.device`` decides."""
     device = parse_choice("device", device, Device)
     if device == "auto":
         device = parse_choice("dask.config batchinv.device", dask.config.get("batchinv.device", "auto"), Device)
-    if device == "gpu":
-        raise DeviceError('device="gpu": this version of dask_batchinv has no GPU kernels; use "cpu" or "auto"')
     return device
 
 
-def choose_kernel(assume_a: AssumeA, device: Device = "auto") -> Kernel:
-    """Return the kernel for matrices of a structure on a device.
+def device_for(block: Any, device: Device) -> Literal["cpu", "gpu"]:
+    """Return where a block is inverted by this process.
+
+    Raises
+    ------
+    DeviceError
+        If that is not possible: nothing is copied to or from a GPU unless that is meant, and no GPU is replaced by the
+        CPU in silence.
+    """
+    device = parse_device(device)
+    if gpu.is_gpu_array(block):
+        if device == "cpu":
+            raise DeviceError('device="cpu", but the block is a CuPy array: convert it with '
+                              '.map_blocks(cupy.asnumpy) first, or use "auto"')  # fmt: skip
+        return "gpu"
+    reason = None if device == "cpu" else gpu.why_unusable()
+    if device == "gpu" and reason is not None:
+        raise DeviceError(f'device="gpu": {reason}; or use "cpu" or "auto"')
+    return "cpu" if device == "cpu" or reason is not None else "gpu"
+
+
+def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
+    """Return the kernel for matrices in main memory, of a structure, on a device; for "auto" that of the CPU.
 
     Examples
     --------
@@ -62,7 +86,14 @@ def choose_kernel(assume_a: AssumeA, device: Device = "auto") -> Kernel:
     'compiled: positive definite'
     """
     parse_choice("assume_a", assume_a, AssumeA)
-    parse_device(device)
+    if parse_device(device) == "gpu":
+        return Kernel(
+            name=f"cuda: {assume_a}",
+            device="gpu",
+            invert=partial(staging.invert, assume_a=assume_a),
+            scratch_nbytes=staging.scratch_nbytes,
+            compile_nbytes=no_nbytes,
+        )
     if assume_a == "general" or assume_a == "positive definite":
         return Kernel(
             name=f"compiled: {assume_a}",
@@ -76,7 +107,7 @@ def choose_kernel(assume_a: AssumeA, device: Device = "auto") -> Kernel:
         device="cpu",
         invert=partial(lapack.invert, structure=lapack.STRUCTURES[assume_a]),
         scratch_nbytes=lapack.scratch_nbytes,
-        compile_nbytes=lambda n, dtype: 0,
+        compile_nbytes=no_nbytes,
     )
 
 
@@ -94,7 +125,7 @@ def invert_block(
     min_rcond: float = 0.0,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Invert one block of shape ``(*, n, n)`` that is in memory.
+    """Invert one block of shape ``(*, n, n)`` that is in main memory or on a GPU, where the results then are too.
 
     Parameters
     ----------
@@ -114,19 +145,21 @@ def invert_block(
     inverse, info, rcond : arrays
         Shapes ``(*, n, n)``, ``(*,)``, ``(*,)``; dtypes `dtype`, int32, and the real kind of `dtype`.
     """
-    if type(a).__module__.partition(".")[0] == "cupy":
-        raise DeviceError("the block is a CuPy array and this version of dask_batchinv has no GPU kernels: "
-                          "convert it with .map_blocks(cupy.asnumpy) first")  # fmt: skip
-    kernel = choose_kernel(assume_a, device)
+    where = device_for(a, device)
     dtype = np.dtype(dtype)
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
-    out = np.empty((m, n, n), dtype) if out is None else out.reshape(m, n, n)
-    info = np.empty(m, np.int32)
-    rcond = np.empty(m, np.finfo(dtype).dtype)
+    empty: Any = np.empty
+    if on_gpu := gpu.is_gpu_array(a):
+        import cupy
+
+        empty = cupy.empty
+    out = empty((m, n, n), dtype) if out is None else out.reshape(m, n, n)
+    info, rcond = empty(m, np.int32), empty(m, np.finfo(dtype).dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        native = np.asarray(a).astype(dtype, copy=False)
-    kernel.invert(native.reshape(m, n, n), out, info, rcond)
+        native = (a if on_gpu else np.asarray(a)).astype(dtype, order="C" if on_gpu else "K", copy=False)
+    invert = partial(gpu.invert, assume_a=assume_a) if on_gpu else choose_kernel(assume_a, where).invert
+    invert(native.reshape(m, n, n), out, info, rcond)
     if min_rcond > 0:
         poor = (info == 0) & (rcond < min_rcond)
         info[poor] = -3

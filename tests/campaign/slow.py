@@ -17,7 +17,7 @@ SECONDS = 0.04
 #: Tiles whose first number is one of these are poison. Between them and zero nothing else lies.
 POISON = {-1001.0: "segfault", -1002.0: "exit", -1003.0: "hang", -1004.0: "hang with the lock", -1005.0: "memory"}
 
-_do, _invert = tile._do, tile._read_and_invert
+_do = tile._do
 
 
 def dask_setup(worker: Any) -> None:

@@ -1,0 +1,151 @@
+"""The GPU kernels: compiling and launching them through CuPy, in as many batches as memory wants.
+
+Everything here works on the current device and stream. CuPy is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from dask_batchinv.kernels import launch
+from dask_batchinv.kernels.launch import Launch
+
+#: Arrays of CuPy, whose types need a CUDA installation.
+Array = Any
+
+#: The oldest cards that have what the kernels use: lanes that are synchronized by name.
+OLDEST = 70
+#: Of the memory that is free, so much is for temporary arrays.
+SHARE = 0.8
+
+
+@lru_cache(maxsize=1)
+def why_unusable() -> str | None:
+    """Return why no GPU can be used in this process, or None if one can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}): pip install 'dask_batchinv[gpu]'"
+    try:
+        if not cupy.cuda.runtime.getDeviceCount():
+            return "CUDA finds no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        if int(cupy.cuda.Device().compute_capability) < OLDEST:
+            return f"the GPU is too old: compute capability {OLDEST / 10} is needed"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CUDA finds no usable GPU ({error}): look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return None
+
+
+def is_gpu_array(a: Any) -> bool:
+    """Tell whether an array is CuPy's, without importing CuPy."""
+    return type(a).__module__.partition(".")[0] == "cupy"
+
+
+def invert(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
+    """Invert a block that is in GPU memory; the contract is in `dask_batchinv.kernels`, all arrays in C order."""
+    run(a, out, info, rcond, assume_a=assume_a)
+    if a.dtype.char in "fF" and a.shape[-1]:
+        again_in_double(a, out, info, rcond, assume_a=assume_a)
+
+
+def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
+    """Do the same without waiting for the GPU; but what overflowed in single precision is only marked as such."""
+    m, n = a.shape[:2]
+    if n == 0:
+        info[...] = 0
+        rcond[...] = 1
+    if m == 0 or n == 0:
+        return
+    plan = launch.plan_launch(n, a.dtype, assume_a)
+    if plan.layout == "cublas":
+        _in_batches(_by_cublas, plan, a, out, info, rcond)
+    else:
+        _call(plan, plan.layout if plan.layout != "memory" else "definite", m, n, a, out, info, rcond)
+
+
+def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
+    """Invert again in double precision what overflowed in single: on the way, that is, which its inverse need not."""
+    import cupy
+
+    overflowed = cupy.flatnonzero(info == -2)  # waits for the GPU
+    if not overflowed.size:
+        return
+    wide = np.dtype("d" if a.dtype.char == "f" else "D")
+    plan = launch.plan_launch(a.shape[-1], wide, assume_a)
+
+    def part(_: Launch, some: Array) -> None:
+        b = a[some].astype(wide)
+        results = cupy.empty_like(b), cupy.empty(len(b), np.int32), cupy.empty(len(b), np.float64)
+        run(b, *results, assume_a=assume_a)
+        with np.errstate(over="ignore"):
+            narrow = results[0].astype(a.dtype)
+        bad = (results[1] == 0) & ~cupy.isfinite(narrow).all(axis=(1, 2))
+        results[1][bad] = -2
+        narrow[results[1] != 0] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
+        out[some], info[some], rcond[some] = narrow, results[1], results[2].astype(rcond.dtype)
+
+    _in_batches(part, plan, overflowed, of_one=5 * a[0].size * wide.itemsize)
+
+
+def _in_batches(work: Callable[..., None], plan: Launch, *arrays: Array, of_one: int | None = None) -> None:
+    """Call ``work(plan, *parts)`` for parts of arrays whose temporary memory is there; for smaller ones if it is not.
+
+    `of_one` is the temporary memory for one matrix; by default that of `_by_cublas`.
+    """
+    import cupy
+
+    if of_one is None:
+        of_one = 2 * arrays[0][0].size * arrays[0].itemsize + 4 * arrays[0].shape[-1] + 64
+    pool = cupy.get_default_memory_pool()
+    free = cupy.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
+    start, step = 0, launch.batch(len(arrays[0]), of_one, int(SHARE * free))
+    while start < len(arrays[0]):
+        try:
+            work(plan, *(x[start : start + step] for x in arrays))
+        except cupy.cuda.memory.OutOfMemoryError:
+            if step == 1:
+                raise
+            pool.free_all_blocks()
+            step = -(-step // 2)
+        else:
+            start += step
+
+
+def _by_cublas(plan: Launch, a: Array, out: Array, info: Array, rcond: Array) -> None:
+    import cupy
+    from cupy_backends.cuda.libs import cublas
+
+    m, n = a.shape[:2]
+    work, inverse = cupy.empty_like(a), cupy.empty_like(a)
+    finite, shift, ignored = (cupy.empty(m, np.int32) for _ in range(3))
+    norm, pivots = cupy.empty_like(rcond), cupy.empty((m, n), np.int32)
+    _call(plan, "prepare", m, n, a, work, finite, shift, norm)
+    letter = {"f": "s", "d": "d", "F": "c", "D": "z"}[a.dtype.char]
+    factor, invert_factors = (getattr(cublas, f"{letter}{routine}Batched") for routine in ("getrf", "getri"))
+    of_work, of_inverse = (x.data.ptr + cupy.arange(m, dtype=np.uint64) * (n * n * x.itemsize) for x in (work, inverse))
+    handle = cupy.cuda.Device().cublas_handle
+    factor(handle, n, of_work.data.ptr, n, pivots.data.ptr, info.data.ptr, m)
+    invert_factors(
+        handle, n, of_work.data.ptr, n, pivots.data.ptr, of_inverse.data.ptr, n, ignored.data.ptr, m
+    )  # fmt: skip
+    _call(plan, "account", m, n, inverse, out, info, rcond, finite, shift, norm)
+
+
+def _call(plan: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
+    kernel = _function(plan.options, name)
+    if plan.shared_nbytes > launch.SHARED_NBYTES:
+        kernel.max_dynamic_shared_size_bytes = plan.shared_nbytes
+    arguments = (*arrays, np.int64(m), np.int32(n), np.int32(plan.structure))
+    kernel((plan.blocks(m),), (plan.threads,), arguments, shared_mem=plan.shared_nbytes)
+
+
+@cache
+def _function(options: tuple[str, ...], name: str) -> Any:
+    import cupy
+
+    # Compiled once for a card, and kept by CuPy in a folder of the user's.
+    return cupy.RawModule(code=launch.source(), options=("-std=c++17", *options), backend="nvrtc").get_function(name)

@@ -1,0 +1,99 @@
+"""From main memory over the GPU and back: copying in, inverting and copying out overlap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_batchinv.kernels import gpu
+
+HostArray = npt.NDArray[Any]
+
+#: Bytes of the matrices that are copied at a time.
+PIECE_NBYTES = 2**25
+#: Pieces on their way at once: one is copied while another is inverted.
+SLOTS = 2
+
+
+def scratch_nbytes(n: int, dtype: npt.DTypeLike) -> int:
+    """Return the main memory that `invert` takes, whatever the number of matrices."""
+    one = n * n * np.dtype(dtype).itemsize + 16
+    return 2 * SLOTS * max(PIECE_NBYTES, one)
+
+
+def invert(a: HostArray, out: HostArray, info: HostArray, rcond: HostArray, *, assume_a: str) -> None:
+    """Invert a block that is in main memory on the current GPU; the contract is in `dask_batchinv.kernels`."""
+    m, n = a.shape[:2]
+    step = max(1, min(m, PIECE_NBYTES // max(1, n * n * a.itemsize)))
+    slots = [_Slot.make(step, n, a.dtype) for _ in range(min(SLOTS, -(-m // step)))]
+    results = out, info, rcond
+    for number, start in enumerate(range(0, m, step)):
+        slot = slots[number % len(slots)]
+        slot.finish(results, assume_a)
+        slot.begin(a, slice(start, min(start + step, m)), assume_a)
+    for number in range(len(slots)):  # the oldest first
+        slots[(-(-m // step) + number) % len(slots)].finish(results, assume_a)
+
+
+@dataclass
+class _Slot:
+    """Room for one piece, in pinned memory and on the GPU, and a stream of its own."""
+
+    stream: Any
+    pinned: tuple[HostArray, ...]
+    """The matrices, and what comes of them: inverse, info, rcond."""
+    on_gpu: tuple[Any, ...]
+    part: slice | None = None
+    """What of the block is on its way."""
+
+    @classmethod
+    def make(cls, m: int, n: int, dtype: Any) -> _Slot:
+        import cupy
+
+        real = np.empty(0, dtype).real.dtype
+        layout = (((m, n, n), dtype), ((m, n, n), dtype), ((m,), np.dtype(np.int32)), ((m,), real))
+        return cls(
+            cupy.cuda.Stream(non_blocking=True),
+            tuple(_pinned(*one) for one in layout),
+            tuple(cupy.empty(*one) for one in layout),
+        )
+
+    def begin(self, a: HostArray, part: slice, assume_a: str) -> None:
+        """Send a part of a block on its way."""
+        m = part.stop - part.start
+        self.part = part
+        self.pinned[0][:m] = a[part]
+        on_gpu = [x[:m] for x in self.on_gpu]
+        with self.stream:
+            on_gpu[0].set(self.pinned[0][:m], stream=self.stream)
+            gpu.run(*on_gpu, assume_a=assume_a)
+            for x, host in zip(on_gpu[1:], self.pinned[1:], strict=True):
+                x.get(stream=self.stream, out=host[:m], blocking=False)
+
+    def finish(self, results: tuple[HostArray, ...], assume_a: str) -> None:
+        """Wait for what is on its way, and take it out."""
+        if self.part is None:
+            return
+        self.stream.synchronize()
+        m = self.part.stop - self.part.start
+        if self.pinned[0].dtype.char in "fF" and (self.pinned[2][:m] == -2).any():
+            with self.stream:
+                on_gpu = [x[:m] for x in self.on_gpu]
+                gpu.again_in_double(*on_gpu, assume_a=assume_a)
+                for x, host in zip(on_gpu[1:], self.pinned[1:], strict=True):
+                    x.get(stream=self.stream, out=host[:m])
+        for result, host in zip(results, self.pinned[1:], strict=True):
+            result[self.part] = host[:m]
+        self.part = None
+
+
+def _pinned(shape: tuple[int, ...], dtype: Any) -> HostArray:
+    import cupy
+
+    size = math.prod(shape)
+    memory = cupy.cuda.alloc_pinned_memory(max(1, size * dtype.itemsize))
+    return np.frombuffer(memory, dtype, size).reshape(shape)

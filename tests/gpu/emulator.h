@@ -1,0 +1,177 @@
+// Runs a CUDA kernel on a CPU, so that its arithmetic and its barriers can be tested without a card: the threads of a
+// block are fibers, switched at barriers alone. A barrier that some threads of a group never reach ends the process.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(n)
+
+using std::max;
+using std::min;
+
+namespace emulator {
+
+enum Wait { NOTHING, WARP, BLOCK };
+
+struct Index {
+    unsigned x;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(1 << 16);
+    Index index;
+    Wait waits = NOTHING;
+    bool ended = false;
+    unsigned char slot[16];
+};
+
+std::vector<Fiber> fibers;
+Fiber* self;
+ucontext_t scheduler;
+Index block, grid;
+std::function<void()> body;
+
+void run_fiber() {
+    body();
+    self->ended = true;
+    swapcontext(&self->context, &scheduler);
+}
+
+void wait(Wait kind) {
+    self->waits = kind;
+    swapcontext(&self->context, &scheduler);
+}
+
+// Lets the threads of [first, last) go on if all of them that have not ended wait for each other.
+bool release(size_t first, size_t last, Wait kind) {
+    bool some = false;
+    for (size_t t = first; t < last; t++) {
+        if (fibers[t].ended) continue;
+        if (fibers[t].waits != kind) return false;
+        some = true;
+    }
+    for (size_t t = first; t < last; t++) fibers[t].waits = NOTHING;
+    return some;
+}
+
+void run_block(unsigned threads) {
+    if (fibers.size() != threads) fibers = std::vector<Fiber>(threads);
+    for (unsigned t = 0; t < threads; t++) {
+        Fiber& fiber = fibers[t];
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_fiber, 0);
+        fiber.index = {t};
+        fiber.waits = NOTHING;
+        fiber.ended = false;
+    }
+    for (;;) {
+        bool moved = false, all_ended = true;
+        for (Fiber& fiber : fibers) {
+            if (!fiber.ended && fiber.waits == NOTHING) {
+                self = &fiber;
+                swapcontext(&scheduler, &fiber.context);
+                moved = true;
+            }
+            all_ended &= fiber.ended;
+        }
+        if (all_ended) return;
+        for (unsigned t = 0; t < threads; t += 32) moved |= release(t, min(t + 32, threads), WARP);
+        if (!moved && !release(0, threads, BLOCK)) {
+            std::fprintf(stderr, "some threads wait at a barrier that others never reach\n");
+            std::abort();
+        }
+    }
+}
+
+template <class V> V exchanged(V value, unsigned from) {
+    static_assert(sizeof(V) <= sizeof(self->slot));
+    std::memcpy(self->slot, &value, sizeof(V));
+    wait(WARP);
+    V other;
+    std::memcpy(&other, fibers[from].slot, sizeof(V));
+    wait(WARP);
+    return other;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::self->index)
+#define blockIdx (emulator::block)
+#define gridDim (emulator::grid)
+
+inline void __syncthreads() { emulator::wait(emulator::BLOCK); }
+inline void __syncwarp() { emulator::wait(emulator::WARP); }
+template <class V> V __shfl_sync(unsigned, V value, int lane, int width) {
+    const unsigned t = threadIdx.x;
+    return emulator::exchanged(value, t - t % width + lane % width);
+}
+template <class V> V __shfl_xor_sync(unsigned, V value, int mask, int) {
+    return emulator::exchanged(value, threadIdx.x ^ mask);
+}
+inline float __int_as_float(int bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline double __longlong_as_double(long long bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+#include KERNELS
+
+__align__(16) unsigned char memory[1 << 18];
+
+template <class Kernel, class... Arguments>
+static void launch(Kernel kernel, unsigned blocks, unsigned threads, unsigned shared, Arguments... arguments) {
+    emulator::body = [=] { kernel(arguments...); };
+    emulator::grid = {blocks};
+    for (unsigned b = 0; b < blocks; b++) {
+        // What it has at the beginning is not promised, and beyond its end it is not there.
+        std::memset(memory, 0xff, sizeof memory);
+        emulator::block = {b};
+        emulator::run_block(threads);
+        for (size_t i = shared; i < sizeof memory; i++)
+            if (memory[i] != 0xff) {
+                std::fprintf(stderr, "%u bytes of shared memory were asked for, byte %zu was written\n", shared, i);
+                std::abort();
+            }
+    }
+}
+
+#ifdef LAYOUT_MEMORY
+extern "C" void run_prepare(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* work, int* finite, int* shift, R* norm,
+                            Long m, int n, int structure) {
+    launch(prepare, blocks, threads, shared, a, work, finite, shift, norm, m, n, structure);
+}
+extern "C" void run_account(unsigned blocks, unsigned threads, unsigned shared, const T* work, T* out, int* info, R* rcond,
+                            const int* finite, const int* shift, const R* norm, Long m, int n, int structure) {
+    launch(account, blocks, threads, shared, work, out, info, rcond, finite, shift, norm, m, n, structure);
+}
+#define ENTRY ::definite
+#elif defined LAYOUT_THREADS
+#define ENTRY ::threads
+#elif defined LAYOUT_LANES
+#define ENTRY ::lanes
+#else
+#define ENTRY ::tiles
+#endif
+extern "C" void run(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* out, int* info, R* rcond, Long m, int n,
+                    int structure) {
+    launch(ENTRY, blocks, threads, shared, a, out, info, rcond, m, n, structure);
+}

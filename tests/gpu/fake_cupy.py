@@ -1,0 +1,203 @@
+"""As much of CuPy as dask_batchinv uses, on a CPU: arrays of NumPy's, the kernels compiled as C++, LAPACK for cuBLAS.
+
+So that everything but the card itself can be tested where there is none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from scipy.linalg import get_lapack_funcs
+
+from dask_batchinv.kernels import gpu, launch
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+#: So few that the blocks of a kernel have to take turns.
+BLOCKS = 2
+_KERNELS = Path(launch.__file__).with_name("inverse.cu")
+_HEADER = Path(__file__).with_name("emulator.h")
+_lock = threading.Lock()
+
+
+class ndarray(np.ndarray):  # noqa: N801 the name that CuPy gives it
+    """An array that counts as one in GPU memory."""
+
+    __module__ = "cupy"
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    def set(self, host: Any, stream: Any = None) -> None:
+        self[...] = host
+
+    def get(self, stream: Any = None, out: Any = None, blocking: bool = True) -> Any:
+        out = np.empty(self.shape, self.dtype) if out is None else out
+        out[...] = self
+        return out
+
+
+def array(a: Any) -> ndarray:
+    """Return a copy on the "GPU"."""
+    return np.array(a).view(ndarray)
+
+
+@functools.cache
+def _library(options: tuple[str, ...]) -> ctypes.CDLL:
+    assert COMPILER
+    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+    try:
+        path = folder / "kernels.so"
+        command = [COMPILER, "-x", "c++", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w",
+                   "-fno-strict-aliasing", f'-DKERNELS="{_KERNELS}"', *options, _HEADER, "-o", path]  # fmt: skip
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(path))
+    finally:
+        shutil.rmtree(folder)
+
+
+class _RawModule:
+    def __init__(self, *, code: str, options: tuple[str, ...], backend: str):
+        assert code == _KERNELS.read_text()
+        self._options = options
+
+    def get_function(self, name: str) -> Any:
+        function = getattr(_library(self._options), f"run_{name}" if name in ("prepare", "account") else "run")
+
+        def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], *, shared_mem: int) -> None:
+            assert grid[0] >= 1
+            given = [
+                ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) and x.ndim else
+                ctypes.c_longlong(x) if x.dtype == np.int64 else ctypes.c_int(x)
+                for x in arguments
+            ]  # fmt: skip
+            assert all(x.flags.c_contiguous for x in arguments if isinstance(x, np.ndarray))
+            with _lock:
+                function(min(grid[0], BLOCKS), block[0], shared_mem, *given)
+
+        return _Kernel(call)
+
+
+class _Kernel:
+    max_dynamic_shared_size_bytes = launch.SHARED_NBYTES
+
+    def __init__(self, call: Any):
+        self._call = call
+
+    def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        self._call(grid, block, arguments, shared_mem=shared_mem)
+
+
+class OutOfMemoryError(MemoryError):
+    """As CuPy's."""
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's."""
+
+
+class _Stream:
+    def __init__(self, non_blocking: bool = False):
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _at(pointer: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype).reshape(shape)
+
+
+def _getrf(letter: str, _: Any, n: int, matrices: int, lda: int, pivots: int, info: int, m: int) -> None:
+    assert lda == n
+    for i, pointer in enumerate(_at(matrices, (m,), np.uint64)):
+        a = _at(int(pointer), (n, n), letter)
+        lu, pivot, code = get_lapack_funcs("getrf", (a,))(a.T)
+        a.T[...] = lu
+        _at(pivots, (m, n), np.int32)[i] = pivot
+        _at(info, (m,), np.int32)[i] = code
+
+
+def _getri(
+    letter: str, _: Any, n: int, matrices: int, lda: int, pivots: int, inverses: int, ldc: int, info: int, m: int
+) -> None:
+    assert lda == ldc == n
+    for i, (pointer, other) in enumerate(
+        zip(_at(matrices, (m,), np.uint64), _at(inverses, (m,), np.uint64), strict=True)
+    ):
+        a, x = _at(int(pointer), (n, n), letter), _at(int(other), (n, n), letter)
+        inverse, code = get_lapack_funcs("getri", (a,))(a.T, _at(pivots, (m, n), np.int32)[i])
+        x.T[...] = inverse if code == 0 else np.nan
+        _at(info, (m,), np.int32)[i] = code
+
+
+def _like(function: Any) -> Any:
+    return lambda *arguments, **options: function(*arguments, **options).view(ndarray)
+
+
+@contextmanager
+def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
+    """Have this process find a GPU with so much free memory."""
+    cupy, backends = ModuleType("cupy"), ModuleType("cupy_backends.cuda.libs")
+    pool = SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: devices, memGetInfo=lambda: (free, free), CUDARuntimeError=CUDARuntimeError
+    )
+    members = {
+        "ndarray": ndarray, "array": array, "asnumpy": lambda a: a.get(), "RawModule": _RawModule,
+        "shares_memory": np.shares_memory, "isfinite": np.isfinite, "get_default_memory_pool": lambda: pool,
+        "cuda": SimpleNamespace(
+            runtime=runtime, Stream=_Stream, alloc_pinned_memory=bytearray,
+            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            Device=lambda: SimpleNamespace(compute_capability="90", cublas_handle=None),
+        ),
+    }  # fmt: skip
+    members |= {
+        name: _like(getattr(np, name)) for name in ("empty", "empty_like", "arange", "flatnonzero", "concatenate")
+    }
+    for name, member in members.items():
+        setattr(cupy, name, member)
+    cupy.__getattr__ = functools.partial(getattr, np)  # type: ignore[method-assign]  # what Dask registers
+    letters = {"s": "f", "d": "d", "c": "F", "z": "D"}
+    routines = {"getrf": _getrf, "getri": _getri}
+    backends.cublas = SimpleNamespace(  # type: ignore[attr-defined]
+        **{
+            f"{letter}{name}Batched": functools.partial(routine, dtype)
+            for letter, dtype in letters.items()
+            for name, routine in routines.items()
+        }
+    )
+    modules = {"cupy": cupy, "cupy_backends": ModuleType("cupy_backends"), "cupy_backends.cuda.libs": backends,
+               "cupy_backends.cuda": ModuleType("cupy_backends.cuda")}  # fmt: skip
+    _forget()
+    try:
+        with mock.patch.dict(sys.modules, modules):
+            yield cupy
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    gpu.why_unusable.cache_clear()
+    gpu._function.cache_clear()

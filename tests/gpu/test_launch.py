@@ -1,0 +1,84 @@
+"""What can be known of the GPU kernels without a GPU: they compile, and who takes which matrices."""
+
+import ctypes
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stacks import DTYPES, STRUCTURES
+
+from dask_batchinv.kernels import launch
+from dask_batchinv.kernels.launch import plan_launch
+
+
+def compiler():
+    """NVIDIA's run-time compiler from PyPI, or None."""
+    found = importlib.util.find_spec("nvidia")
+    for folder in found.submodule_search_locations if found else ():
+        for path in sorted(Path(folder).glob("**/libnvrtc.so.*")):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+NVRTC = compiler()
+
+
+def compile_for(architecture, options):
+    """Compile the kernels to machine code; return its size, or raise with what the compiler says."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    text = launch.source().encode()
+    assert NVRTC.nvrtcCreateProgram(ctypes.byref(program), text, b"inverse.cu", 0, None, None) == 0
+    given = [option.encode() for option in (f"--gpu-architecture={architecture}", "-std=c++17", *options)]
+    failed = NVRTC.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    NVRTC.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    NVRTC.nvrtcGetProgramLog(program, log)
+    assert not failed, log.value.decode()
+    NVRTC.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    return size.value
+
+
+@pytest.mark.skipif(NVRTC is None, reason="needs nvidia-cuda-nvrtc, which PyPI has for Linux alone")
+@pytest.mark.parametrize("kind", ["general", "positive definite"])
+@pytest.mark.parametrize(
+    ("dtype", "architecture"), [*((dtype, "sm_90") for dtype in DTYPES), ("float32", "sm_80"), ("complex128", "sm_80")]
+)
+def test_kernels_compile(dtype, kind, architecture):
+    """The largest n of each layout, which is the hardest for the compiler."""
+    sizes = [n for n in range(1, 130) if plan_launch(n, dtype, kind).layout != plan_launch(n + 1, dtype, kind).layout]
+    for n in [*sizes, 200]:
+        assert compile_for(architecture, plan_launch(n, dtype, kind).options) > 1000
+
+
+def test_every_matrix_has_a_kernel():
+    for dtype in DTYPES:
+        for structure in STRUCTURES:
+            order = ["threads", "lanes", "tiles", "memory" if structure == "positive definite" else "cublas"]
+            layouts = [plan_launch(n, dtype, structure).layout for n in range(1, 1025)]
+            assert list(dict.fromkeys(layouts)) == order
+            for n in range(1, 1025):
+                plan = plan_launch(n, dtype, structure)
+                # What every card has since 2017.
+                assert plan.shared_nbytes <= launch.SHARED_NBYTES
+                assert plan.threads % 32 == 0
+                assert 32 <= plan.threads <= 1024
+                # Lanes of a warp hold their row in registers, of which a thread has 255.
+                assert plan.layout != "lanes" or n * np.dtype(dtype).itemsize // 4 <= 128
+
+
+@pytest.mark.parametrize("n", [2, 16, 64, 300])
+def test_any_number_of_matrices(n):
+    plan = plan_launch(n, "float64", "general")
+    assert plan.blocks(1) == 1
+    for m in (10**6, 2**31, 2**40):
+        # No more blocks than CUDA has in a row, and all matrices are somebody's turn.
+        assert plan.blocks(m) == min(-(-m // plan.matrices), 2**31 - 1)
+
+
+def test_batches_fit_the_memory_that_is_free():
+    for m, of_one, free in [(10, 100, 10**9), (10**6, 2**20, 2**30), (5, 2**30, 2**20), (2**33, 8, 2**40)]:
+        step = launch.batch(m, of_one, free)
+        assert 1 <= step <= m
+        assert step * of_one <= free or step == 1
+        assert step < 2**31
