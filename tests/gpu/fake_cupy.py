@@ -41,6 +41,10 @@ class ndarray(np.ndarray):  # noqa: N801 the name that CuPy gives it
     def data(self) -> Any:
         return SimpleNamespace(ptr=self.ctypes.data)
 
+    def __array_function__(self, *arguments: Any) -> Any:
+        # Its own, so that Dask does not take it for NumPy's.
+        return super().__array_function__(*arguments)
+
     def set(self, host: Any, stream: Any = None) -> None:
         self[...] = host
 

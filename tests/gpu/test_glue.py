@@ -121,7 +121,7 @@ def test_dask_arrays_keep_their_kind_of_blocks(cupy):
     assert isinstance(x, cupy.ndarray)
     assert_same_bits(np.asarray(codes), info)
     assert_same_bits(np.asarray(x), run_gpu(a)[0])
-    with pytest.raises(np.linalg.LinAlgError, match=r"\(5,\): pivot 1"):
+    with pytest.raises(np.linalg.LinAlgError, match=r"2 of 25 matrices have no inverse: \((5|33),\): "):
         inverse(lazy).compute(scheduler="sync")
     with pytest.raises(TypeError, match=r"out takes no blocks from the GPU: append \.map_blocks\(cupy\.asnumpy\)"):
         inverse(lazy, out=np.empty_like(a))

@@ -1,0 +1,103 @@
+"""On a card alone: what can go wrong only there."""
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from conftest import run_gpu
+from lapack_types import TYPES
+from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
+from test_lapack_types import LIMIT, check
+
+from dask_batchinv import inverse, inverse_ex
+from dask_batchinv.kernels import launch
+
+pytestmark = pytest.mark.gpu
+#: Sizes on both sides of each change of layout, for all dtypes.
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 32, 33, 64, 80, 96, 97, 128, 129, 256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", TYPES)
+def test_types_of_lapack(kind, n, dtype):
+    assert check(kind, n, dtype, 100 if n <= 32 else 10, run=run_gpu)[0] <= LIMIT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_row_of_a_long_stack(structure, dtype):
+    """More matrices than blocks of CUDA's second and third dimension, failures among them."""
+    a = np.resize(conditioned(101, 3, 100, dtype, structure), (200_003, 3, 3))
+    a[::1009] = 0
+    x, info, rcond = run_gpu(a, structure)
+    assert (np.flatnonzero(info) == np.arange(0, len(a), 1009)).all()
+    few = run_gpu(a[:101], structure)
+    for start in range(101, len(a), 101 * 100):  # each at another place of a block
+        part = slice(start, min(start + 101, len(a)))
+        good = info[part] == 0
+        for got, want in zip((x, rcond), (few[0], few[2]), strict=True):
+            want = want[: part.stop - part.start]
+            both = good & (few[1][: len(good)] == 0)
+            assert_same_bits(got[part][both], want[both])
+
+
+def test_a_stack_of_more_than_two_to_the_31_numbers():
+    import cupy
+
+    m = 2**31 // 4 + 1000
+    if cupy.cuda.runtime.memGetInfo()[0] < 3 * 16 * m:
+        pytest.skip("takes 26 GB of GPU memory")
+    a = cupy.empty((m, 2, 2), np.float32)
+    a[:] = cupy.asarray([[2, 1], [1, 1]], np.float32)
+    a[m - 1] = 0
+    x, info, _ = inverse_ex(a)
+    assert int(cupy.count_nonzero(info)) == 1
+    assert int(info[m - 1]) == 1
+    assert (cupy.asnumpy(x[m - 1000 : m - 1]) == [[1, -1], [-1, 2]]).all()
+
+
+@pytest.mark.parametrize("n", [3, 20, 70, 300])
+def test_from_main_memory_as_from_the_gpus(n):
+    import cupy
+
+    a = conditioned(1000 if n < 50 else 20, n, 100)
+    assert_same_bits(inverse(a, device="gpu"), cupy.asnumpy(inverse(cupy.asarray(a))))
+
+
+def test_dask_arrays_of_cupy_blocks():
+    import cupy
+
+    a = conditioned(100, 5, 100)
+    lazy = da.from_array(cupy.asarray(a), chunks=(30, 5, 5), asarray=False)
+    results = inverse_ex(lazy)
+    assert all(isinstance(x._meta, cupy.ndarray) for x in results)
+    computed = dask.compute(*results, scheduler="threads")
+    assert all(isinstance(x, cupy.ndarray) for x in computed)
+    assert_same_bits(cupy.asnumpy(computed[0]), run_gpu(a)[0])
+
+
+def test_other_streams_are_heeded():
+    import cupy
+
+    a = cupy.asarray(conditioned(50, 4, 100))
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        x = inverse(a, on_error="nan")
+        stream.synchronize()
+    assert_same_bits(cupy.asnumpy(x), run_gpu(cupy.asnumpy(a))[0])
+
+
+def test_no_kernel_spills_registers():
+    """Of those that are meant to hold a matrix in them; reported, for a compiler may know better."""
+    from dask_batchinv.kernels import gpu
+
+    spilled = {}
+    for dtype in DTYPES:
+        for n in SIZES:
+            plan = launch.plan_launch(n, dtype, "general")
+            if plan.layout in ("threads", "lanes", "tiles"):
+                kernel = gpu._function(plan.options, plan.layout)
+                if kernel.local_size_bytes:
+                    spilled[dtype, n] = kernel.local_size_bytes
+    print("bytes of registers spilled:", spilled)
+    assert all(nbytes < 1024 for nbytes in spilled.values())
