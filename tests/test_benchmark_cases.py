@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from benchmarks.cases import CASES
-from test_kernels import run
+from conftest import run_cpu as run
 from test_lapack_types import ratios
 
 

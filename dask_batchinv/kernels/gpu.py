@@ -148,4 +148,4 @@ def _function(options: tuple[str, ...], name: str) -> Any:
     import cupy
 
     # Compiled once for a card, and kept by CuPy in a folder of the user's.
-    return cupy.RawModule(code=launch.source(), options=("-std=c++17", *options), backend="nvrtc").get_function(name)
+    return cupy.RawModule(code=launch.source(), options=(*launch.COMPILER_OPTIONS, *options)).get_function(name)

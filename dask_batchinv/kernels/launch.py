@@ -25,6 +25,8 @@ _IN_BLOCK = {(4, False): 128, (8, False): 128, (8, True): 128, (16, True): 96}
 IN_WARP = 32
 #: Shared memory that every kernel may have without asking for more.
 SHARED_NBYTES = 48 * 1024
+#: Products and sums are joined only where inverse.cu says so: no compiler decides on bits.
+COMPILER_OPTIONS = ("-std=c++17", "--fmad=false")
 #: How the structures are called in inverse.cu.
 STRUCTURES = {
     "general": 0,

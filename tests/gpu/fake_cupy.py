@@ -74,9 +74,9 @@ def _library(options: tuple[str, ...]) -> ctypes.CDLL:
 
 
 class _RawModule:
-    def __init__(self, *, code: str, options: tuple[str, ...], backend: str):
+    def __init__(self, *, code: str, options: tuple[str, ...]):
         assert code == _KERNELS.read_text()
-        self._options = options
+        self._options = options[len(launch.COMPILER_OPTIONS) :]
 
     def get_function(self, name: str) -> Any:
         function = getattr(_library(self._options), f"run_{name}" if name in ("prepare", "account") else "run")

@@ -5,7 +5,9 @@ import dask.array as da
 import numpy as np
 import pytest
 from conftest import read_target, results_for, run_cpu, run_gpu, spoilt
+from lapack_types import TYPES
 from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned, residual_ratio
+from test_lapack_types import LIMIT, check
 
 from dask_batchinv import DeviceError, inverse, inverse_ex, invert_store
 from dask_batchinv.job.ledger import Ledger
@@ -43,6 +45,13 @@ def test_a_stack_from_main_memory_goes_over_the_gpu_in_pieces(monkeypatch, n, dt
         staging.invert(a, *results, assume_a="general")
         for got, want in zip(results, whole, strict=True):
             assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", TYPES)
+def test_types_of_lapack(kind, dtype):
+    for n in (3, 13, 34, 129):
+        assert check(kind, n, dtype, 10 if n < 32 else 2, run=run_gpu)[0] <= LIMIT
 
 
 def test_pieces_of_nothing():

@@ -29,7 +29,7 @@ def compile_for(architecture, options):
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     text = launch.source().encode()
     assert NVRTC.nvrtcCreateProgram(ctypes.byref(program), text, b"inverse.cu", 0, None, None) == 0
-    given = [option.encode() for option in (f"--gpu-architecture={architecture}", "-std=c++17", *options)]
+    given = [option.encode() for option in (f"--gpu-architecture={architecture}", *launch.COMPILER_OPTIONS, *options)]
     failed = NVRTC.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
     NVRTC.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
