@@ -136,7 +136,9 @@ def _by_cublas(plan: Launch, a: Array, out: Array, info: Array, rcond: Array) ->
 
 
 def _call(plan: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
-    kernel = _function(plan.options, name)
+    import cupy
+
+    kernel = _function(plan.options, name, cupy.cuda.Device().id)
     if plan.shared_nbytes > launch.SHARED_NBYTES:
         kernel.max_dynamic_shared_size_bytes = plan.shared_nbytes
     arguments = (*arrays, np.int64(m), np.int32(n), np.int32(plan.structure))
@@ -144,7 +146,7 @@ def _call(plan: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
 
 
 @cache
-def _function(options: tuple[str, ...], name: str) -> Any:
+def _function(options: tuple[str, ...], name: str, device: int) -> Any:
     import cupy
 
     # Compiled once for a card, and kept by CuPy in a folder of the user's.

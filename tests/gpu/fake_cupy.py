@@ -174,7 +174,7 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
         "cuda": SimpleNamespace(
             runtime=runtime, Stream=_Stream, alloc_pinned_memory=bytearray,
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            Device=lambda: SimpleNamespace(compute_capability="90", cublas_handle=None),
+            Device=lambda: SimpleNamespace(id=0, compute_capability="90", cublas_handle=None),
         ),
     }  # fmt: skip
     members |= {
