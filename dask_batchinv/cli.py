@@ -195,8 +195,7 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
 
 def _plan(job: Job, cluster: ClusterOptions) -> Plan:
     if cluster.embedded:
-        workers = embedded_workers(cluster)
-        return plan_for(job, replace(workers, gpus=count_gpus(job.options.device, None)))
+        return plan_for(job, embedded_workers(cluster))
     with connect(cluster) as (client, workers):
         return plan_for(job, replace(workers, gpus=count_gpus(job.options.device, client)))
 

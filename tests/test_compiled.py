@@ -8,8 +8,8 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import run_cpu as run
 from stacks import DTYPES, assert_same_bits, conditioned
-from test_kernels import run
 
 from dask_batchinv.kernels import compiled, lapack, machine
 

@@ -90,19 +90,20 @@ class Workers:
 
 def embedded_workers(options: ClusterOptions) -> Workers:
     """Return what the embedded cluster would have, without starting it."""
-    if parse_device(options.device) != "cpu" and gpu.why_unusable() is None:
+    gpus = count_gpus(options.device, None)
+    if gpus:
         count, threads = options.workers or 1, options.threads_per_worker or min(GPU_THREADS, CPU_COUNT)
     else:
         count = options.workers or max(1, CPU_COUNT // (options.threads_per_worker or 1))
         threads = options.threads_per_worker or 1
     if options.memory_limit is None:
-        return Workers(count, threads, MEMORY_LIMIT // count)
+        return Workers(count, threads, MEMORY_LIMIT // count, gpus)
     try:
         memory = int(parse_bytes(options.memory_limit))
     except ValueError as error:
         text = f"memory limit {options.memory_limit!r} is not a number of bytes such as 4GiB"
         raise ClusterError(text) from error
-    return Workers(count, threads, memory or None)
+    return Workers(count, threads, memory or None, gpus)
 
 
 @contextmanager

@@ -161,8 +161,9 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         nobody = Workers(0, 0, None)
         return _report(job, plan_for(job, nobody), nobody, _Outcome(), ledger)
     with connect(options) as (client, workers):
-        check_versions(client)
-        workers = replace(workers, gpus=count_gpus(job.options.device, client))
+        if not options.embedded:  # whose workers are what we are
+            check_versions(client)
+            workers = replace(workers, gpus=count_gpus(job.options.device, client))
         plan = plan_for(job, workers)
         check_reach(client, job.source, job.target)
         run = _Run(client, workers, job, plan, on_progress)

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from scipy.linalg import get_lapack_funcs
@@ -194,11 +193,18 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
     )
     modules = {"cupy": cupy, "cupy_backends": ModuleType("cupy_backends"), "cupy_backends.cuda.libs": backends,
                "cupy_backends.cuda": ModuleType("cupy_backends.cuda")}  # fmt: skip
+    before = {name: sys.modules.get(name) for name in modules}
     _forget()
+    # One by one: mock.patch.dict empties the whole of sys.modules for a moment, in which other threads import.
+    sys.modules.update(modules)
     try:
-        with mock.patch.dict(sys.modules, modules):
-            yield cupy
+        yield cupy
     finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
         _forget()
 
 
