@@ -125,9 +125,8 @@ def _part(tiling: Tiling, name: str, values: Array, number: int, numbers: range)
     along = tiling.batch[-1]
     width = tiling.tile[along]
     axis = along if name == "inverse" else values.ndim - 1
-    return values[
-        (slice(None),) * axis + (slice((number - numbers.start) * width, (number - numbers.start + 1) * width),)
-    ]
+    start = (number - numbers.start) * width
+    return values[(slice(None),) * axis + (slice(start, start + width),)]
 
 
 @lru_cache(maxsize=4)
