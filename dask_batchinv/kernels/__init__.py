@@ -9,6 +9,7 @@ another, and needs `scratch_nbytes(n, dtype)` bytes on top, however large m is. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -146,7 +147,13 @@ def invert_block(
         Shapes ``(*, n, n)``, ``(*,)``, ``(*,)``; dtypes `dtype`, int32, and the real kind of `dtype`.
     """
     where = device_for(a, device)
-    dtype = np.dtype(dtype)
+    with a.device if gpu.is_gpu_array(a) else nullcontext():  # the one that it is on
+        return _invert_block(a, np.dtype(dtype), assume_a, where, min_rcond, out)
+
+
+def _invert_block(
+    a: Any, dtype: np.dtype[Any], assume_a: AssumeA, where: Literal["cpu", "gpu"], min_rcond: float, out: Array | None
+) -> tuple[Array, Array, Array]:
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
     empty: Any = np.empty

@@ -5,20 +5,23 @@ Everything here works on the current device and stream. CuPy is imported when it
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from dask_batchinv.kernels import launch
+from dask_batchinv.kernels import launch, machine
 from dask_batchinv.kernels.launch import Launch
 
 #: Arrays of CuPy, whose types need a CUDA installation.
 Array = Any
 
-#: The oldest cards that have what the kernels use: lanes that are synchronized by name.
-OLDEST = 70
+#: The oldest cards that CUDA 13 compiles for.
+OLDEST = 75
+#: Blocks and threads of the kernels that convert numbers.
+_CONVERTING = ((1024,), (256,))
 #: Of the memory that is free, so much is for temporary arrays.
 SHARE = 0.8
 
@@ -64,7 +67,10 @@ def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> No
     if plan.layout == "cublas":
         _in_batches(_by_cublas, plan, a, out, info, rcond)
     else:
-        _call(plan, plan.layout if plan.layout != "memory" else "definite", m, n, a, out, info, rcond)
+        import cupy
+
+        rows = [cupy.empty((plan.blocks(m), n), a.dtype)] if plan.layout == "memory" else []
+        _call(plan, "definite" if rows else plan.layout, m, n, a, out, info, rcond, *rows)
 
 
 def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
@@ -78,15 +84,13 @@ def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a
     plan = launch.plan_launch(a.shape[-1], wide, assume_a)
 
     def part(_: Launch, some: Array) -> None:
-        b = a[some].astype(wide)
-        results = cupy.empty_like(b), cupy.empty(len(b), np.int32), cupy.empty(len(b), np.float64)
-        run(b, *results, assume_a=assume_a)
-        with np.errstate(over="ignore"):
-            narrow = results[0].astype(a.dtype)
-        bad = (results[1] == 0) & ~cupy.isfinite(narrow).all(axis=(1, 2))
-        results[1][bad] = -2
-        narrow[results[1] != 0] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
-        out[some], info[some], rcond[some] = narrow, results[1], results[2].astype(rcond.dtype)
+        b = _converted("widen", a[some], wide)
+        x, codes, conditions = cupy.empty_like(b), cupy.empty(len(b), np.int32), cupy.empty(len(b), np.float64)
+        run(b, x, codes, conditions, assume_a=assume_a)
+        x = _converted("narrow", x, a.dtype)
+        codes[(codes == 0) & ~cupy.isfinite(x).all(axis=(1, 2))] = -2
+        x[codes != 0] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
+        out[some], info[some], rcond[some] = x, codes, _converted("narrow", conditions, rcond.dtype)
 
     _in_batches(part, plan, overflowed, of_one=5 * a[0].size * wide.itemsize)
 
@@ -115,6 +119,17 @@ def _in_batches(work: Callable[..., None], plan: Launch, *arrays: Array, of_one:
             start += step
 
 
+def _converted(how: str, a: Array, dtype: Any) -> Array:
+    """Return a copy in double precision ("widen") or single ("narrow")."""
+    import cupy
+
+    result = cupy.empty(a.shape, dtype)
+    options = launch.plan_launch(launch.LARGE, "float64", "general").options
+    count = np.int64(a.size * (2 if a.dtype.kind == "c" else 1))
+    _function(options, how, cupy.cuda.Device().id)(*_CONVERTING, (a, result, count))
+    return result
+
+
 def _by_cublas(plan: Launch, a: Array, out: Array, info: Array, rcond: Array) -> None:
     import cupy
     from cupy_backends.cuda.libs import cublas
@@ -139,8 +154,6 @@ def _call(plan: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
     import cupy
 
     kernel = _function(plan.options, name, cupy.cuda.Device().id)
-    if plan.shared_nbytes > launch.SHARED_NBYTES:
-        kernel.max_dynamic_shared_size_bytes = plan.shared_nbytes
     arguments = (*arrays, np.int64(m), np.int32(n), np.int32(plan.structure))
     kernel((plan.blocks(m),), (plan.threads,), arguments, shared_mem=plan.shared_nbytes)
 
@@ -149,5 +162,28 @@ def _call(plan: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
 def _function(options: tuple[str, ...], name: str, device: int) -> Any:
     import cupy
 
-    # Compiled once for a card, and kept by CuPy in a folder of the user's.
-    return cupy.RawModule(code=launch.source(), options=(*launch.COMPILER_OPTIONS, *options)).get_function(name)
+    architecture = f"sm_{cupy.cuda.Device(device).compute_capability}"
+    facts = (launch.source(), *options, architecture, *map(str, cupy.cuda.nvrtc.getVersion()))
+    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
+    module = cupy.cuda.function.Module()
+    module.load(machine.cached(f"cuda-{key}", partial(compile_for, architecture, options)))
+    return module.get_function(name)
+
+
+def compile_for(architecture: str, options: tuple[str, ...]) -> bytes:
+    """Return the machine code of inverse.cu for an architecture such as "sm_90".
+
+    Not by way of CuPy's RawModule, which has the compiler take the smallest numbers for zeros, whatever one says.
+    """
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(launch.source(), "inverse.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", *launch.COMPILER_OPTIONS, *options))
+        code: bytes = nvrtc.getCUBIN(program)
+        return code
+    except nvrtc.NVRTCError as error:
+        error.add_note(nvrtc.getProgramLog(program))
+        raise
+    finally:
+        nvrtc.destroyProgram(program)

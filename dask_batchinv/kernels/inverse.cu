@@ -721,11 +721,11 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
 
 #ifdef LAYOUT_MEMORY
 
-// Positive definite matrices of any size; `DEFINITE` is 1. In shared memory: one row, and `scratch`.
+// Positive definite matrices of any size; `DEFINITE` is 1. `lines` has room for one row per block.
 extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
-    definite(const T* a, T* out, int* info, R* rcond, Long m, int n, int structure) {
+    definite(const T* a, T* out, int* info, R* rcond, T* lines, Long m, int n, int structure) {
     R* const scratch = (R*)memory;
-    T* const line = (T*)(memory + SIDE * sizeof(double));
+    T* const line = lines + (Long)blockIdx.x * n;
     for (Long q = blockIdx.x; q < m; q += gridDim.x) {
         const T* const source = a + q * n * n;
         T* const x = out + q * n * n;
@@ -757,6 +757,16 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
         finish(n, structure, measured, pivot, inverse, x, info + q, rcond + q, scratch);
         __syncthreads();
     }
+}
+
+// Between single and double precision. CuPy's own casts take the smallest numbers for zeros.
+extern "C" __global__ void widen(const float* a, double* wide, Long count) {
+    for (Long e = (Long)blockIdx.x * blockDim.x + threadIdx.x; e < count; e += (Long)gridDim.x * blockDim.x)
+        wide[e] = a[e];
+}
+extern "C" __global__ void narrow(const double* wide, float* a, Long count) {
+    for (Long e = (Long)blockIdx.x * blockDim.x + threadIdx.x; e < count; e += (Long)gridDim.x * blockDim.x)
+        a[e] = wide[e];
 }
 
 // Before cuBLAS: what is worked on, at unit size, column after column as cuBLAS takes it.

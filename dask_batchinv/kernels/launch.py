@@ -23,10 +23,14 @@ THREADS = 64
 _IN_THREAD = {(4, False): 8, (8, False): 6, (8, True): 5, (16, True): 4}
 _IN_BLOCK = {(4, False): 128, (8, False): 128, (8, True): 128, (16, True): 96}
 IN_WARP = 32
+#: From here on matrices of all dtypes are too large for kernels in registers.
+LARGE = 1 + max(_IN_BLOCK.values())
+#: At most so many blocks work on matrices that lie in global memory: each needs a row beside.
+BLOCKS_IN_MEMORY = 4096
 #: Shared memory that every kernel may have without asking for more.
 SHARED_NBYTES = 48 * 1024
-#: Products and sums are joined only where inverse.cu says so: no compiler decides on bits.
-COMPILER_OPTIONS = ("-std=c++17", "--fmad=false")
+#: Products and sums are joined only where inverse.cu says so, and the smallest numbers are not taken for zeros.
+COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false")
 #: How the structures are called in inverse.cu.
 STRUCTURES = {
     "general": 0,
@@ -58,8 +62,8 @@ class Launch:
     """Its last argument."""
 
     def blocks(self, m: int) -> int:
-        """Return how many blocks m matrices take; more than CUDA's 2**31 - 1 take turns."""
-        return min(-(-m // self.matrices), 2**31 - 1)
+        """Return how many blocks m matrices take; of more than there may be, some take turns."""
+        return min(-(-m // self.matrices), BLOCKS_IN_MEMORY if self.layout == "memory" else 2**31 - 1)
 
 
 def source() -> str:
@@ -99,7 +103,7 @@ def plan_launch(n: int, dtype: npt.DTypeLike, assume_a: str) -> Launch:
     else:
         layout = "memory" if definite else "cublas"
         threads, matrices, compiled_for = SIDE * SIDE, 1, 1
-        shared = SIDE * 8 + (n * size if definite else 0)
+        shared = SIDE * 8
     return Launch(
         layout,
         (

@@ -83,14 +83,14 @@ def load(name: str, write: Callable[[], str]) -> tuple[Function, Any]:
 
     The second value keeps the machine code alive: hold on to it as long as to the function.
     """
-    path = _path(name)
-    code = _read(path)
+
+    def make() -> bytes:
+        text = write()
+        gc.collect()  # what wrote the text is large and full of cycles: let it go before LLVM takes as much
+        return _compile(text)
+
     with _lock:
-        if code is None:
-            text = write()
-            gc.collect()  # what wrote the text is large and full of cycles: let it go before LLVM takes as much
-            code = _compile(text)
-            _keep(path, code)
+        code = cached(name, make)
         library = (
             llvm.JITLibraryBuilder()
             .add_object_img(code)
@@ -113,6 +113,16 @@ def _compile(text: str) -> bytes:
 
 
 # --- the cache: one file per kernel, replaced whole, so that many processes may share it ------------------------
+
+
+def cached(name: str, make: Callable[[], bytes]) -> bytes:
+    """Return machine code of a name from the cache; if it is not there, what `make` returns, which is kept."""
+    path = _path(name)
+    code = _read(path)
+    if code is None:
+        code = make()
+        _keep(path, code)
+    return code
 
 
 def _path(name: str) -> Path | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.kernels import gpu
+from dask_batchinv.kernels import gpu, launch
 
 HostArray = npt.NDArray[Any]
 
@@ -22,21 +23,30 @@ SLOTS = 2
 def scratch_nbytes(n: int, dtype: npt.DTypeLike) -> int:
     """Return the main memory that `invert` takes, whatever the number of matrices."""
     one = n * n * np.dtype(dtype).itemsize + 16
-    return 2 * SLOTS * max(PIECE_NBYTES, one)
+    # CuPy keeps pinned memory in powers of two.
+    return 2 * SLOTS * max(PIECE_NBYTES, 1 << (one - 1).bit_length())
 
 
 def invert(a: HostArray, out: HostArray, info: HostArray, rcond: HostArray, *, assume_a: str) -> None:
     """Invert a block that is in main memory on the current GPU; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
     step = max(1, min(m, PIECE_NBYTES // max(1, n * n * a.itemsize)))
-    slots = [_Slot.make(step, n, a.dtype) for _ in range(min(SLOTS, -(-m // step)))]
+    # One handle of cuBLAS serves one stream at a time.
+    at_once = 1 if n and launch.plan_launch(n, a.dtype, assume_a).layout == "cublas" else SLOTS
+    slots: list[_Slot] = []
     results = out, info, rcond
-    for number, start in enumerate(range(0, m, step)):
-        slot = slots[number % len(slots)]
-        slot.finish(results, assume_a)
-        slot.begin(a, slice(start, min(start + step, m)), assume_a)
-    for number in range(len(slots)):  # the oldest first
-        slots[(-(-m // step) + number) % len(slots)].finish(results, assume_a)
+    try:
+        for number, start in enumerate(range(0, m, step)):
+            if number < at_once:
+                slots.append(_Slot.make(number, step, n, a.dtype))
+            slot = slots[number % at_once]
+            slot.finish(results, assume_a)
+            slot.begin(a, slice(start, min(start + step, m)), assume_a)
+        for slot in slots:
+            slot.finish(results, assume_a)
+    finally:
+        for slot in slots:  # after an error too: memory that is still copied to must not become another's
+            slot.stream.synchronize()
 
 
 @dataclass
@@ -51,16 +61,14 @@ class _Slot:
     """What of the block is on its way."""
 
     @classmethod
-    def make(cls, m: int, n: int, dtype: Any) -> _Slot:
+    def make(cls, number: int, m: int, n: int, dtype: Any) -> _Slot:
         import cupy
 
         real = np.empty(0, dtype).real.dtype
         layout = (((m, n, n), dtype), ((m, n, n), dtype), ((m,), np.dtype(np.int32)), ((m,), real))
-        return cls(
-            cupy.cuda.Stream(non_blocking=True),
-            tuple(_pinned(*one) for one in layout),
-            tuple(cupy.empty(*one) for one in layout),
-        )
+        stream = _stream(cupy.cuda.Device().id, number)
+        with stream:  # CuPy's memory belongs to the stream that it is first used on
+            return cls(stream, tuple(_pinned(*one) for one in layout), tuple(cupy.empty(*one) for one in layout))
 
     def begin(self, a: HostArray, part: slice, assume_a: str) -> None:
         """Send a part of a block on its way."""
@@ -89,6 +97,24 @@ class _Slot:
         for result, host in zip(results, self.pinned[1:], strict=True):
             result[self.part] = host[:m]
         self.part = None
+
+
+class _Streams(threading.local):
+    """The streams of a thread, by device and number: CuPy keeps memory for each that there ever was."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, int], Any] = {}
+
+
+_streams = _Streams()
+
+
+def _stream(device: int, number: int) -> Any:
+    import cupy
+
+    if (device, number) not in _streams.known:
+        _streams.known[device, number] = cupy.cuda.Stream(non_blocking=True)
+    return _streams.known[device, number]
 
 
 def _pinned(shape: tuple[int, ...], dtype: Any) -> HostArray:

@@ -39,7 +39,7 @@ struct Fiber {
 std::vector<Fiber> fibers;
 Fiber* self;
 ucontext_t scheduler;
-Index block, grid;
+Index block, grid, size;
 std::function<void()> body;
 
 void run_fiber() {
@@ -111,6 +111,7 @@ template <class V> V exchanged(V value, unsigned from) {
 
 #define threadIdx (emulator::self->index)
 #define blockIdx (emulator::block)
+#define blockDim (emulator::size)
 #define gridDim (emulator::grid)
 
 inline void __syncthreads() { emulator::wait(emulator::BLOCK); }
@@ -141,6 +142,7 @@ template <class Kernel, class... Arguments>
 static void launch(Kernel kernel, unsigned blocks, unsigned threads, unsigned shared, Arguments... arguments) {
     emulator::body = [=] { kernel(arguments...); };
     emulator::grid = {blocks};
+    emulator::size = {threads};
     for (unsigned b = 0; b < blocks; b++) {
         // What it has at the beginning is not promised, and beyond its end it is not there.
         std::memset(memory, 0xff, sizeof memory);
@@ -163,7 +165,16 @@ extern "C" void run_account(unsigned blocks, unsigned threads, unsigned shared, 
                             const int* finite, const int* shift, const R* norm, Long m, int n, int structure) {
     launch(account, blocks, threads, shared, work, out, info, rcond, finite, shift, norm, m, n, structure);
 }
-#define ENTRY ::definite
+extern "C" void run_widen(unsigned blocks, unsigned threads, unsigned, const float* a, double* wide, Long count) {
+    launch(widen, blocks, threads, 0, a, wide, count);
+}
+extern "C" void run_narrow(unsigned blocks, unsigned threads, unsigned, const double* wide, float* a, Long count) {
+    launch(narrow, blocks, threads, 0, wide, a, count);
+}
+extern "C" void run(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* out, int* info, R* rcond,
+                    T* lines, Long m, int n, int structure) {
+    launch(definite, blocks, threads, shared, a, out, info, rcond, lines, m, n, structure);
+}
 #elif defined LAYOUT_THREADS
 #define ENTRY ::threads
 #elif defined LAYOUT_LANES
@@ -171,7 +182,9 @@ extern "C" void run_account(unsigned blocks, unsigned threads, unsigned shared, 
 #else
 #define ENTRY ::tiles
 #endif
+#ifdef ENTRY
 extern "C" void run(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* out, int* info, R* rcond, Long m, int n,
                     int structure) {
     launch(ENTRY, blocks, threads, shared, a, out, info, rcond, m, n, structure);
 }
+#endif

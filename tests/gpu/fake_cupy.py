@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,6 +36,8 @@ class ndarray(np.ndarray):  # noqa: N801 the name that CuPy gives it
     """An array that counts as one in GPU memory."""
 
     __module__ = "cupy"
+
+    device = nullcontext()
 
     @property
     def data(self) -> Any:
@@ -72,15 +75,21 @@ def _library(options: tuple[str, ...]) -> ctypes.CDLL:
         shutil.rmtree(folder)
 
 
-class _RawModule:
-    def __init__(self, *, code: str, options: tuple[str, ...]):
-        assert code == _KERNELS.read_text()
-        self._options = options[len(launch.COMPILER_OPTIONS) :]
+class _Module:
+    """Its "machine code" are the options that it was compiled with."""
+
+    _options: tuple[str, ...]
+
+    def load(self, code: bytes) -> None:
+        self._options = tuple(json.loads(code))
 
     def get_function(self, name: str) -> Any:
-        function = getattr(_library(self._options), f"run_{name}" if name in ("prepare", "account") else "run")
+        function = getattr(
+            _library(self._options), "run" if name in ("threads", "lanes", "tiles", "definite") else f"run_{name}"
+        )
 
-        def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], *, shared_mem: int) -> None:
+        def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], *, shared_mem: int = 0) -> None:
+            assert shared_mem <= launch.SHARED_NBYTES
             assert grid[0] >= 1
             given = [
                 ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) and x.ndim else
@@ -91,18 +100,24 @@ class _RawModule:
             with _lock:
                 function(min(grid[0], BLOCKS), block[0], shared_mem, *given)
 
-        return _Kernel(call)
+        return call
 
 
-class _Kernel:
-    max_dynamic_shared_size_bytes = launch.SHARED_NBYTES
+class NVRTCError(RuntimeError):
+    """As CuPy's."""
 
-    def __init__(self, call: Any):
-        self._call = call
 
-    def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
-        assert shared_mem <= self.max_dynamic_shared_size_bytes
-        self._call(grid, block, arguments, shared_mem=shared_mem)
+class _Program:
+    options: tuple[str, ...]
+
+    def __init__(self, source: str, name: str, headers: Any, names: Any):
+        assert source == _KERNELS.read_text()
+
+    def compile(self, options: tuple[str, ...]) -> None:
+        architecture, *others = options
+        assert architecture == "--gpu-architecture=sm_90"
+        assert tuple(others[: len(launch.COMPILER_OPTIONS)]) == launch.COMPILER_OPTIONS
+        self.options = tuple(others[len(launch.COMPILER_OPTIONS) :])
 
 
 class OutOfMemoryError(MemoryError):
@@ -167,13 +182,18 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
     runtime = SimpleNamespace(
         getDeviceCount=lambda: devices, memGetInfo=lambda: (free, free), CUDARuntimeError=CUDARuntimeError
     )
+    nvrtc: Any = ModuleType("cupy.cuda.nvrtc")
+    nvrtc.getVersion, nvrtc.NVRTCError, nvrtc.createProgram = (lambda: (0, 0)), NVRTCError, _Program
+    nvrtc.compileProgram, nvrtc.destroyProgram = _Program.compile, id
+    nvrtc.getCUBIN = lambda program: json.dumps(program.options).encode()
     members = {
-        "ndarray": ndarray, "array": array, "asnumpy": lambda a: a.get(), "RawModule": _RawModule,
+        "ndarray": ndarray, "array": array, "asnumpy": lambda a: a.get(),
         "shares_memory": np.shares_memory, "isfinite": np.isfinite, "get_default_memory_pool": lambda: pool,
         "cuda": SimpleNamespace(
             runtime=runtime, Stream=_Stream, alloc_pinned_memory=bytearray,
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            Device=lambda: SimpleNamespace(id=0, compute_capability="90", cublas_handle=None),
+            Device=lambda number=0: SimpleNamespace(id=number, compute_capability="90", cublas_handle=None),
+            function=SimpleNamespace(Module=_Module), nvrtc=nvrtc,
         ),
     }  # fmt: skip
     members |= {
@@ -191,8 +211,10 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
             for name, routine in routines.items()
         }
     )
-    modules = {"cupy": cupy, "cupy_backends": ModuleType("cupy_backends"), "cupy_backends.cuda.libs": backends,
-               "cupy_backends.cuda": ModuleType("cupy_backends.cuda")}  # fmt: skip
+    cuda = ModuleType("cupy.cuda")
+    cuda.nvrtc = nvrtc  # type: ignore[attr-defined]
+    modules = {"cupy": cupy, "cupy.cuda": cuda, "cupy_backends.cuda.libs": backends}
+    modules |= {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
     before = {name: sys.modules.get(name) for name in modules}
     _forget()
     # One by one: mock.patch.dict empties the whole of sys.modules for a moment, in which other threads import.

@@ -25,7 +25,7 @@ NVRTC = compiler()
 
 
 def compile_for(architecture, options):
-    """Compile the kernels to machine code; return its size, or raise with what the compiler says."""
+    """Compile the kernels; return the size of the machine code, and the assembly."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     text = launch.source().encode()
     assert NVRTC.nvrtcCreateProgram(ctypes.byref(program), text, b"inverse.cu", 0, None, None) == 0
@@ -35,8 +35,11 @@ def compile_for(architecture, options):
     log = ctypes.create_string_buffer(size.value)
     NVRTC.nvrtcGetProgramLog(program, log)
     assert not failed, log.value.decode()
+    assert NVRTC.nvrtcGetPTXSize(program, ctypes.byref(size)) == 0
+    text = ctypes.create_string_buffer(size.value)
+    assert NVRTC.nvrtcGetPTX(program, text) == 0
     NVRTC.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    return size.value
+    return size.value, text.value.decode()
 
 
 @pytest.mark.skipif(NVRTC is None, reason="needs nvidia-cuda-nvrtc, which PyPI has for Linux alone")
@@ -48,7 +51,9 @@ def test_kernels_compile(dtype, kind, architecture):
     """The largest n of each layout, which is the hardest for the compiler."""
     sizes = [n for n in range(1, 130) if plan_launch(n, dtype, kind).layout != plan_launch(n + 1, dtype, kind).layout]
     for n in [*sizes, 200]:
-        assert compile_for(architecture, plan_launch(n, dtype, kind).options) > 1000
+        size, assembly = compile_for(architecture, plan_launch(n, dtype, kind).options)
+        assert size > 1000
+        assert ".ftz.f32" not in assembly  # would take the smallest numbers for zeros
 
 
 def test_every_matrix_has_a_kernel():
