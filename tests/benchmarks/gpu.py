@@ -27,7 +27,7 @@ import numpy as np
 
 from dask_batchinv import __version__, invert_store
 from dask_batchinv.kernels import gpu, launch, staging
-from tests.benchmarks.cases import DTYPES, KINDS, Case
+from tests.benchmarks.cases import CASES, DTYPES, KINDS, Case
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 #: Bytes of each stack: many times what the card's caches hold, and enough matrices to fill it.
@@ -69,6 +69,7 @@ def main() -> int:
                 result["cells"][str(case)] = measure(case)
                 print(case, {name: f"{1e9 * s:.3g} ns" for name, s in result["cells"][str(case)].items()}, flush=True)
     save()
+    result["spilled"] = spilled()
     result["job"] = job()
     save()
     print(page(result))
@@ -102,7 +103,8 @@ def versions() -> dict[str, str]:
 def run_tests(seconds: float) -> dict[str, Any]:
     """Run all tests that take a card, for so long at most; return how they went."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider",
-               "tests/gpu/test_on_gpu.py", "tests/test_kernels.py", "-rfs", "-s"]  # fmt: skip
+               "-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal",
+               "tests/gpu/test_on_gpu.py", "tests/test_kernels.py", "-rfs"]  # fmt: skip
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         out, complete = ended.stdout, True
@@ -116,9 +118,22 @@ def run_tests(seconds: float) -> dict[str, Any]:
         counts = {"passed": sum(line.count(".") for line in dots)}
         failed = sum(line.count("F") + line.count("E") for line in dots)
     problems = re.findall(r"^(?:FAILED|ERROR) (.*)$", out, re.MULTILINE)
-    spilled = re.findall(r"bytes of registers spilled: (.*)", out)
-    return {"passed": counts.get("passed", 0), "failed": failed, "complete": complete, "problems": problems,
-            "registers spilled": spilled[0] if spilled else None}  # fmt: skip
+    return {"passed": counts.get("passed", 0), "failed": failed, "complete": complete, "problems": problems}
+
+
+def spilled() -> dict[str, int]:
+    """Return what the compiler moved from registers to memory, in bytes, for those kernels in which it did."""
+    import cupy
+    from cupy_backends.cuda.api import driver
+
+    found = {}
+    for case in CASES:
+        plan = launch.plan_launch(case.n, case.dtype, case.kind)
+        if case.n in SIZES and plan.layout in ("threads", "lanes", "tiles"):
+            kernel = gpu._function(plan.options, plan.layout, cupy.cuda.Device().id)
+            if nbytes := driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, kernel.ptr):
+                found[str(case)] = nbytes
+    return found
 
 
 def measure(case: Case) -> dict[str, float]:
@@ -289,8 +304,9 @@ def page(result: dict[str, Any]) -> str:
         )
     ]
     lines += [f"- {problem}" for problem in tests["problems"]]
-    if tests["registers spilled"]:
-        lines.append(f"\nBytes of registers that the compiler spilled, by dtype and n: {tests['registers spilled']}.")
+    if result.get("spilled"):
+        named = ", ".join(f"{case} {nbytes}" for case, nbytes in result["spilled"].items())
+        lines.append(f"\nBytes that the compiler moved from registers to memory: {named}.")
     cells = result.get("cells", {})
     for dtype in DTYPES:
         rows = [n for n in SIZES if f"general {n} {dtype}" in cells]

@@ -10,11 +10,10 @@ from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 from test_lapack_types import LIMIT, check
 
 from dask_batchinv import inverse, inverse_ex
-from dask_batchinv.kernels import launch
 
 pytestmark = pytest.mark.gpu
 #: Sizes on both sides of each change of layout, for all dtypes.
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 32, 33, 64, 80, 96, 97, 128, 129, 256)
+SIZES = (1, 2, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 64, 96, 97, 128, 129, 256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,22 +94,3 @@ def test_other_streams_are_heeded():
         x = inverse(a, on_error="nan")
         stream.synchronize()
     assert_same_bits(cupy.asnumpy(x), run_gpu(cupy.asnumpy(a))[0])
-
-
-def test_no_kernel_spills_registers():
-    """Of those that are meant to hold a matrix in them; reported, for a compiler may know better."""
-    import cupy
-    from cupy_backends.cuda.api import driver
-
-    from dask_batchinv.kernels import gpu
-
-    spilled = {}
-    for dtype in DTYPES:
-        for n in SIZES:
-            plan = launch.plan_launch(n, dtype, "general")
-            if plan.layout in ("threads", "lanes", "tiles"):
-                kernel = gpu._function(plan.options, plan.layout, cupy.cuda.Device().id)
-                if nbytes := driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, kernel.ptr):
-                    spilled[dtype, n] = nbytes
-    print("bytes of registers spilled:", spilled)
-    assert all(nbytes < 1024 for nbytes in spilled.values())
