@@ -164,6 +164,8 @@ def invert_any(a: Any, options: Options, out: Any) -> Any:
     a = _in_memory(a)
     if is_gpu_array(a) and out is not None and not is_gpu_array(out):
         raise TypeError(f"a is on the GPU, but out is {type(out).__name__}: pass a CuPy array, or cupy.asnumpy(a)")
+    if is_gpu_array(out) and not is_gpu_array(a):
+        raise TypeError("out is on the GPU, but a is not: pass cupy.asarray(a), or an out in main memory")
     if isinstance(out, np.ndarray) or is_gpu_array(out):
         _check_out(out, a)
         if storage.shares_memory(a, out):

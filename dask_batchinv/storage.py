@@ -49,7 +49,7 @@ class StrictStore(zarr.storage.WrapperStore[zarr.abc.store.Store]):
 
 
 class OwnStore(StrictStore):
-    """A store of ours. Remembers the checksum that ends each chunk which passes, so that it can be recorded."""
+    """A store of ours. Remembers the checksum that ends each chunk which is read, so that it can be compared."""
 
     def __init__(self, store: zarr.abc.store.Store):
         super().__init__(store)

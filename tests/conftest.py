@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+
 import dask
+import numcodecs
 import numpy as np
 import pytest
 import zarr
@@ -11,7 +14,8 @@ from gpu import fake_cupy
 from hypothesis import HealthCheck, settings
 from stacks import conditioned
 
-from dask_batchinv import invert_store
+from dask_batchinv import RefusedError, invert_store
+from dask_batchinv.job.prepare import Options, prepare
 from dask_batchinv.kernels import choose_kernel, gpu
 
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -158,3 +162,44 @@ def run_gpu(a, structure="general"):
 def results_for(a):
     """Return arrays for inverse, info and rcond, filled with what they must not keep."""
     return np.full(a.shape, 99, a.dtype), np.full(len(a), 99, np.int32), np.full(len(a), 99, np.finfo(a.dtype).dtype)
+
+
+# --- hostile sources ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Every chunk that anything reads through Zarr."""
+    seen = []
+    original = zarr.storage.LocalStore.get
+
+    async def get(self, key, *args, **kwargs):
+        seen.append(key)
+        return await original(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+    monkeypatch.setattr(pickle, "loads", None)
+    monkeypatch.setattr(numcodecs.Pickle, "decode", None)
+    return seen
+
+
+@pytest.fixture
+def refused(tmp_path, opened):
+    """Expect an error that can be read, and see that nothing was written, read or run."""
+
+    def tree():
+        return sorted((str(path), path.lstat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+    def check(source, **options):
+        before = tree()
+        with pytest.raises(RefusedError) as caught:
+            prepare(source, tmp_path / "target", Options(**options))
+        text = str(caught.value)
+        assert 20 < len(text) < 2000
+        assert "\0" not in text
+        assert tree() == before
+        assert not [key for key in opened if not key.endswith((".json", ".zarray", ".zattrs", ".zgroup"))]
+        assert not (tmp_path / "exploded").exists()
+        return text
+
+    return check

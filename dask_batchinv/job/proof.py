@@ -21,7 +21,8 @@ from dask_batchinv.storage import CHECKSUM_NBYTES
 #: Tiles of at most so many bytes are proven at a time.
 SPAN_NBYTES = 2**26
 #: How many read at a time for each thread of a worker: a disk or a store that is asked for one chunk after the other
-#: keeps us waiting. And how many tiles each of them takes at a time: together never more than a quarter of SPAN_NBYTES.
+#: keeps us waiting. And how many tiles each of them takes at a time: so few large ones are proven at a time, see above,
+#: that they have one reader, and no more memory.
 _READERS = 8
 _PER_READER = 16
 #: A store that answers with an error may do better a moment later; after that the tile is done again, at no harm.

@@ -84,7 +84,7 @@ def _share(client: Client, source: Path, target: Path) -> float:
 
 def watch_seals() -> None:
     """Have a worker time its checksums."""
-    storage.Chunk.seal = timed_seal  # type: ignore[method-assign]
+    storage.Chunk.seal = timed_seal
 
 
 def timed_seal(chunk: storage.Chunk) -> int:

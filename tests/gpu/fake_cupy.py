@@ -201,10 +201,10 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
     }
     for name, member in members.items():
         setattr(cupy, name, member)
-    cupy.__getattr__ = functools.partial(getattr, np)  # type: ignore[method-assign]  # what Dask registers
+    cupy.__getattr__ = functools.partial(getattr, np)  # what Dask registers
     letters = {"s": "f", "d": "d", "c": "F", "z": "D"}
     routines = {"getrf": _getrf, "getri": _getri}
-    backends.cublas = SimpleNamespace(  # type: ignore[attr-defined]
+    backends.cublas = SimpleNamespace(
         **{
             f"{letter}{name}Batched": functools.partial(routine, dtype)
             for letter, dtype in letters.items()
@@ -212,7 +212,7 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
         }
     )
     cuda = ModuleType("cupy.cuda")
-    cuda.nvrtc = nvrtc  # type: ignore[attr-defined]
+    cuda.nvrtc = nvrtc
     modules = {"cupy": cupy, "cupy.cuda": cuda, "cupy_backends.cuda.libs": backends}
     modules |= {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
     before = {name: sys.modules.get(name) for name in modules}

@@ -112,6 +112,8 @@ def test_cupy_arrays_in_cupy_arrays_out(cupy, dtype):
         inverse(on_gpu, out=on_gpu)
     with pytest.raises(TypeError, match=r"a is on the GPU, but out is ndarray: .*cupy\.asnumpy"):
         inverse(on_gpu, out=np.empty_like(a))
+    with pytest.raises(TypeError, match="out is on the GPU, but a is not"):
+        inverse(a, out=out)
     on_gpu[4] = 0
     with pytest.raises(np.linalg.LinAlgError, match=r"\(4,\): pivot 1"):
         inverse(on_gpu)
