@@ -14,8 +14,8 @@ import numpy as np
 import zarr
 
 from dask_batchinv import storage
-from dask_batchinv.kernels import invert_block, parse_device
-from dask_batchinv.kernels.gpu import is_gpu_array
+from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels.device import is_gpu_array, parse_device
 from dask_batchinv.outcome import raise_failed
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import (

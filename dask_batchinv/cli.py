@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import click
 
-from dask_batchinv import __version__
+from dask_batchinv._version import __version__
 from dask_batchinv.job import progress
 from dask_batchinv.job.cluster import ClusterOptions, connect, count_gpus, embedded_workers
 from dask_batchinv.job.driver import run_job
@@ -21,7 +21,7 @@ from dask_batchinv.job.plan import Plan
 from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
 from dask_batchinv.job.report import status_of
 from dask_batchinv.job.verify import verify
-from dask_batchinv.kernels import DeviceError
+from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.place import redact
 from dask_batchinv.stack import AssumeA, Device

@@ -16,7 +16,9 @@ from stacks import conditioned
 
 from dask_batchinv import RefusedError, invert_store
 from dask_batchinv.job.prepare import Options, prepare
-from dask_batchinv.kernels import choose_kernel, gpu
+from dask_batchinv.kernels import choose_kernel
+from dask_batchinv.kernels.cuda import kernels as cuda
+from dask_batchinv.kernels.device import why_unusable
 
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=1000, deadline=None)
@@ -26,7 +28,7 @@ settings.load_profile("ci")
 def pytest_collection_modifyitems(config, items):
     reasons = {
         "slow": None if "slow" in config.getoption("-m") else "takes minutes: run with -m slow",
-        "gpu": gpu.why_unusable(),
+        "gpu": why_unusable(),
     }
     for item in items:
         for mark, reason in reasons.items():
@@ -155,7 +157,7 @@ def run_gpu(a, structure="general"):
     import cupy
 
     on_gpu = [cupy.array(x) for x in (a, *results_for(a))]
-    gpu.invert(*on_gpu, assume_a=structure)
+    cuda.invert(*on_gpu, assume_a=structure)
     return tuple(cupy.asnumpy(x) for x in on_gpu[1:])
 
 

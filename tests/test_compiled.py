@@ -11,7 +11,9 @@ import pytest
 from conftest import run_cpu as run
 from stacks import DTYPES, assert_same_bits, conditioned
 
-from dask_batchinv.kernels import compiled, lapack, machine
+from dask_batchinv.kernels import lapack
+from dask_batchinv.kernels.cpu import dispatch as compiled
+from dask_batchinv.kernels.emit import compiler as machine
 
 KINDS = ("general", "positive definite")
 #: Some of every layout, with every remainder of vectors and panels.
@@ -174,7 +176,8 @@ def test_a_wrongly_compiled_kernel_is_refused(monkeypatch, harm):
 
 CALL = """
 import numpy as np
-from dask_batchinv.kernels import compiled, machine
+from dask_batchinv.kernels.cpu import dispatch as compiled
+from dask_batchinv.kernels.emit import compiler as machine
 compile_ = machine._compile
 def counted(text):
     print("compiled")

@@ -21,7 +21,7 @@ from distributed.system import MEMORY_LIMIT
 
 from dask_batchinv.job.source import Source
 from dask_batchinv.job.versions import differing, versions
-from dask_batchinv.kernels import DeviceError, gpu, parse_device
+from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import Device
@@ -217,7 +217,7 @@ def count_gpus(device: Device, client: Client | None) -> int:
     device = parse_device(device)
     if device == "cpu":
         return 0
-    found = client.run(gpu.why_unusable) if client else {"this machine": gpu.why_unusable()}
+    found = client.run(why_unusable) if client else {"this machine": why_unusable()}
     without = {address: reason for address, reason in found.items() if reason is not None}
     if device == "gpu" and without:
         address, reason = next(iter(without.items()))

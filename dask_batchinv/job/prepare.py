@@ -13,11 +13,13 @@ import scipy
 import zarr
 from dask.utils import parse_bytes
 
+from dask_batchinv._version import __version__
 from dask_batchinv.job import target as targets
 from dask_batchinv.job.cluster import Workers
 from dask_batchinv.job.plan import Layout, Limits, Plan, make_plan
 from dask_batchinv.job.source import Missing, Source, open_source
-from dask_batchinv.kernels import Kernel, choose_kernel, staging
+from dask_batchinv.kernels import Kernel, choose_kernel
+from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.outcome import RefusedError, TargetError
 from dask_batchinv.place import Place
 from dask_batchinv.stack import AssumeA, Device, parse_choice, real_dtype, result_dtype
@@ -115,8 +117,6 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
 
 def _fingerprint(source: Source, options: Options, kernel: Kernel) -> targets.Fingerprint:
     """Return all that decides the bits of the target."""
-    from dask_batchinv import __version__
-
     return {
         "source": source.place.name,
         "variable": source.variable,

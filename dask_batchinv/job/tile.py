@@ -21,7 +21,8 @@ from dask_batchinv.job.ledger import CHECKSUMS, DEVICES
 from dask_batchinv.job.plan import Tiling
 from dask_batchinv.job.source import Missing, Source
 from dask_batchinv.job.versions import VersionError, differing, versions
-from dask_batchinv.kernels import device_for, invert_block
+from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels.device import device_for
 from dask_batchinv.outcome import Info, TargetError
 from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import AssumeA, Device, result_dtype

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import dask.config
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.kernels import compiled, gpu, lapack, staging
+from dask_batchinv.kernels import lapack
+from dask_batchinv.kernels.cpu import dispatch as compiled
+from dask_batchinv.kernels.cuda import kernels as cuda
+from dask_batchinv.kernels.cuda import staging
+from dask_batchinv.kernels.device import device_for, is_gpu_array, parse_device
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
-
-
-class DeviceError(RuntimeError):
-    """The wanted device cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,6 @@ class Kernel:
 def no_nbytes(n: int, dtype: npt.DTypeLike) -> int:
     """Nothing is compiled in main memory."""
     return 0
-
-
-def parse_device(device: Device) -> Device:
-    """Return the device that was asked for: for "auto", the Dask configuration ``batchinv.device`` decides."""
-    device = parse_choice("device", device, Device)
-    if device == "auto":
-        device = parse_choice("dask.config batchinv.device", dask.config.get("batchinv.device", "auto"), Device)
-    return device
-
-
-def device_for(block: Any, device: Device) -> Literal["cpu", "gpu"]:
-    """Return where a block is inverted by this process.
-
-    Raises
-    ------
-    DeviceError
-        If that is not possible: nothing is copied to or from a GPU unless that is meant, and no GPU is replaced by the
-        CPU in silence.
-    """
-    device = parse_device(device)
-    if gpu.is_gpu_array(block):
-        if device == "cpu":
-            raise DeviceError('device="cpu", but the block is a CuPy array: convert it with '
-                              '.map_blocks(cupy.asnumpy) first, or use "auto"')  # fmt: skip
-        return "gpu"
-    reason = None if device == "cpu" else gpu.why_unusable()
-    if device == "gpu" and reason is not None:
-        raise DeviceError(f'device="gpu": {reason}; or use "cpu" or "auto"')
-    return "cpu" if device == "cpu" or reason is not None else "gpu"
 
 
 def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
@@ -147,7 +117,7 @@ def invert_block(
         Shapes ``(*, n, n)``, ``(*,)``, ``(*,)``; dtypes `dtype`, int32, and the real kind of `dtype`.
     """
     where = device_for(a, device)
-    with a.device if gpu.is_gpu_array(a) else nullcontext():  # the one that it is on
+    with a.device if is_gpu_array(a) else nullcontext():  # the one that it is on
         return _invert_block(a, np.dtype(dtype), assume_a, where, min_rcond, out)
 
 
@@ -157,7 +127,7 @@ def _invert_block(
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
     empty: Any = np.empty
-    if on_gpu := gpu.is_gpu_array(a):
+    if on_gpu := is_gpu_array(a):
         import cupy
 
         empty = cupy.empty
@@ -165,7 +135,7 @@ def _invert_block(
     info, rcond = empty(m, np.int32), empty(m, np.finfo(dtype).dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         native = (a if on_gpu else np.asarray(a)).astype(dtype, order="C" if on_gpu else "K", copy=False)
-    invert = partial(gpu.invert, assume_a=assume_a) if on_gpu else choose_kernel(assume_a, where).invert
+    invert = partial(cuda.invert, assume_a=assume_a) if on_gpu else choose_kernel(assume_a, where).invert
     invert(native.reshape(m, n, n), out, info, rcond)
     if min_rcond > 0:
         poor = (info == 0) & (rcond < min_rcond)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack as sl
 
-from dask_batchinv.kernels.blas import one_blas_thread
+from dask_batchinv.kernels.blas_threads import one_blas_thread
 
 Array = npt.NDArray[Any]
 

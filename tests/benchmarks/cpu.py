@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import dask_batchinv
-from dask_batchinv.kernels import machine
+from dask_batchinv.kernels.emit import compiler as machine
 from tests.benchmarks import peers
 from tests.benchmarks.cases import CASES, SIZES, Case
 

@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 
 from dask_batchinv import __version__, invert_store
-from dask_batchinv.kernels import gpu, launch, staging
+from dask_batchinv.kernels.cuda import kernels as cuda
+from dask_batchinv.kernels.cuda import launch, staging
+from dask_batchinv.kernels.device import why_unusable
 from tests.benchmarks.cases import CASES, DTYPES, KINDS, Case
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
@@ -44,7 +46,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--minutes", type=float, default=7.5)
     options = parser.parse_args()
-    if reason := gpu.why_unusable():
+    if reason := why_unusable():
         parser.exit(2, f"there is nothing to measure: {reason}\n")
     start, seconds = time.monotonic(), 60 * options.minutes
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -130,7 +132,7 @@ def spilled() -> dict[str, int]:
     for case in CASES:
         plan = launch.plan_launch(case.n, case.dtype, case.kind)
         if case.n in SIZES and plan.layout in ("threads", "lanes", "tiles"):
-            kernel = gpu._function(plan.options, plan.layout, cupy.cuda.Device().id)
+            kernel = cuda._function(plan.options, plan.layout, cupy.cuda.Device().id)
             if nbytes := driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, kernel.ptr):
                 found[str(case)] = nbytes
     return found
@@ -143,7 +145,7 @@ def measure(case: Case) -> dict[str, float]:
     a = cupy.asarray(case.make(STACK_NBYTES))
     out, info, rcond = cupy.empty_like(a), cupy.empty(len(a), np.int32), cupy.empty(len(a), a.real.dtype)
     runs: dict[str, Run] = {
-        "ours": lambda: gpu.run(a, out, info, rcond, assume_a=case.kind),
+        "ours": lambda: cuda.run(a, out, info, rcond, assume_a=case.kind),
         "copy": lambda: cupy.copyto(out, a),
     }
     if case.kind == "general":
@@ -241,7 +243,7 @@ def job() -> dict[str, Any]:
     n, nbytes = 8, 2**32
     m = nbytes // (8 * n * n)
     chunk = 2**25 // (8 * n * n)
-    ours = gpu.run
+    ours = cuda.run
 
     def copies(a: Any, out: Any, info: Any, rcond: Any, *, assume_a: str) -> None:
         out[...] = a
@@ -262,14 +264,14 @@ def job() -> dict[str, Any]:
             source[start : start + chunk] = some
         for repetition in range(3):
             for name, kernel in (("inverting", ours), ("copying", copies)):
-                staging.gpu.run = kernel
+                staging.cuda.run = kernel
                 target = f"{folder}/{name}.zarr"
                 begin = time.perf_counter()
                 invert_store(f"{folder}/source.zarr", target, client=client, device="gpu", overwrite=True)
                 if repetition:
                     times[name].append(time.perf_counter() - begin)
                 subprocess.run(["rm", "-rf", target], check=True)
-        staging.gpu.run = ours
+        staging.cuda.run = ours
     seconds = {name: min(values) for name, values in times.items()}
     return seconds | {
         "what": f"{nbytes / 2**30:.0f} GiB of {n} x {n} float64",

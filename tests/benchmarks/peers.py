@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from dask_batchinv.kernels import choose_kernel, machine
-from dask_batchinv.kernels.emit import Emitter
+from dask_batchinv.kernels import choose_kernel
+from dask_batchinv.kernels.emit import compiler as machine
+from dask_batchinv.kernels.emit.emitter import Emitter
 
 Array = npt.NDArray[Any]
 Timed = Callable[[], float]
@@ -127,7 +128,7 @@ def peak_gflops(itemsize: int) -> float:
             e.store(total.get(), e.at(e.arguments[0], i * lanes))
         return e.finish()
 
-    function, keep_alive = machine.load(name, write)
+    function, keep_alive = machine.load(name, write, b"")
     memory = np.zeros(chains * lanes, f"f{itemsize}")
     run = _timed(lambda: function(*[memory.ctypes.data] * 4, rounds, memory.ctypes.data, 0))
     seconds = min(run() for _ in range(5))

@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from scipy.linalg import get_lapack_funcs
 
-from dask_batchinv.kernels import gpu, launch
+from dask_batchinv.kernels.cuda import kernels as cuda
+from dask_batchinv.kernels.cuda import launch
+from dask_batchinv.kernels.device import why_unusable
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 #: So few that the blocks of a kernel have to take turns.
@@ -211,9 +213,9 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
             for name, routine in routines.items()
         }
     )
-    cuda = ModuleType("cupy.cuda")
-    cuda.nvrtc = nvrtc
-    modules = {"cupy": cupy, "cupy.cuda": cuda, "cupy_backends.cuda.libs": backends}
+    cupy_cuda: Any = ModuleType("cupy.cuda")
+    cupy_cuda.nvrtc = nvrtc
+    modules = {"cupy": cupy, "cupy.cuda": cupy_cuda, "cupy_backends.cuda.libs": backends}
     modules |= {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
     before = {name: sys.modules.get(name) for name in modules}
     _forget()
@@ -231,5 +233,5 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
 
 
 def _forget() -> None:
-    gpu.why_unusable.cache_clear()
-    gpu._function.cache_clear()
+    why_unusable.cache_clear()
+    cuda._function.cache_clear()

@@ -11,7 +11,8 @@ from test_lapack_types import LIMIT, check
 
 from dask_batchinv import DeviceError, inverse, inverse_ex, invert_store
 from dask_batchinv.job.ledger import Ledger
-from dask_batchinv.kernels import gpu, staging
+from dask_batchinv.kernels.cuda import kernels as cuda
+from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.place import Place
 from gpu import fake_cupy
 
@@ -74,7 +75,7 @@ def test_matrices_beyond_our_kernels_with_little_memory(structure):
 def test_out_of_memory_halves_the_batch(monkeypatch):
     a, _ = spoilt_stack(131)
     whole = run_gpu(a)
-    by_cublas, sizes = gpu._by_cublas, []
+    by_cublas, sizes = cuda._by_cublas, []
 
     def full(plan, a, *results):
         sizes.append(len(a))
@@ -82,7 +83,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
             raise fake_cupy.OutOfMemoryError
         by_cublas(plan, a, *results)
 
-    monkeypatch.setattr(gpu, "_by_cublas", full)
+    monkeypatch.setattr(cuda, "_by_cublas", full)
     for got, want in zip(run_gpu(a), whole, strict=True):
         assert_same_bits(got, want)
     assert sizes[:5] == [60, 30, 15, 8, 4]
@@ -91,7 +92,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     def never(*arguments):
         raise fake_cupy.OutOfMemoryError
 
-    monkeypatch.setattr(gpu, "_by_cublas", never)
+    monkeypatch.setattr(cuda, "_by_cublas", never)
     with pytest.raises(fake_cupy.OutOfMemoryError):
         run_gpu(a)
 

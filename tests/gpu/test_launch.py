@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from stacks import DTYPES, STRUCTURES
 
-from dask_batchinv.kernels import launch
-from dask_batchinv.kernels.launch import plan_launch
+from dask_batchinv.kernels.cuda import launch
+from dask_batchinv.kernels.cuda.launch import plan_launch
 
 
 def compiler():

@@ -5,47 +5,23 @@ Everything here works on the current device and stream. CuPy is imported when it
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from dask_batchinv.kernels import launch, machine
-from dask_batchinv.kernels.launch import Launch
+from dask_batchinv.kernels.code_cache import cached
+from dask_batchinv.kernels.cuda import launch
+from dask_batchinv.kernels.cuda.launch import Launch
 
 #: Arrays of CuPy, whose types need a CUDA installation.
 Array = Any
 
-#: The oldest cards that CUDA 13 compiles for.
-OLDEST = 75
 #: Blocks and threads of the kernels that convert numbers.
 _CONVERTING = ((1024,), (256,))
 #: Of the memory that is free, so much is for temporary arrays.
 SHARE = 0.8
-
-
-@lru_cache(maxsize=1)
-def why_unusable() -> str | None:
-    """Return why no GPU can be used in this process, or None if one can."""
-    try:
-        import cupy
-    except ImportError as error:
-        return f"CuPy cannot be imported ({error}): pip install 'dask_batchinv[gpu]'"
-    try:
-        if not cupy.cuda.runtime.getDeviceCount():
-            return "CUDA finds no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-        if int(cupy.cuda.Device().compute_capability) < OLDEST:
-            return f"the GPU is too old: compute capability {OLDEST / 10} is needed"
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CUDA finds no usable GPU ({error}): look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return None
-
-
-def is_gpu_array(a: Any) -> bool:
-    """Tell whether an array is CuPy's, without importing CuPy."""
-    return type(a).__module__.partition(".")[0] == "cupy"
 
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
@@ -164,9 +140,8 @@ def _function(options: tuple[str, ...], name: str, device: int) -> Any:
 
     architecture = f"sm_{cupy.cuda.Device(device).compute_capability}"
     facts = (launch.source(), *options, architecture, *map(str, cupy.cuda.nvrtc.getVersion()))
-    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
     module = cupy.cuda.function.Module()
-    module.load(machine.cached(f"cuda-{key}", partial(compile_for, architecture, options)))
+    module.load(cached(f"cuda-{architecture}", "\0".join(facts).encode(), partial(compile_for, architecture, options)))
     return module.get_function(name)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.values import Value
 
 
 @dataclass(frozen=True)

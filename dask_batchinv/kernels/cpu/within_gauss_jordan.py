@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from dask_batchinv.kernels import scaling
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.numbers import Number
-from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
-from dask_batchinv.kernels.scratch import (
+from dask_batchinv.kernels.cpu import scaling
+from dask_batchinv.kernels.cpu.scaling import larger_sum, without_sign_of_zero
+from dask_batchinv.kernels.cpu.within_workspace import (
     PANEL,
     Matrix,
     Shape,
@@ -32,8 +30,10 @@ from dask_batchinv.kernels.scratch import (
     report,
     settle,
 )
-from dask_batchinv.kernels.turning import transpose
-from dask_batchinv.kernels.values import INT, Value
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.number import Number
+from dask_batchinv.kernels.emit.transpose import transpose
+from dask_batchinv.kernels.emit.values import INT, Value
 
 #: Vectors of a column up to which the search for a pivot is unrolled.
 _SEARCHED_AT_ONCE = 16

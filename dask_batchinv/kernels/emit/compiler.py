@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
 import itertools
-import os
-import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,13 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from dask_batchinv.kernels.code_cache import cached, digest_of_sources
+
 #: ``f(a, out, info, rcond, count, scratch, past_caches)``; ctypes lets go of the interpreter lock while it runs.
 Function = Callable[[int, int, int, int, int, int, int], None]
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 #: LLVM's compiler is shared by the threads of a process.
 _lock = threading.Lock()
-_DIGEST_NBYTES = 32
 #: Libraries need names of their own.
 _count = itertools.count()
 
@@ -54,16 +51,11 @@ def vector_nbytes() -> int:
 
 
 @cache
-def _sources() -> bytes:
-    """Digest of what decides on the machine code: the package that writes it, LLVM, and the processor."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    llvm_version = ".".join(map(str, llvm.llvm_version_info))
-    for fact in (llvmlite.__version__, llvm_version, llvm.get_host_cpu_name()):
-        digest.update(fact.encode() + b"\0")
-    digest.update(llvm.get_host_cpu_features().flatten().encode())
-    return digest.digest()
+def _toolchain() -> bytes:
+    """Digest of what makes machine code of a text: LLVM, the processor, and what wraps LLVM here."""
+    facts = (llvmlite.__version__, ".".join(map(str, llvm.llvm_version_info)), llvm.get_host_cpu_name())
+    features = llvm.get_host_cpu_features().flatten()
+    return digest_of_sources(Path(__file__).parent) + "\0".join((*facts, features)).encode()
 
 
 def description() -> str:
@@ -72,16 +64,11 @@ def description() -> str:
     return f"{llvm.get_host_cpu_name()}, LLVM {version}, llvmlite {llvmlite.__version__}"
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dask_batchinv"
-
-
-def load(name: str, write: Callable[[], str]) -> tuple[Function, Any]:
+def load(name: str, write: Callable[[], str], sources: bytes) -> tuple[Function, Any]:
     """Return the function `name`, compiled from what `write` returns or read from the cache.
 
-    The second value keeps the machine code alive: hold on to it as long as to the function.
+    `sources` is a digest of what `write` is made of. The second value keeps the machine code alive: hold on to it as
+    long as to the function.
     """
 
     def make() -> bytes:
@@ -90,7 +77,7 @@ def load(name: str, write: Callable[[], str]) -> tuple[Function, Any]:
         return _compile(text)
 
     with _lock:
-        code = cached(name, make)
+        code = cached(name, sources + _toolchain(), make)
         library = (
             llvm.JITLibraryBuilder()
             .add_object_img(code)
@@ -110,56 +97,3 @@ def _compile(text: str) -> bytes:
     builder.getModulePassManager().run(module, builder)
     code: bytes = _target().emit_object(module)
     return code
-
-
-# --- the cache: one file per kernel, replaced whole, so that many processes may share it ------------------------
-
-
-def cached(name: str, make: Callable[[], bytes]) -> bytes:
-    """Return machine code of a name from the cache; if it is not there, what `make` returns, which is kept."""
-    path = _path(name)
-    code = _read(path)
-    if code is None:
-        code = make()
-        _keep(path, code)
-    return code
-
-
-def _path(name: str) -> Path | None:
-    """Return the file of a kernel, or None where the cache cannot be trusted: it holds code that will run."""
-    try:
-        folder = cache_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):
-        return None
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        return None
-    key = hashlib.sha256(_sources() + name.encode()).hexdigest()[:24]
-    return folder / f"{name}-{key}.o"
-
-
-def _read(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        found = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = found[:_DIGEST_NBYTES], found[_DIGEST_NBYTES:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _keep(path: Path | None, code: bytes) -> None:
-    if path is None:
-        return
-    # A full or read-only disk costs the next process its compilation, nothing else.
-    with suppress(OSError):
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(partial, path)
-        except OSError:
-            os.unlink(partial)
-            raise

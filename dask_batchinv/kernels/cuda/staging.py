@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.kernels import gpu, launch
+from dask_batchinv.kernels.cuda import kernels as cuda
+from dask_batchinv.kernels.cuda import launch
 
 HostArray = npt.NDArray[Any]
 
@@ -78,7 +79,7 @@ class _Slot:
         on_gpu = [x[:m] for x in self.on_gpu]
         with self.stream:
             on_gpu[0].set(self.pinned[0][:m], stream=self.stream)
-            gpu.run(*on_gpu, assume_a=assume_a)
+            cuda.run(*on_gpu, assume_a=assume_a)
             for x, host in zip(on_gpu[1:], self.pinned[1:], strict=True):
                 x.get(stream=self.stream, out=host[:m], blocking=False)
 
@@ -91,7 +92,7 @@ class _Slot:
         if self.pinned[0].dtype.char in "fF" and (self.pinned[2][:m] == -2).any():
             with self.stream:
                 on_gpu = [x[:m] for x in self.on_gpu]
-                gpu.again_in_double(*on_gpu, assume_a=assume_a)
+                cuda.again_in_double(*on_gpu, assume_a=assume_a)
                 for x, host in zip(on_gpu[1:], self.pinned[1:], strict=True):
                     x.get(stream=self.stream, out=host[:m])
         for result, host in zip(results, self.pinned[1:], strict=True):

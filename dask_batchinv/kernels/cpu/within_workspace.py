@@ -11,10 +11,10 @@ from functools import partial
 
 from llvmlite import ir
 
-from dask_batchinv.kernels import scaling
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.numbers import Number
-from dask_batchinv.kernels.values import INT, Value
+from dask_batchinv.kernels.cpu import scaling
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.number import Number
+from dask_batchinv.kernels.emit.values import INT, Value
 
 #: Columns eliminated together. Part of the arithmetic: another number gives other roundings.
 PANEL = 4

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.numbers import Number
-from dask_batchinv.kernels.traffic import buffer_nbytes
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.cpu.streaming import buffer_nbytes
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.number import Number
+from dask_batchinv.kernels.emit.values import Value
 
 
 def scratch_nbytes(n: int, itemsize: int, parts: int, lanes: int) -> int:

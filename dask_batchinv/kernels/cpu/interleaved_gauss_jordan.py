@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dask_batchinv.kernels.group import Group
-from dask_batchinv.kernels.numbers import Number
-from dask_batchinv.kernels.values import Value, Variable
+from dask_batchinv.kernels.cpu.interleaved_group import Group
+from dask_batchinv.kernels.emit.number import Number
+from dask_batchinv.kernels.emit.values import Value, Variable
 
 #: Columns whose numbers in two pivot rows, and in the rows whose places they took, are kept in registers: by parts of
 #: a number, for 32 registers and for 16; measured.

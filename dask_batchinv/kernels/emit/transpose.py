@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.values import Value
 
 
 def load_columns(e: Emitter, address: Callable[[int], Value], count: int) -> list[Value]:

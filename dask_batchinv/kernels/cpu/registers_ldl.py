@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.numbers import Number, constant_number
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.number import Number, constant_number
+from dask_batchinv.kernels.emit.values import Value
 
 Matrix = list[list[Number]]
 

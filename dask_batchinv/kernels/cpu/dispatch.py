@@ -14,15 +14,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.kernels import group as groups
-from dask_batchinv.kernels import interleaved, lapack, machine, panels, registers, sweeps
-from dask_batchinv.kernels.scratch import Shape
+from dask_batchinv.kernels import lapack
+from dask_batchinv.kernels.code_cache import digest_of_sources
+from dask_batchinv.kernels.cpu import interleaved, registers
+from dask_batchinv.kernels.cpu import interleaved_group as groups
+from dask_batchinv.kernels.cpu import within_gauss_jordan as panels
+from dask_batchinv.kernels.cpu import within_sweep as sweeps
+from dask_batchinv.kernels.cpu.within_workspace import Shape
+from dask_batchinv.kernels.emit import compiler as machine
 
 Array = npt.NDArray[Any]
 Kind = Literal["general", "positive definite"]
@@ -94,6 +100,11 @@ def _together(n: int, itemsize: int, parts: int) -> int:
     if lines <= (4 if parts == 2 else 3):
         return 3
     return 2 if lines <= (6 if parts == 2 else 8) else 1
+
+
+@cache
+def _sources() -> bytes:
+    return digest_of_sources(Path(__file__).parent)
 
 
 @dataclass
@@ -195,7 +206,7 @@ def _load(n: int, dtype: Any, kind: Kind, vector_nbytes: int) -> _Loaded:
     with _lock:
         if key not in _loaded:
             source = program(n, dtype, kind, vector_nbytes)
-            function, keep_alive = machine.load(source.name, source.write)
+            function, keep_alive = machine.load(source.name, source.write, _sources())
             kernel = _Loaded(function, keep_alive, source.group, source.nbytes)
             _test(kernel, source.name, n, dtype, kind)
             _loaded[key] = kernel

@@ -14,7 +14,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from dask_batchinv.kernels.values import BIT, INT, Value, Variable, constant
+from dask_batchinv.kernels.emit.values import BIT, INT, Value, Variable, constant
 
 
 class Emitter:

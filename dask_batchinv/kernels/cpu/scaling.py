@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.values import Value
 
 
 class Measure:

@@ -6,13 +6,13 @@ all of them. What happens to it in between is in `elimination` and `decompositio
 
 from __future__ import annotations
 
-from dask_batchinv.kernels import decomposition, scaling
-from dask_batchinv.kernels.elimination import eliminate
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.group import Group
-from dask_batchinv.kernels.traffic import Traffic
-from dask_batchinv.kernels.turning import load_columns, store_columns, transpose
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.cpu import interleaved_ldl, scaling
+from dask_batchinv.kernels.cpu.interleaved_gauss_jordan import eliminate
+from dask_batchinv.kernels.cpu.interleaved_group import Group
+from dask_batchinv.kernels.cpu.streaming import Traffic
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.transpose import load_columns, store_columns, transpose
+from dask_batchinv.kernels.emit.values import Value
 
 
 def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite: bool) -> str:
@@ -24,8 +24,8 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
         finite, scale = _read(g, group, definite)
         if definite:
             _multiply_rarely(g, scale)
-            steps = decomposition.pauses(n)
-            outcome = decomposition.invert(g, scale.first, lambda step: traffic.step(group, step, steps))
+            steps = interleaved_ldl.pauses(n)
+            outcome = interleaved_ldl.invert(g, scale.first, lambda step: traffic.step(group, step, steps))
             failed, norm, norm_of_inverse = outcome.failed, outcome.norm, outcome.norm_of_inverse
             target = traffic.place(group)
             _write_as_it_is(g, target, scale)

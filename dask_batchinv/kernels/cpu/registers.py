@@ -10,15 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from dask_batchinv.kernels import definite as definite_inverse
-from dask_batchinv.kernels import scaling
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.numbers import Number
-from dask_batchinv.kernels.traffic import Traffic
-from dask_batchinv.kernels.turning import load_stack, store_stack
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.cpu import registers_ldl, scaling
+from dask_batchinv.kernels.cpu.streaming import Traffic
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.number import Number
+from dask_batchinv.kernels.emit.transpose import load_stack, store_stack
+from dask_batchinv.kernels.emit.values import Value
 
-Matrix = definite_inverse.Matrix
+Matrix = registers_ldl.Matrix
 
 
 def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite: bool) -> str:
@@ -53,7 +52,7 @@ def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite:
         norm = _norm(e, a)
         if definite:
             pauses = itertools.count()
-            pivot = definite_inverse.invert(e, a, lambda: traffic.step(group, next(pauses), definite_inverse.pauses(n)))
+            pivot = registers_ldl.invert(e, a, lambda: traffic.step(group, next(pauses), registers_ldl.pauses(n)))
             _mirror(a)
         else:
             pivot = _eliminate(e, a, lambda k: traffic.step(group, k, n))

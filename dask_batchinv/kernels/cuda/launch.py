@@ -68,7 +68,7 @@ class Launch:
 
 def source() -> str:
     """Return the text of inverse.cu."""
-    return resources.files("dask_batchinv.kernels").joinpath("inverse.cu").read_text()
+    return resources.files("dask_batchinv.kernels.cuda").joinpath("inverse.cu").read_text()
 
 
 def plan_launch(n: int, dtype: npt.DTypeLike, assume_a: str) -> Launch:

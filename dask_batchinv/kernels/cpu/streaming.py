@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.values import Value
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.values import Value
 
 #: Memory is asked for at least so far ahead; measured.
 _AHEAD_NBYTES = 4096

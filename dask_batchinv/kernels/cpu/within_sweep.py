@@ -17,11 +17,9 @@ from functools import partial
 
 from llvmlite import ir
 
-from dask_batchinv.kernels import scaling
-from dask_batchinv.kernels.emit import Emitter
-from dask_batchinv.kernels.numbers import Number, constant_number
-from dask_batchinv.kernels.scaling import larger_sum, without_sign_of_zero
-from dask_batchinv.kernels.scratch import (
+from dask_batchinv.kernels.cpu import scaling
+from dask_batchinv.kernels.cpu.scaling import larger_sum, without_sign_of_zero
+from dask_batchinv.kernels.cpu.within_workspace import (
     PANEL,
     Matrix,
     Shape,
@@ -34,8 +32,10 @@ from dask_batchinv.kernels.scratch import (
     report,
     settle,
 )
-from dask_batchinv.kernels.turning import exchange, load_columns, store_columns, transpose
-from dask_batchinv.kernels.values import Value, constant
+from dask_batchinv.kernels.emit.emitter import Emitter
+from dask_batchinv.kernels.emit.number import Number, constant_number
+from dask_batchinv.kernels.emit.transpose import exchange, load_columns, store_columns, transpose
+from dask_batchinv.kernels.emit.values import Value, constant
 
 
 def write(name: str, s: Shape) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dask_batchinv.kernels import scaling
-from dask_batchinv.kernels.group import Group
-from dask_batchinv.kernels.numbers import Number, constant_number
-from dask_batchinv.kernels.values import Value, Variable
+from dask_batchinv.kernels.cpu import scaling
+from dask_batchinv.kernels.cpu.interleaved_group import Group
+from dask_batchinv.kernels.emit.number import Number, constant_number
+from dask_batchinv.kernels.emit.values import Value, Variable
 
 #: Columns of two rows whose sums are kept in registers, by parts of a number.
 _WIDTH = {1: 4, 2: 2}

@@ -1,0 +1,8 @@
+"""The defaults of the Dask configuration ``batchinv``, from batchinv.yaml."""
+
+from pathlib import Path
+
+import dask.config
+import yaml
+
+dask.config.update_defaults(yaml.safe_load((Path(__file__).parent / "batchinv.yaml").read_text()))

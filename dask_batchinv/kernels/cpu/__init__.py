@@ -1,0 +1,1 @@
+"""The CPU kernels: one module for each layout, and for what happens in it."""

@@ -1,0 +1,1 @@
+"""The GPU kernels: CUDA source, launched through CuPy."""
