@@ -12,8 +12,9 @@ from conftest import run_cpu as run
 from stacks import DTYPES, assert_same_bits, conditioned
 
 from dask_batchinv.kernels import lapack
-from dask_batchinv.kernels.cpu import dispatch as compiled
-from dask_batchinv.kernels.emit import compiler as machine
+from dask_batchinv.kernels.cpu import dispatch
+from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
+from dask_batchinv.kernels.emit import compiler
 
 KINDS = ("general", "positive definite")
 #: Some of every layout, with every remainder of vectors and panels.
@@ -37,10 +38,10 @@ def blocks(n, dtype, kind):
 def test_the_width_of_vectors_changes_no_bit(n, kind, dtype):
     expected = None
     for nbytes in (64, 32, 16) if n in (3, 9, 45) else (64, 32):
-        if nbytes > machine.vector_nbytes():
+        if nbytes > compiler.vector_nbytes():
             continue  # narrower vectors run anywhere, wider ones do not
         a, *results = blocks(n, dtype, kind)
-        compiled._run(compiled._load(n, a.dtype, kind, nbytes), a, *results)
+        dispatch._run(dispatch._load(spec_of(n, dtype, kind, nbytes)), a, *results)
         expected = expected or results
         for got, want in zip(results, expected, strict=True):
             assert_same_bits(got, want)
@@ -72,7 +73,7 @@ def test_threads_change_no_bit(n, kind):
 def test_the_memory_beside_a_block_is_left_alone(n, kind):
     a = conditioned(23, n, 10, "float32", kind)
     around = [np.full((25, *shape), 77, dtype) for shape, dtype in [((n, n), "f4"), ((), "i4"), ((), "f4")]]
-    compiled.invert(a, *(x[1:-1] for x in around), kind=kind)
+    dispatch.invert(a, *(x[1:-1] for x in around), structure=kind)
     for x in around:
         assert (x[0] == 77).all()
         assert (x[-1] == 77).all()
@@ -85,15 +86,15 @@ def test_writing_past_the_caches_changes_no_bit_and_no_other_byte(monkeypatch, n
     for m in (1, 16, 17, 33, 100):
         a = conditioned(m, n, 10, dtype, kind)
         a[m // 2] = 0
-        monkeypatch.setattr(compiled, "PAST_CACHES", 2**60)
+        monkeypatch.setattr(dispatch, "NONTEMPORAL_NBYTES", 2**60)
         x, info, rcond = run(a, kind)
-        monkeypatch.setattr(compiled, "PAST_CACHES", 0)
+        monkeypatch.setattr(dispatch, "NONTEMPORAL_NBYTES", 0)
         for skew in {0, 16 // a.itemsize, 1, 64 // a.itemsize - 1}:
             around = np.full(a.size + 256, 77, dtype)
             first = -around.ctypes.data % 64 // a.itemsize + 64 + skew
             out = around[first : first + a.size].reshape(a.shape)
             results = out, np.empty_like(info), np.empty_like(rcond)
-            compiled.invert(a, *results, kind=kind)
+            dispatch.invert(a, *results, structure=kind)
             for got, want in zip(results, (x, info, rcond), strict=True):
                 assert_same_bits(got, want)
             assert (around[:first] == 77).all()
@@ -112,9 +113,10 @@ def test_an_unaligned_block_is_served(dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beyond_the_largest_lapack_takes_over(kind, dtype):
-    a = conditioned(2, compiled.LARGEST + 1, 10, dtype, kind)
+    a = conditioned(2, 513, 10, dtype, kind)
+    assert layout_of(spec_of(513, dtype, kind)) is None
     out, info, rcond = np.empty_like(a), np.empty(2, np.int32), np.empty(2, a.real.dtype)
-    lapack.invert(a, out, info, rcond, structure=lapack.STRUCTURES[kind])
+    lapack.invert(a, out, info, rcond, structure=kind)
     for got, want in zip(run(a, kind), (out, info, rcond), strict=True):
         assert_same_bits(got, want)
 
@@ -123,14 +125,16 @@ def test_the_layout_depends_on_size_and_dtype_alone():
     for kind in KINDS:
         for dtype in DTYPES:
             for n in range(1, 70):
-                layouts = {compiled.program(n, dtype, kind, nbytes).name.split("_")[0] for nbytes in (16, 32, 64)}
+                layouts = {layout_of(spec_of(n, dtype, kind, nbytes)) for nbytes in (16, 32, 64)}
                 assert len(layouts) == 1
+                assert None not in layouts
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_and_products_are_fused_where_the_kernel_says_so_and_nowhere_else(kind):
     for n in (3, 9, 45):
-        text = compiled.program(n, "float64", kind, 64).write()
+        spec = spec_of(n, "float64", kind, 64)
+        text = layout_of(spec).write(spec)
         assert "llvm.fma.v8f64" in text
         assert not re.search(r"\b(fast|contract|reassoc|nnan|ninf|nsz|arcp|afn)\b", text)
 
@@ -155,7 +159,7 @@ def test_overflow_on_the_way_is_noticed_whatever_column_it_is_in(n, dtype, kind)
 
 @pytest.mark.parametrize("harm", ["value", "info", "neighbour"])
 def test_a_wrongly_compiled_kernel_is_refused(monkeypatch, harm):
-    true_run = compiled._run
+    true_run = dispatch._run
 
     def wrong(kernel, a, out, info, rcond):
         true_run(kernel, a, out, info, rcond)
@@ -166,26 +170,26 @@ def test_a_wrongly_compiled_kernel_is_refused(monkeypatch, harm):
         else:
             out[3] = np.nan
 
-    monkeypatch.setattr(compiled, "_loaded", {})
-    monkeypatch.setattr(compiled, "_run", wrong)
-    with pytest.raises(compiled.KernelError, match=r"registers_general_4_d_\d+ gives wrong results on this machine"):
-        compiled._load(4, np.dtype("float64"), "general", machine.vector_nbytes())
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setattr(dispatch, "_run", wrong)
+    with pytest.raises(dispatch.KernelError, match=r"kernel general_4_d_\d+ gives wrong results on this machine"):
+        dispatch._load(spec_of(4, "float64", "general"))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------
 
 CALL = """
 import numpy as np
-from dask_batchinv.kernels.cpu import dispatch as compiled
-from dask_batchinv.kernels.emit import compiler as machine
-compile_ = machine._compile
+from dask_batchinv.kernels.cpu import dispatch
+from dask_batchinv.kernels.emit import compiler
+compile_ = compiler._compile
 def counted(text):
     print("compiled")
     return compile_(text)
-machine._compile = counted
+compiler._compile = counted
 a = np.random.default_rng(0).normal(size=(50, 7, 7))
 out, info, rcond = np.empty_like(a), np.empty(50, np.int32), np.empty(50)
-compiled.invert(a, out, info, rcond, kind="general")
+dispatch.invert(a, out, info, rcond, structure="general")
 assert abs(out @ a - np.eye(7)).max() < 1e-9
 print("good")
 """
@@ -211,7 +215,7 @@ def test_a_kernel_is_compiled_once(tmp_path):
     assert outcome(call(tmp_path)) == ["compiled", "good"]
     assert outcome(call(tmp_path)) == ["good"]
     (file,) = (tmp_path / "dask_batchinv").iterdir()
-    assert file.name.startswith("interleaved_general_7_d_")
+    assert file.name.startswith("general_7_d_")
 
 
 def test_many_processes_share_the_cache(tmp_path):

@@ -132,6 +132,18 @@ def test_a_power_of_two_changes_the_exponent_alone(run, structure, dtype, power)
     assert_same_bits(scaled_rcond, rcond)
 
 
+@pytest.mark.parametrize("structure", ["general", "upper triangular"])
+def test_rcond_does_not_vanish_where_the_product_of_the_norms_overflows(run, structure):
+    a = np.zeros((3, 4, 4), np.float32) + np.diag([0.9, 0.9, 0.9, 3e-38]).astype(np.float32)
+    a[:, :-1, -1] = 0.9
+    wide = a[0].astype(np.float64)
+    want = 1 / np.linalg.norm(wide, 1) / np.linalg.norm(np.linalg.inv(wide), 1)
+    assert want < np.finfo(np.float32).tiny
+    _, info, rcond = run(a, structure)
+    assert (info == 0).all()
+    np.testing.assert_allclose(rcond, want, rtol=1e-5)
+
+
 def test_overflow_of_the_inverse_is_not_singularity(run):
     for dtype in DTYPES:
         tiny = np.eye(3, dtype=dtype)[None] * np.finfo(dtype).tiny

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_batchinv.kernels import lapack
-from dask_batchinv.kernels.cpu import dispatch as compiled
+from dask_batchinv.kernels.cpu import dispatch as cpu
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.kernels.device import device_for, is_gpu_array, parse_device
+from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
@@ -44,7 +45,7 @@ class Kernel:
 
 
 def no_nbytes(n: int, dtype: npt.DTypeLike) -> int:
-    """Nothing is compiled in main memory."""
+    """Return 0: this kernel needs no memory to compile."""
     return 0
 
 
@@ -65,18 +66,18 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
             scratch_nbytes=staging.scratch_nbytes,
             compile_nbytes=no_nbytes,
         )
-    if assume_a == "general" or assume_a == "positive definite":
+    if assume_a in cpu.STRUCTURES:
         return Kernel(
             name=f"compiled: {assume_a}",
             device="cpu",
-            invert=partial(compiled.invert, kind=assume_a),
-            scratch_nbytes=partial(compiled.scratch_nbytes, kind=assume_a),
-            compile_nbytes=partial(compiled.compile_nbytes, kind=assume_a),
+            invert=partial(cpu.invert, structure=assume_a),
+            scratch_nbytes=partial(cpu.scratch_nbytes, structure=assume_a),
+            compile_nbytes=partial(cpu.compile_nbytes, structure=assume_a),
         )
     return Kernel(
         name=f"lapack: {assume_a}",
         device="cpu",
-        invert=partial(lapack.invert, structure=lapack.STRUCTURES[assume_a]),
+        invert=partial(lapack.invert, structure=assume_a),
         scratch_nbytes=lapack.scratch_nbytes,
         compile_nbytes=no_nbytes,
     )
@@ -84,7 +85,7 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
 
 def read_part(a: Array, assume_a: AssumeA) -> Array:
     """Return the matrices that a stack ``(m, n, n)`` stands for: the part that `assume_a` names, filled up."""
-    return lapack.STRUCTURES[assume_a].read(np.ascontiguousarray(a))
+    return lapack.METHODS[assume_a].read(np.ascontiguousarray(a))
 
 
 def invert_block(
@@ -138,7 +139,7 @@ def _invert_block(
     invert = partial(cuda.invert, assume_a=assume_a) if on_gpu else choose_kernel(assume_a, where).invert
     invert(native.reshape(m, n, n), out, info, rcond)
     if min_rcond > 0:
-        poor = (info == 0) & (rcond < min_rcond)
-        info[poor] = -3
+        poor = (info == Info.GOOD) & (rcond < min_rcond)
+        info[poor] = Info.BELOW_MIN_RCOND
         out[poor] = np.nan
     return out.reshape(a.shape), info.reshape(batch), rcond.reshape(batch)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from scipy.linalg import lapack as sl
 
 from dask_batchinv.kernels.blas_threads import one_blas_thread
+from dask_batchinv.outcome import Info
+from dask_batchinv.stack import AssumeA
 
 Array = npt.NDArray[Any]
 
@@ -26,8 +28,8 @@ _GROUP_COPIES = 8
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What `assume_a` means to this kernel."""
+class Method:
+    """What LAPACK does with matrices of a structure."""
 
     read: Callable[[Array], Array]
     """A private copy of a stack, made only of the part that the word names, filled up to whole matrices."""
@@ -42,7 +44,7 @@ def scratch_nbytes(n: int, dtype: npt.DTypeLike) -> int:
     return 2 * _GROUP_COPIES * max(GROUP_NBYTES, one)
 
 
-def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Structure) -> None:
+def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
     if n == 0:
@@ -53,26 +55,27 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Struct
     with one_blas_thread(), np.errstate(all="ignore"):
         for start in range(0, m, step):
             part = slice(start, start + step)
-            _invert_group(a[part], out[part], info[part], rcond[part], structure)
+            _invert_group(a[part], out[part], info[part], rcond[part], METHODS[structure])
 
 
-def _invert_group(a: Array, out: Array, info: Array, rcond: Array, structure: Structure) -> None:
-    s = structure.read(np.ascontiguousarray(a))
+def _invert_group(a: Array, out: Array, info: Array, rcond: Array, method: Method) -> None:
+    s = method.read(np.ascontiguousarray(a))
     not_finite = ~np.isfinite(s).all(axis=(1, 2))
     s[not_finite] = np.eye(s.shape[-1], dtype=s.dtype)
     shift = _scale(s)
     x = np.empty_like(s)
-    info[:] = structure.solve(s, x)
-    # Two divisions: the product of the norms may overflow where the quotient does not.
-    rcond[:] = 1 / _norm1(s) / _norm1(x)
+    info[:] = method.solve(s, x)
+    # As `scaling.rcond_of` has it.
+    eps = np.finfo(s.dtype).eps
+    rcond[:] = eps / (eps * _norm1(s) * _norm1(x))
     rcond[(info > 0) | np.isnan(rcond)] = 0
     _shift_exponents(x, shift)
     out[:] = x
     overflow = ~np.isfinite(out).all(axis=(1, 2))
-    info[(info == 0) & overflow] = -2
-    info[not_finite] = -1
+    info[(info == Info.GOOD) & overflow] = Info.OVERFLOW
+    info[not_finite] = Info.NOT_FINITE
     rcond[not_finite] = np.nan
-    out[info != 0] = complex(np.nan, np.nan) if np.iscomplexobj(out) else np.nan
+    out[info != Info.GOOD] = complex(np.nan, np.nan) if np.iscomplexobj(out) else np.nan
 
 
 def _norm1(a: Array) -> Array:
@@ -228,12 +231,12 @@ def _solve_diagonal(s: Array, out: Array) -> Array:
     return np.where(zero.any(axis=1), zero.argmax(axis=1) + 1, 0).astype(np.int32)
 
 
-STRUCTURES = {
-    "general": Structure(_read_general, _solve_general),
-    "symmetric": Structure(_read_symmetric, _solve_symmetric),
-    "hermitian": Structure(_read_hermitian, _solve_hermitian),
-    "positive definite": Structure(_read_hermitian, _solve_positive_definite),
-    "upper triangular": Structure(np.triu, _solve_upper),
-    "lower triangular": Structure(np.tril, _solve_lower),
-    "diagonal": Structure(_read_diagonal, _solve_diagonal),
+METHODS: dict[AssumeA, Method] = {
+    "general": Method(_read_general, _solve_general),
+    "symmetric": Method(_read_symmetric, _solve_symmetric),
+    "hermitian": Method(_read_hermitian, _solve_hermitian),
+    "positive definite": Method(_read_hermitian, _solve_positive_definite),
+    "upper triangular": Method(np.triu, _solve_upper),
+    "lower triangular": Method(np.tril, _solve_lower),
+    "diagonal": Method(_read_diagonal, _solve_diagonal),
 }

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import dask_batchinv
-from dask_batchinv.kernels.emit import compiler as machine
+from dask_batchinv.kernels.emit import compiler
 from tests.benchmarks import peers
 from tests.benchmarks.cases import CASES, SIZES, Case
 
@@ -40,7 +40,7 @@ def main() -> None:
     both = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, both[:1])
     result: dict[str, Any] = {
-        "machine": {"processor": processor(), "compiler": machine.description(), "system": platform.platform()},
+        "machine": {"processor": processor(), "compiler": compiler.description(), "system": platform.platform()},
         "versions": {"dask_batchinv": dask_batchinv.__version__} | {peer: peers.version(peer) for peer in peers.PEERS},
         "peak": {str(size): peers.peak_gflops(size) for size in (4, 8)},
         "cells": {},

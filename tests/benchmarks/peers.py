@@ -15,7 +15,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from dask_batchinv.kernels import choose_kernel
-from dask_batchinv.kernels.emit import compiler as machine
+from dask_batchinv.kernels.emit import compiler
 from dask_batchinv.kernels.emit.emitter import Emitter
 
 Array = npt.NDArray[Any]
@@ -114,21 +114,21 @@ def version(peer: str) -> str:
 
 def peak_gflops(itemsize: int) -> float:
     """Measure the most multiply-adds that one core does, in 10^9 operations a second."""
-    lanes, chains, rounds = machine.vector_nbytes() // itemsize, 16, 1_000_000
+    lanes, chains, rounds = compiler.vector_nbytes() // itemsize, 16, 1_000_000
     name = f"peak_{itemsize}"
 
     def write() -> str:
         e = Emitter(name, itemsize, lanes)
-        sums = [e.variable(e.load(e.at(e.arguments[0], i * lanes))) for i in range(chains)]
-        factor, term = e.load(e.arguments[1]), e.load(e.arguments[2])
-        with e.loop(0, e.arguments[4]):
+        sums = [e.variable(e.load(e.at(e.a, i * lanes))) for i in range(chains)]
+        factor, term = e.load(e.inverse), e.load(e.info)
+        with e.loop(0, e.count):
             for total in sums:
                 total.set(e.fma(total.get(), factor, term))
         for i, total in enumerate(sums):
-            e.store(total.get(), e.at(e.arguments[0], i * lanes))
+            e.store(total.get(), e.at(e.a, i * lanes))
         return e.finish()
 
-    function, keep_alive = machine.load(name, write, b"")
+    function, keep_alive = compiler.load(name, write, b"")
     memory = np.zeros(chains * lanes, f"f{itemsize}")
     run = _timed(lambda: function(*[memory.ctypes.data] * 4, rounds, memory.ctypes.data, 0))
     seconds = min(run() for _ in range(5))

@@ -4,46 +4,44 @@ Three layouts share the work. Which one a matrix gets depends on its size and dt
 each gives the same bits for vectors of any width:
 
     `registers`, `interleaved`   one matrix per lane: the smallest matrices, and small ones
-    `panels`, `sweeps`           vectors within a matrix, for general and for positive definite ones
+    `within`                     vectors within a matrix
 
-Beyond `LARGEST` LAPACK's blocked routines take over.
+Beyond the largest of each structure LAPACK's blocked routines take over.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dask_batchinv.kernels import lapack
 from dask_batchinv.kernels.code_cache import digest_of_sources
-from dask_batchinv.kernels.cpu import interleaved, registers
-from dask_batchinv.kernels.cpu import interleaved_group as groups
-from dask_batchinv.kernels.cpu import within_gauss_jordan as panels
-from dask_batchinv.kernels.cpu import within_sweep as sweeps
-from dask_batchinv.kernels.cpu.within_workspace import Shape
-from dask_batchinv.kernels.emit import compiler as machine
+from dask_batchinv.kernels.cpu import (
+    interleaved_gauss_jordan,
+    interleaved_group,
+    interleaved_ldl,
+    registers_gauss_jordan,
+    registers_ldl,
+    within_gauss_jordan,
+    within_sweep,
+)
+from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
+from dask_batchinv.kernels.emit import compiler
+from dask_batchinv.outcome import Info
+from dask_batchinv.stack import AssumeA
 
 Array = npt.NDArray[Any]
-Kind = Literal["general", "positive definite"]
 
-#: The largest n with kernels of our own; measured.
-LARGEST = 512
-#: The largest n for one matrix per lane, by bytes of a real and reals of a number; measured.
-_REGISTERS = {"general": {1: 6, 2: 4}, "positive definite": {1: 7, 2: 4}}
-_INTERLEAVED = {
-    "general": {(4, 1): 24, (8, 1): 20, (4, 2): 16, (8, 2): 14},
-    "positive definite": {(4, 1): 40, (8, 1): 36, (4, 2): 40, (8, 2): 40},
-}
 _ALIGNMENT = 64
 #: Bytes of inverses from which on they are written past the caches.
-PAST_CACHES = 2**23
+NONTEMPORAL_NBYTES = 2**23
 
 
 class KernelError(RuntimeError):
@@ -51,55 +49,57 @@ class KernelError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Program:
-    """A kernel for one size, dtype and kind of matrix, before it is compiled."""
+class Layout:
+    """How matrices of a structure are inverted, up to a size."""
 
     name: str
-    write: Callable[[], str]
+    """How their numbers are laid out."""
+    structure: AssumeA
+    """Their structure."""
+    largest: Mapping[str, int]
+    """The largest n, by the letter of the dtype; measured."""
+    write: Callable[[KernelSpec], str]
     """Writes the text that LLVM compiles."""
-    group: int
-    """Matrices that it inverts at a time."""
-    nbytes: int
-    """Its scratch memory."""
+    workspace: Callable[[KernelSpec], Workspace]
+    """What the kernel works on at a time."""
+
+    def takes(self, spec: KernelSpec) -> bool:
+        """Tell whether a kernel is written in this layout."""
+        # Where rows of matrices are a high power of two apart, a group of them maps to the same cache sets.
+        crowded = self.workspace is _PER_LANE and spec.n % 32 == 0
+        return self.structure == spec.structure and 0 < spec.n <= self.largest[spec.dtype.char] and not crowded
 
 
-def program(n: int, dtype: npt.DTypeLike, kind: Kind, vector_nbytes: int) -> Program:
-    """Return the kernel for matrices of a size, for vectors of a width.
+_PER_LANE = interleaved_group.workspace
+_ALL_512 = dict.fromkeys("fdFD", 512)
+#: The first that takes a matrix has it.
+LAYOUTS = (
+    Layout("registers", "general", {"f": 6, "d": 6, "F": 4, "D": 4}, registers_gauss_jordan.write, _PER_LANE),
+    Layout("interleaved", "general", {"f": 24, "d": 20, "F": 16, "D": 14}, interleaved_gauss_jordan.write, _PER_LANE),
+    Layout("within", "general", _ALL_512, within_gauss_jordan.write, within_gauss_jordan.workspace),
+    Layout("registers", "positive definite", {"f": 7, "d": 7, "F": 4, "D": 4}, registers_ldl.write, _PER_LANE),
+    Layout("interleaved", "positive definite", {"f": 40, "d": 36, "F": 40, "D": 40}, interleaved_ldl.write, _PER_LANE),
+    Layout("within", "positive definite", _ALL_512, within_sweep.write, within_sweep.workspace),
+)
+STRUCTURES = frozenset(layout.structure for layout in LAYOUTS)
+
+
+def spec_of(n: int, dtype: npt.DTypeLike, structure: AssumeA, vector_nbytes: int | None = None) -> KernelSpec:
+    """Return what a kernel is written for; by default with the widest vectors of this machine."""
+    dtype = np.dtype(dtype)
+    real_nbytes = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+    return KernelSpec(structure, n, dtype, (vector_nbytes or compiler.vector_nbytes()) // real_nbytes)
+
+
+def layout_of(spec: KernelSpec) -> Layout | None:
+    """Return the layout of a kernel; None for matrices that are left to LAPACK.
 
     Examples
     --------
-    >>> program(3, "float64", "general", 64).name
-    'registers_general_3_d_8'
+    >>> [layout_of(spec_of(n, "float64", "general", 64)).name for n in (6, 7, 20, 21, 512)]
+    ['registers', 'interleaved', 'interleaved', 'within', 'within']
     """
-    dtype = np.dtype(dtype)
-    parts = 2 if dtype.kind == "c" else 1
-    itemsize = dtype.itemsize // parts
-    lanes = vector_nbytes // itemsize
-    definite = kind == "positive definite"
-    module: Any
-    # Where rows of matrices are a high power of two apart, a group of them competes for the same places in the cache.
-    if n <= _INTERLEAVED[kind][itemsize, parts] and n % 32:
-        module = registers if n <= _REGISTERS[kind][parts] else interleaved
-        group, nbytes = lanes, groups.scratch_nbytes(n, itemsize, parts, lanes)
-    else:
-        module = sweeps if definite else panels
-        shape = Shape(n, itemsize, parts, lanes, together=1 if definite else _together(n, itemsize, parts))
-        group, nbytes = shape.together, shape.together * shape.nbytes
-    layout = module.__name__.rpartition(".")[2]
-    name = f"{layout}_{kind.replace(' ', '_')}_{n}_{dtype.char}_{lanes}"
-    if module in (registers, interleaved):
-        write = partial(module.write, name, n, itemsize, parts, lanes, definite=definite)
-    else:
-        write = partial(module.write, name, shape)
-    return Program(name, write, group, nbytes)
-
-
-def _together(n: int, itemsize: int, parts: int) -> int:
-    """Matrices in work at a time, to wait less for each pivot; the larger, the less there is to wait; measured."""
-    lines = -(-n * itemsize // _ALIGNMENT) * parts
-    if lines <= (4 if parts == 2 else 3):
-        return 3
-    return 2 if lines <= (6 if parts == 2 else 8) else 1
+    return next((layout for layout in LAYOUTS if layout.takes(spec)), None)
 
 
 @cache
@@ -111,60 +111,58 @@ def _sources() -> bytes:
 class _Loaded:
     """A compiled kernel."""
 
-    function: machine.Function
+    function: compiler.Function
     keep_alive: Any
-    group: int
-    nbytes: int
+    workspace: Workspace
 
 
-_loaded: dict[tuple[int, str, Kind, int], _Loaded] = {}
+_loaded: dict[KernelSpec, _Loaded] = {}
 _lock = threading.Lock()
 
 
-def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, kind: Kind) -> int:
+def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """Return the working memory of `invert` in bytes, whatever the number of matrices."""
-    dtype = np.dtype(dtype)
-    others = lapack.scratch_nbytes(n, dtype)
-    if not 0 < n <= LARGEST:
+    spec, others = spec_of(n, dtype, structure), lapack.scratch_nbytes(n, dtype)
+    if (layout := layout_of(spec)) is None:
         return others
-    needed = program(n, dtype, kind, machine.vector_nbytes())
-    copies = 2 * max(lapack.GROUP_NBYTES, needed.group * n * n * dtype.itemsize)
-    return others + needed.nbytes + _ALIGNMENT + copies
+    group, nbytes = layout.workspace(spec)
+    copies = 2 * max(lapack.GROUP_NBYTES, group * n * n * spec.dtype.itemsize)
+    return others + nbytes + _ALIGNMENT + copies
 
 
-def compile_nbytes(n: int, dtype: npt.DTypeLike, *, kind: Kind) -> int:
+def compile_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """Return the memory that compiling and testing a kernel takes, once for a process.
 
     Measured: compiling takes 40 to 55 MiB.
     """
-    if not 0 < n <= LARGEST:
+    spec = spec_of(n, dtype, structure)
+    if (layout := layout_of(spec)) is None:
         return 0
-    tested = _tested(program(n, dtype, kind, machine.vector_nbytes()).group)
-    return 64 * 2**20 + 5 * tested * n * n * np.dtype(np.complex128).itemsize
+    return 64 * 2**20 + 5 * _tested(layout.workspace(spec)) * n * n * np.dtype(np.complex128).itemsize
 
 
-def _tested(group: int) -> int:
+def _tested(workspace: Workspace) -> int:
     """Return how many matrices a kernel is tested with."""
-    return max(3, group + 1)
+    return max(3, workspace.group + 1)
 
 
-def invert(a: Array, out: Array, info: Array, rcond: Array, *, kind: Kind) -> None:
+def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
-    reference = partial(lapack.invert, structure=lapack.STRUCTURES[kind])
-    if not 0 < n <= LARGEST:
+    reference = partial(lapack.invert, structure=structure)
+    kernel = _load(spec_of(n, a.dtype, structure))
+    if kernel is None:
         reference(a, out, info, rcond)
         return
-    kernel = _load(n, a.dtype, kind, machine.vector_nbytes())
     # As many as are copied at a time, where they must be.
-    step = max(kernel.group, lapack.GROUP_NBYTES // (n * n * a.itemsize))
+    step = max(kernel.workspace.group, lapack.GROUP_NBYTES // (n * n * a.itemsize))
     if all(x.flags.c_contiguous and x.flags.aligned for x in (a, out, info, rcond)):
         _run(kernel, a, out, info, rcond)
     else:
         for start in range(0, m, step):
             _on_copies(partial(_run, kernel), slice(start, start + step), a, out, info, rcond)
     # What overflowed on the way, in single precision, need not in double.
-    overflowed = np.flatnonzero(info == -2)
+    overflowed = np.flatnonzero(info == Info.OVERFLOW)
     for start in range(0, len(overflowed), step):
         _on_copies(reference, overflowed[start : start + step], a, out, info, rcond)
 
@@ -178,14 +176,14 @@ def _on_copies(invert_part: Callable[..., None], part: slice | Array, a: Array, 
 
 
 def _run(kernel: _Loaded, a: Array, out: Array, info: Array, rcond: Array) -> None:
-    memory = np.empty(kernel.nbytes + _ALIGNMENT, np.uint8)
+    memory = np.empty(kernel.workspace.nbytes + _ALIGNMENT, np.uint8)
     scratch = -(-memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
 
     def call(start: int, count: int, *arrays: Array) -> None:
         at, *others = (x[start:].ctypes.data for x in arrays)
-        kernel.function(at, others[0], others[1], others[2], count, scratch, out.nbytes >= PAST_CACHES)
+        kernel.function(at, others[0], others[1], others[2], count, scratch, out.nbytes >= NONTEMPORAL_NBYTES)
 
-    m, group = len(a), kernel.group
+    m, group = len(a), kernel.workspace.group
     call(0, m // group, a, out, info, rcond)
     if m % group == 0:
         return
@@ -200,46 +198,46 @@ def _run(kernel: _Loaded, a: Array, out: Array, info: Array, rcond: Array) -> No
         x[:] = whole[:m]
 
 
-def _load(n: int, dtype: Any, kind: Kind, vector_nbytes: int) -> _Loaded:
-    """Return a kernel, compiled and tested."""
-    key = (n, dtype.char, kind, vector_nbytes)
+def _load(spec: KernelSpec) -> _Loaded | None:
+    """Return a kernel, compiled and tested; None if there is none."""
     with _lock:
-        if key not in _loaded:
-            source = program(n, dtype, kind, vector_nbytes)
-            function, keep_alive = machine.load(source.name, source.write, _sources())
-            kernel = _Loaded(function, keep_alive, source.group, source.nbytes)
-            _test(kernel, source.name, n, dtype, kind)
-            _loaded[key] = kernel
-        return _loaded[key]
+        if spec not in _loaded:
+            if (layout := layout_of(spec)) is None:
+                return None
+            function, keep_alive = compiler.load(spec.name, partial(layout.write, spec), _sources())
+            kernel = _Loaded(function, keep_alive, layout.workspace(spec))
+            _test(kernel, spec)
+            _loaded[spec] = kernel
+        return _loaded[spec]
 
 
-def _test(kernel: _Loaded, name: str, n: int, dtype: Any, kind: Kind) -> None:
+def _test(kernel: _Loaded, spec: KernelSpec) -> None:
     """Try a kernel on matrices whose outcome is known: compilers have been wrong about wide vectors."""
-    m = _tested(kernel.group)
+    m, n, dtype = _tested(kernel.workspace), spec.n, spec.dtype
     i, j = np.indices((n, n))
     a = np.empty((m, n, n), dtype)
     for at in range(m):
-        # Symmetric and diagonally dominant; for general matrices with the rows in another order.
+        # Hermitian and diagonally dominant; for general matrices with the rows in another order.
         x = np.cos((i + 1) * (j + 1) * (at + 1)) + 2 * n * (i == j)
         if dtype.kind == "c":
             x = x + 1j * np.sin((i - j) * (at + 1))
-        a[at] = x if kind == "positive definite" else np.roll(x, at, axis=0)
+        a[at] = np.roll(x, at, axis=0) if spec.structure == "general" else x
     a[1] = 0
     a[2, -1, -1] = np.nan
     x, info, rcond = np.zeros_like(a), np.full(m, 9, np.int32), np.zeros(m, a.real.dtype)
     _run(kernel, a, x, info, rcond)
     good = np.setdiff1d(np.arange(m), [1, 2])
     wide = np.result_type(a, np.float64)
-    b, y = a[good].astype(wide), x[good].astype(wide)
+    b, y = lapack.METHODS[spec.structure].read(a[good]).astype(wide), x[good].astype(wide)
     # X (A v) = v for a few vectors: enough to notice one wrong entry, and quick for large n too.
     v = 1 + np.arange(n)[:, None] % [2, 3, 5]
     limit = 10 * n * np.finfo(dtype).eps * np.abs(b).sum(axis=2).max(axis=1) * np.abs(y).sum(axis=2).max(axis=1) * 5
     residual = np.abs(y @ (b @ v) - v).max(axis=(1, 2))
     expected = np.zeros(m, np.int32)
-    expected[[1, 2]] = 1, -1
+    expected[[1, 2]] = 1, Info.NOT_FINITE
     accounted = (info == expected).all() and rcond[1] == 0 and np.isnan(rcond[2]) and (rcond[good] > 0).all()
     if not (accounted and np.isnan(x[1:3]).all() and (residual <= limit).all()):
         raise KernelError(
-            f"kernel {name} gives wrong results on this machine ({machine.description()}): please report this, and "
-            "try another version of llvmlite"
+            f"kernel {spec.name} gives wrong results on this machine ({compiler.description()}): please report this, "
+            "and try another version of llvmlite"
         )

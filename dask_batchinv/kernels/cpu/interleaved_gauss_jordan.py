@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+from dask_batchinv.kernels.cpu import interleaved, scaling
+from dask_batchinv.kernels.cpu.interleaved import Inverted, multiply_rarely, scaled_back, write_as_it_is
 from dask_batchinv.kernels.cpu.interleaved_group import Group
 from dask_batchinv.kernels.emit.number import Number
+from dask_batchinv.kernels.emit.transpose import transpose
 from dask_batchinv.kernels.emit.values import Value, Variable
 
 #: Columns whose numbers in two pivot rows, and in the rows whose places they took, are kept in registers: by parts of
@@ -19,18 +23,31 @@ from dask_batchinv.kernels.emit.values import Value, Variable
 _HELD = {1: {64: 5, 32: 3, 16: 3}, 2: {64: 3, 32: 1, 16: 1}}
 
 
-def eliminate(g: Group, pause: Callable[[Value | int], None]) -> Value:
-    """Invert but for the order of the columns; return the number of the first pivot that is zero.
+def invert(g: Group, scale: scaling.Scale, between_steps: Callable[[Value | int], None]) -> Inverted:
+    """Invert general matrices; put the columns in order on the way out."""
+    norm = _scale(g, scale)
+    failed = _eliminate(g, between_steps)
 
-    `pause` is called in each of n steps, with its number.
-    """
+    def store(target: Value) -> Value:
+        if g.e.can_permute:
+            return _write_permuted(g, target, scale)
+        _exchange_columns(g)
+        norm_of_inverse = _norm(g)
+        write_as_it_is(g, target, scale)
+        return norm_of_inverse
+
+    return Inverted(failed, norm, store)
+
+
+def _eliminate(g: Group, between_steps: Callable[[Value | int], None]) -> Value:
+    """Invert but for the order of the columns; return the number of the first pivot that is zero."""
     e, n = g.e, g.n
     failed = e.variable(e.integers(0))
     with e.loop(0, n - n % 2, 2) as k:
-        pause(k)
-        _two_steps(g, k, failed, lambda: pause(k + 1))
+        between_steps(k)
+        _two_steps(g, k, failed, lambda: between_steps(k + 1))
     if n % 2:
-        pause(n - 1)
+        between_steps(n - 1)
         _last_step(g, failed)
     return failed.get()
 
@@ -133,7 +150,7 @@ class _Column:
 
     def __init__(self, g: Group, number: Value):
         self.g = g
-        # Left to itself, the compiler would compute each address anew.
+        # Keeps LLVM from recomputing the address.
         self.top = g.e.launder(g.entry(0, number))
 
     def read(self, row: Value) -> Number:
@@ -211,3 +228,94 @@ def _last_step(g: Group, failed: Variable) -> None:
         for j, number in zip(columns, row, strict=True):
             g.keep(number * inverse, g.entry(k, j))
     g.keep(inverse, g.entry(k, k))
+
+
+# --- in and out ---------------------------------------------------------------------------------------------------
+
+
+def _scale(g: Group, scale: scaling.Scale) -> Value:
+    """Bring the matrices to unit size, and return their 1-norms."""
+    e = g.e
+    multiply_rarely(g, scale)
+    norm = e.variable(e.numbers(0.0))
+    with e.loop(0, g.n) as j:
+        total = e.numbers(0.0)
+        for i in range(g.n):
+            number = g.read(g.entry(e.integer(i), j)).times_real(scale.first)
+            g.keep(number, g.entry(e.integer(i), j))
+            total = number.modulus() if i == 0 else total + number.modulus()
+        norm.set(scaling.larger_sum(e, total, norm.get()))
+    return norm.get()
+
+
+def _norm(g: Group) -> Value:
+    e = g.e
+    norm = e.variable(e.numbers(0.0))
+    with e.loop(0, g.n) as j:
+        total = g.read(g.entry(e.integer(0), j)).modulus()
+        for i in range(1, g.n):
+            total = total + g.read(g.entry(e.integer(i), j)).modulus()
+        norm.set(scaling.larger_sum(e, total, norm.get()))
+    return norm.get()
+
+
+def _exchange_columns(g: Group) -> None:
+    """Undo to columns what was done to rows."""
+    e = g.e
+    with e.loop(0, g.n) as row:
+        for k in reversed(range(g.n - 1)):
+            chosen = e.load(g.vector(k, g.chosen), e.words, align=e.nbytes)
+            mine = g.read(g.entry(row, k))
+            for i in range(k + 1, g.n):
+                here = chosen.eq(i)
+                other = g.read(g.entry(row, i))
+                g.keep(mine.where(here, other), g.entry(row, i))
+                mine = other.where(here, mine)
+            g.keep(mine, g.entry(row, k))
+
+
+def _write_permuted(g: Group, target: Value, scale: scaling.Scale) -> Value:
+    """Write row by row, putting the columns in order within the registers; return the 1-norms before scaling."""
+    e, n, length = g.e, g.n, g.n * g.parts
+    blocks = range(-(-length // e.lanes))
+    _find_orders(g, blocks)
+    # Square roots are slow, but leave time for shuffling.
+    on_the_way = g.parts == 2
+    for j in range(n if on_the_way else 0):
+        e.store(e.numbers(0.0), g.vector(j, g.sums), align=e.nbytes)
+    norm = None if on_the_way else _norm(g)
+    with e.loop(0, n) as line:
+        numbers = [g.read(g.entry(line, j)) for j in range(n)]
+        for j, number in enumerate(numbers if on_the_way else []):
+            total = e.load(g.vector(j, g.sums), align=e.nbytes) + number.modulus()
+            e.store(total, g.vector(j, g.sums), align=e.nbytes)
+        parts = [scaled_back(e, part, scale) for number in numbers for part in number.parts]
+        parts += [e.numbers(0.0)] * (len(blocks) * e.lanes - length)
+        turned = [transpose(e, parts[b * e.lanes :][: e.lanes]) for b in blocks]
+        for lane in range(e.lanes):
+            for b in blocks:
+                order = e.load(g.vector(b * e.lanes + lane, g.orders), e.words, align=e.nbytes)
+                place = e.at(target, line * length + (lane * g.size + b * e.lanes))
+                e.store_first(e.permute([block[lane] for block in turned], order), place, length - b * e.lanes)
+    return norm or scaling.largest_sum(e, [e.load(g.vector(j, g.sums), align=e.nbytes) for j in range(n)])
+
+
+def _find_orders(g: Group, blocks: range) -> None:
+    """Find for each number in a row of the inverse where in a row of the scratch it is, matrix by matrix."""
+    e = g.e
+    # For each column of the inverse the column of the scratch; then the same lane by lane.
+    source = [e.integers(j) for j in range(g.n)]
+    for k in reversed(range(g.n - 1)):
+        chosen = e.load(g.vector(k, g.chosen), e.words, align=e.nbytes)
+        for i in range(k + 1, g.n):
+            here = chosen.eq(i)
+            source[k], source[i] = e.select(here, source[i], source[k]), e.select(here, source[k], source[i])
+    orders = [column * g.parts + p for column in source for p in range(g.parts)]
+    orders += [e.integers(0)] * (len(blocks) * e.lanes - len(orders))
+    for b in blocks:
+        turned = transpose(e, [e.from_bits(order) for order in orders[b * e.lanes :][: e.lanes]])
+        for lane, value in enumerate(turned):
+            e.store(value, g.vector(b * e.lanes + lane, g.orders), align=e.nbytes)
+
+
+write = partial(interleaved.write, interleaved.Algorithm(upper=False, invert=invert, n_steps=lambda n: n))

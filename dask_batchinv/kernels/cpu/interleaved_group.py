@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.cpu.streaming import buffer_nbytes
 from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.values import Value
 
 
-def scratch_nbytes(n: int, itemsize: int, parts: int, lanes: int) -> int:
-    """Bytes of scratch memory."""
-    return _tables(n, parts, lanes)[-1] * lanes * itemsize + buffer_nbytes(n * n * parts, lanes * itemsize)
+def workspace(spec: KernelSpec) -> Workspace:
+    """Return what a kernel with a matrix per lane works on at a time."""
+    vector_nbytes = spec.lanes * spec.itemsize
+    return Workspace(spec.lanes, _tables(spec)[-1] * vector_nbytes + buffer_nbytes(spec.size, vector_nbytes))
 
 
-def _tables(n: int, parts: int, lanes: int) -> list[int]:
+def _tables(spec: KernelSpec) -> list[int]:
     """Return where the tables begin and end, in vectors: entries, two of factors, sums, chosen, orders."""
-    row = n * parts
+    n, row = spec.n, spec.n * spec.parts
     ends = [0]
-    for length in (n * row, row, row, n, n, lanes * -(-row // lanes)):
+    for length in (n * row, row, row, n, n, spec.lanes * -(-row // spec.lanes)):
         ends.append(ends[-1] + length)
     return ends
 
@@ -27,11 +29,10 @@ def _tables(n: int, parts: int, lanes: int) -> list[int]:
 class Group:
     """As many matrices as there are lanes: vector (i, j) has that entry of all of them."""
 
-    def __init__(self, e: Emitter, n: int, parts: int):
-        self.e, self.n, self.parts = e, n, parts
-        self.size = n * n * parts
-        self.base = e.arguments[5]
-        starts = [self.vector(start) for start in _tables(n, parts, e.lanes)]
+    def __init__(self, e: Emitter, spec: KernelSpec):
+        self.e, self.n, self.parts, self.size = e, spec.n, spec.parts, spec.size
+        self.base = e.scratch
+        starts = [self.vector(start) for start in _tables(spec)]
         self.factors = starts[1:3]
         """What the rows of two pivots are multiplied by, for each row."""
         self.sums = starts[3]

@@ -1,4 +1,4 @@
-"""The inverse of a group of interleaved positive definite matrices, from the decomposition A = U^H D U.
+"""The inverse of a group of interleaved positive definite matrices, from the factorization A = U^H D U.
 
 Unit triangular U and diagonal D, then V = U^-1, then V D^-1 V^H: the steps of LAPACK's potrf and potri without square
 roots. Two rows are in work at a time. Each entry is a sum of products, kept in registers. While it goes on, the upper
@@ -8,9 +8,10 @@ triangle holds -U, then V, then the inverse; the diagonal D^-1; and the lower tr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
-from dask_batchinv.kernels.cpu import scaling
+from dask_batchinv.kernels.cpu import interleaved, scaling
+from dask_batchinv.kernels.cpu.interleaved import Inverted, multiply_rarely, write_as_it_is
 from dask_batchinv.kernels.cpu.interleaved_group import Group
 from dask_batchinv.kernels.emit.number import Number, constant_number
 from dask_batchinv.kernels.emit.values import Value, Variable
@@ -19,31 +20,19 @@ from dask_batchinv.kernels.emit.values import Value, Variable
 _WIDTH = {1: 4, 2: 2}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a group."""
-
-    failed: Value
-    """The order of the first leading minor that is not positive."""
-    norm: Value
-    """The 1-norms of the matrices, scaled."""
-    norm_of_inverse: Value
-
-
-def pauses(n: int) -> int:
-    """Return how often `invert` pauses."""
-    return 3 * (n // 2)
-
-
-def invert(g: Group, factor: Value, pause: Callable[[Value], None]) -> Outcome:
-    """Invert upper triangles that have yet to be multiplied by a factor; the inverses are whole matrices.
-
-    `pause` is called again and again, with a number that counts the calls.
-    """
+def invert(g: Group, scale: scaling.Scale, between_steps: Callable[[Value], None]) -> Inverted:
+    """Invert upper triangles; the inverses are whole matrices."""
     half = g.n // 2
-    failed, norm = _decompose(g, factor, pause)
-    _invert_triangle(g, lambda step: pause(step + half))
-    return Outcome(failed, norm, _multiply(g, lambda step: pause(step + 2 * half)))
+    multiply_rarely(g, scale)
+    failed, norm = _factorize(g, scale.first, between_steps)
+    _invert_triangle(g, lambda step: between_steps(step + half))
+    norm_of_inverse = _multiply(g, lambda step: between_steps(step + 2 * half))
+
+    def store(target: Value) -> Value:
+        write_as_it_is(g, target, scale)
+        return norm_of_inverse
+
+    return Inverted(failed, norm, store)
 
 
 class _Sums:
@@ -66,7 +55,7 @@ class _Sums:
         self._add_to_row(modulus, row)
         self._put(j, self._get(j) + modulus)
 
-    def add_block(self, block: _Tile) -> None:
+    def add_block(self, block: _Block) -> None:
         """Add the entries that stand in the columns of the rows themselves."""
         for (i, j), number in block.numbers().items():
             for row in {i, j}:
@@ -87,7 +76,7 @@ class _Sums:
         self.e.store(value, self.g.vector(j, self.g.sums), align=self.e.nbytes)
 
 
-class _Tile:
+class _Block:
     """Sums of products for some rows and columns, by their numbers within the tile."""
 
     def __init__(self, g: Group, numbers: dict[tuple[int, int], Number]):
@@ -136,18 +125,18 @@ def _real(g: Group, i: Value) -> Value:
     return g.e.load(g.entry(i, i), align=g.e.nbytes)
 
 
-def _decompose(g: Group, factor: Value, pause: Callable[[Value], None]) -> tuple[Value, Value]:
+def _factorize(g: Group, factor: Value, between_steps: Callable[[Value], None]) -> tuple[Value, Value]:
     """Put -U in place of A, D^-1 on the diagonal, and (D U)^H below; return `failed` and the 1-norms."""
-    work = _Decomposition(g, factor)
+    work = _Factorization(g, factor)
     with g.e.loop(0, g.n - g.n % 2, 2) as a:
-        pause(a >> 1)
+        between_steps(a >> 1)
         work.do(a, 2)
     if g.n % 2:
         work.do(g.e.integer(g.n - 1), 1)
     return work.failed.get(), work.sums.norm.get()
 
 
-class _Decomposition:
+class _Factorization:
     def __init__(self, g: Group, factor: Value):
         self.g, self.e, self.factor = g, g.e, factor
         self.failed, self.sums = g.e.variable(g.e.integers(0)), _Sums(g)
@@ -189,10 +178,10 @@ class _Decomposition:
             g.keep(numbers[0, j].conjugate(), g.entry(start + j, a))
             g.keep(lower.conjugate(), g.entry(start + j, a + 1))
 
-    def _read(self, a: Value, start: Value, places: list[tuple[int, int]]) -> _Tile:
-        return _Tile(self.g, {(i, j): _at(self.g, a + i, start + j).times_real(self.factor) for i, j in places})
+    def _read(self, a: Value, start: Value, places: list[tuple[int, int]]) -> _Block:
+        return _Block(self.g, {(i, j): _at(self.g, a + i, start + j).times_real(self.factor) for i, j in places})
 
-    def _add_products(self, tile: _Tile, a: Value, rows: int, start: Value, columns: range) -> None:
+    def _add_products(self, tile: _Block, a: Value, rows: int, start: Value, columns: range) -> None:
         g = self.g
         with self.e.loop(0, a) as p:
             tile.add([_at(g, a + i, p) for i in range(rows)], {j: _at(g, p, start + j) for j in columns})
@@ -207,15 +196,15 @@ class _Decomposition:
         return inverse
 
 
-def _invert_triangle(g: Group, pause: Callable[[Value], None]) -> None:
+def _invert_triangle(g: Group, between_steps: Callable[[Value], None]) -> None:
     """Put V over -U, from the bottom up and from the right."""
     e = g.e
     with e.loop(0, g.n // 2) as step:
-        pause(step)
+        between_steps(step)
         a = e.integer(g.n // 2 * 2 - 2) - step * 2
 
         def others(start: Value, columns: range, a: Value = a) -> None:
-            tile = _Tile(g, {(i, j): _at(g, a + i, start + j) for j in columns for i in range(2)})
+            tile = _Block(g, {(i, j): _at(g, a + i, start + j) for j in columns for i in range(2)})
 
             def add(k: Value, columns: range) -> None:
                 tile.add([_at(g, a + i, k) for i in range(2)], {j: _at(g, k, start + j) for j in columns})
@@ -233,12 +222,12 @@ def _invert_triangle(g: Group, pause: Callable[[Value], None]) -> None:
         _tiles(g, a + 2, others, backwards=True)
 
 
-def _multiply(g: Group, pause: Callable[[Value], None]) -> Value:
+def _multiply(g: Group, between_steps: Callable[[Value], None]) -> Value:
     """Put V D^-1 V^H in place of V, and mirror it; return the 1-norms."""
     e, n, sums = g.e, g.n, _Sums(g)
 
     with e.loop(0, n - n % 2, 2) as a:
-        pause(a >> 1)
+        between_steps(a >> 1)
         sums.begin(a, 2)
         block = _first_products(g, a)
         for (i, j), number in block.numbers().items():
@@ -249,7 +238,7 @@ def _multiply(g: Group, pause: Callable[[Value], None]) -> Value:
         sums.add_block(block)
 
         def others(start: Value, columns: range, a: Value = a) -> None:
-            tile = _Tile(g, {(i, j): _at(g, start + j, a + i) for j in columns for i in range(2)})
+            tile = _Block(g, {(i, j): _at(g, start + j, a + i) for j in columns for i in range(2)})
 
             def add(k: Value, columns: range) -> None:
                 left = [_at(g, k, a + i) for i in range(2)]
@@ -268,18 +257,18 @@ def _multiply(g: Group, pause: Callable[[Value], None]) -> Value:
         sums.end()
     if n % 2:
         sums.begin(e.integer(n - 1), 1)
-        sums.add_block(_Tile(g, {(0, 0): _at(g, e.integer(n - 1), e.integer(n - 1))}))
+        sums.add_block(_Block(g, {(0, 0): _at(g, e.integer(n - 1), e.integer(n - 1))}))
         sums.end()
     return sums.norm.get()
 
 
-def _first_products(g: Group, a: Value) -> _Tile:
+def _first_products(g: Group, a: Value) -> _Block:
     """Put V D^-1 of two rows below the diagonal, and return the sums of products for their own columns."""
     e = g.e
     beside = _at(g, a, a + 1)
     over = beside.times_real(_real(g, a + 1))
     own = [constant_number(e, _real(g, a + i), g.parts) for i in range(2)]
-    block = _Tile(g, {(0, 0): own[0].plus_product(over, beside.conjugate()), (0, 1): over, (1, 1): own[1]})
+    block = _Block(g, {(0, 0): own[0].plus_product(over, beside.conjugate()), (0, 1): over, (1, 1): own[1]})
     with e.loop(a + 2, g.n) as k:
         inverse = _real(g, k)
         numbers = [_at(g, a + i, k) for i in range(2)]
@@ -288,3 +277,6 @@ def _first_products(g: Group, a: Value) -> _Tile:
             g.keep(scaled[i], g.entry(k, a + i))
         block.add(scaled, {i: numbers[i].conjugate() for i in range(2)})
     return block
+
+
+write = partial(interleaved.write, interleaved.Algorithm(upper=True, invert=invert, n_steps=lambda n: 3 * (n // 2)))

@@ -1,85 +1,79 @@
 """One matrix per lane, in registers: for the smallest matrices.
 
 A vector of W lanes holds the same entry of W matrices, so that one instruction works on all of them. Everything is
-unrolled. In place: general matrices by Gauss-Jordan elimination with partial pivoting, where exchanges of rows are
-selections; positive definite ones as in `definite`.
+unrolled, and in place. What happens in between is in `registers_gauss_jordan` and `registers_ldl`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from dask_batchinv.kernels.cpu import registers_ldl, scaling
-from dask_batchinv.kernels.cpu.streaming import Traffic
+from dask_batchinv.kernels.cpu import scaling
+from dask_batchinv.kernels.cpu.spec import KernelSpec
+from dask_batchinv.kernels.cpu.streaming import Streaming
 from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.transpose import load_stack, store_stack
 from dask_batchinv.kernels.emit.values import Value
+from dask_batchinv.outcome import Info
 
-Matrix = registers_ldl.Matrix
+Matrix = list[list[Number]]
 
 
-def write(name: str, n: int, itemsize: int, parts: int, lanes: int, *, definite: bool) -> str:
-    """Write the kernel: it inverts `count` groups of as many matrices as there are lanes.
+@dataclass(frozen=True)
+class Algorithm:
+    """How matrices of a structure are inverted in registers."""
 
-    Parameters
-    ----------
-    name : str
-        The name of the function.
-    n : int
-        The size of a matrix.
-    itemsize, parts, lanes : int
-        Bytes of a real, reals of a number (2 if complex), reals in a vector.
-    definite : bool
-        Whether the matrices are positive definite: then only their upper triangles count.
-    """
-    e = Emitter(name, itemsize, lanes)
-    source, _, info_target, rcond_target, count, scratch, _ = e.arguments
-    size = n * n * parts
-    traffic = Traffic(e, size, scratch)
-    with e.loop(0, count) as group:
-        entries = load_stack(e, e.at(source, group * (lanes * size)), size)
+    reads: Callable[[int, int, int], bool]
+    """``reads(i, j, part)``: whether a part of entry (i, j) counts."""
+    complete: Callable[[Matrix], None]
+    """Fills up what is not read, or was not computed."""
+    invert: Callable[[Emitter, Matrix, Callable[[], None]], Value]
+    """``invert(e, a, between_steps)`` works in place and returns ``info`` of the pivots; 0 where none fails."""
+    n_steps: Callable[[int], int]
+    """``n_steps(n)``: how often `invert` calls `between_steps`."""
+
+
+def write(algorithm: Algorithm, spec: KernelSpec) -> str:
+    """Write the kernel: it inverts `count` groups of as many matrices as there are lanes."""
+    n, parts, size, lanes = spec.n, spec.parts, spec.size, spec.lanes
+    e = Emitter(spec.name, spec.itemsize, lanes)
+    streaming = Streaming(e, size, e.scratch)
+    with e.loop(0, e.count) as group:
+        entries = load_stack(e, e.at(e.a, group * (lanes * size)), size)
         measure = scaling.Measure(e)
-        for place, entry in enumerate(entries):
-            if not definite or _is_read(place, n, parts):
+        for at, entry in enumerate(entries):
+            (i, j), part = divmod(at // parts, n), at % parts
+            if algorithm.reads(i, j, part):
                 measure.look(entry)
         finite, scale = measure.of_lanes()
         entries = _multiply(e, entries, scale)
         a = [[Number(e, tuple(entries[(i * n + j) * parts :][:parts])) for j in range(n)] for i in range(n)]
-        if definite:
-            _mirror(a)
+        algorithm.complete(a)
         norm = _norm(e, a)
-        if definite:
-            pauses = itertools.count()
-            pivot = registers_ldl.invert(e, a, lambda: traffic.step(group, next(pauses), registers_ldl.pauses(n)))
-            _mirror(a)
-        else:
-            pivot = _eliminate(e, a, lambda k: traffic.step(group, k, n))
+        steps = itertools.count()
+        pivot = algorithm.invert(e, a, lambda: streaming.step(group, next(steps), algorithm.n_steps(n)))
+        algorithm.complete(a)
         norm_of_inverse = _norm(e, a)
         entries = _multiply(e, [part for row in a for number in row for part in number.parts], scale)
-        info = e.variable(e.select(finite, pivot, -1))
-        rcond = e.variable(e.numbers(1.0) / (norm * norm_of_inverse))
+        info = e.variable(e.select(finite, pivot, Info.NOT_FINITE))
+        rcond = e.variable(scaling.rcond_of(e, norm, norm_of_inverse))
         with e.when(e.any(~(norm_of_inverse * scale.first * scale.second < float("inf")))):
-            # The sum is too large; is one of its numbers?
-            info.set(e.select(_is_finite(e, entries) | ~info.get().eq(0), info.get(), -2))
+            # The column sum overflowed: did an entry?
+            info.set(e.select(_is_finite(e, entries) | ~info.get().eq(0), info.get(), Info.OVERFLOW))
         variables = [e.variable(entry) for entry in entries]
         with e.when(e.any(~info.get().eq(0))):
             for variable in variables:
                 variable.set(e.select(info.get().eq(0), variable.get(), float("nan")))
-            rcond.set(scaling.rcond_of_failed(e, info.get(), finite, rcond.get()))
-        store_stack(e, [variable.get() for variable in variables], traffic.place(group))
-        at = group * lanes
-        e.store(e.resize(info.get(), e.int32), e.at(info_target, at, e.int32), align=4)
-        e.store(rcond.get(), e.at(rcond_target, at))
-    traffic.finish(count)
+            rcond.set(scaling.account(e, rcond.get(), info.get(), finite))
+        store_stack(e, [variable.get() for variable in variables], streaming.target(group))
+        first = group * lanes
+        e.store(e.resize(info.get(), e.int32), e.at(e.info, first, e.int32), align=4)
+        e.store(rcond.get(), e.at(e.rcond, first))
+    streaming.finish()
     return e.finish()
-
-
-def _is_read(at: int, n: int, parts: int) -> bool:
-    """Whether a number belongs to the upper triangle of a Hermitian matrix; imaginary parts of its diagonal do not."""
-    (i, j), part = divmod(at // parts, n), at % parts
-    return i < j or (i == j and part == 0)
 
 
 def _multiply(e: Emitter, entries: list[Value], scale: scaling.Scale) -> list[Value]:
@@ -91,55 +85,12 @@ def _multiply(e: Emitter, entries: list[Value], scale: scaling.Scale) -> list[Va
     return [variable.get() for variable in variables]
 
 
-def _mirror(a: Matrix) -> None:
-    for i, row in enumerate(a):
-        row[i] = row[i].real_part()
-        for j in range(i):
-            row[j] = a[j][i].conjugate()
-
-
 def _norm(e: Emitter, a: Matrix) -> Value:
     """Return the 1-norm: the largest sum of a column."""
     sums = [row.modulus() for row in a[0]]
     for row in a[1:]:
         sums = [total + number.modulus() for total, number in zip(sums, row, strict=True)]
     return scaling.largest_sum(e, sums)
-
-
-def _eliminate(e: Emitter, a: Matrix, before: Callable[[int], None]) -> Value:
-    """Invert in place; return the number of the first pivot that is zero. `before` is called before each step."""
-    n = len(a)
-    failed = e.integers(0)
-    chosen = []
-    for k in range(n):
-        before(k)
-        best, row = a[k][k].size(), e.integers(k)
-        for i in range(k + 1, n):
-            size = a[i][k].size()
-            more = size > best
-            best, row = e.select(more, size, best), e.select(more, e.integers(i), row)
-        failed = e.select(best.eq(0.0) & failed.eq(0), e.integers(k + 1), failed)
-        chosen.append(row)
-        pivot_row = a[k]
-        for i in range(k + 1, n):
-            here = row.eq(i)
-            a[i], pivot_row = (
-                [old.where(here, number) for old, number in zip(a[k], a[i], strict=True)],
-                [number.where(here, best) for number, best in zip(a[i], pivot_row, strict=True)],
-            )
-        inverse = pivot_row[k].reciprocal()
-        for i in range(n):
-            if i != k:
-                factor = -(a[i][k] * inverse)
-                a[i] = [factor if j == k else a[i][j].plus_product(factor, pivot_row[j]) for j in range(n)]
-        a[k] = [inverse if j == k else pivot_row[j] * inverse for j in range(n)]
-    # What was done to rows has to be undone to columns.
-    for k in reversed(range(n)):
-        for i in range(k + 1, n):
-            here = chosen[k].eq(i)
-            for r in a:
-                r[k], r[i] = r[i].where(here, r[k]), r[k].where(here, r[i])
-    return failed
 
 
 def _is_finite(e: Emitter, entries: list[Value]) -> Value:

@@ -14,6 +14,7 @@ from functools import partial, reduce
 
 from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.values import Value
+from dask_batchinv.outcome import Info
 
 
 class Measure:
@@ -103,17 +104,22 @@ def largest_sum(e: Emitter, sums: Sequence[Value]) -> Value:
     return reduce(partial(larger_sum, e), sums)
 
 
-def outcome(e: Emitter, pivot: Value, finite: Value, overflow: Value) -> Value:
+def info_of(e: Emitter, pivot: Value, finite: Value, overflow: Value) -> Value:
     """Return ``info`` from the number of the failing pivot (0 if none), and from what else may be wrong."""
-    info = e.select(overflow & pivot.eq(0), pivot * 0 - 2, pivot)
-    return e.select(finite, info, pivot * 0 - 1)
+    info = e.select(overflow & pivot.eq(0), e.like(pivot, Info.OVERFLOW), pivot)
+    return e.select(finite, info, e.like(pivot, Info.NOT_FINITE))
 
 
-def rcond(e: Emitter, info: Value, finite: Value, norm: Value, norm_of_inverse: Value) -> Value:
-    """Return ``rcond`` from the 1-norms of the matrix and of its inverse, both at unit size."""
-    return rcond_of_failed(e, info, finite, e.like(norm, 1.0) / (norm * norm_of_inverse))
+def rcond_of(e: Emitter, norm: Value, norm_of_inverse: Value) -> Value:
+    """Return ``rcond`` from the 1-norms of the matrix and of its inverse: eps / (eps ‖A‖ ‖A⁻¹‖).
+
+    The formula of all kernels. As eps is a power of two it changes no bit, but without it the product would overflow
+    where ``rcond`` is small and yet a number.
+    """
+    eps = 2.0**-e.digits
+    return e.like(norm, eps) / (norm * eps * norm_of_inverse)
 
 
-def rcond_of_failed(e: Emitter, info: Value, finite: Value, rcond: Value) -> Value:
-    """Return what ``rcond`` is: 0 for singular matrices, NaN for those with infinities or NaN."""
+def account(e: Emitter, rcond: Value, info: Value, finite: Value) -> Value:
+    """Return what ``rcond`` is to be: 0 for singular matrices, NaN for those with infinities or NaN."""
     return e.select(finite, e.select(info > 0, e.like(rcond, 0.0), rcond), e.like(rcond, float("nan")))

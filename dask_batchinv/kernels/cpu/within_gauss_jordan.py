@@ -17,16 +17,17 @@ from functools import partial
 
 from dask_batchinv.kernels.cpu import scaling
 from dask_batchinv.kernels.cpu.scaling import larger_sum, without_sign_of_zero
+from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.cpu.within_workspace import (
     PANEL,
-    Matrix,
     Shape,
+    WorkspaceMatrix,
     across,
-    ask_ahead,
     each_block,
-    each_other,
     each_vector,
     first_lane,
+    for_rows_outside,
+    prefetch_next,
     report,
     settle,
 )
@@ -39,22 +40,36 @@ from dask_batchinv.kernels.emit.values import INT, Value
 _SEARCHED_AT_ONCE = 16
 
 
-def write(name: str, s: Shape) -> str:
-    """Write the kernel: it inverts `count` groups of ``s.together`` general matrices."""
-    e = Emitter(name, s.itemsize, s.lanes)
+def workspace(spec: KernelSpec) -> Workspace:
+    """Return what the kernel works on at a time."""
+    return _shape(spec).workspace
+
+
+def _shape(spec: KernelSpec) -> Shape:
+    """Return the sizes; the larger the matrices, the fewer together: less time is lost waiting for pivots; measured."""
+    lines = -(-spec.n * spec.itemsize // 64) * spec.parts
+    if lines <= (4 if spec.parts == 2 else 3):
+        return Shape.of(spec, together=3)
+    return Shape.of(spec, together=2 if lines <= (6 if spec.parts == 2 else 8) else 1)
+
+
+def write(spec: KernelSpec) -> str:
+    """Write the kernel: it inverts `count` groups of general matrices."""
+    s = _shape(spec)
+    e = Emitter(spec.name, spec.itemsize, spec.lanes)
     every = [e.integer(g) for g in range(s.together)]
-    with e.loop(0, e.arguments[4]) as group:
+    with e.loop(0, e.count) as group:
         first = group * s.together
         # Where the steps of one matrix wait for each other, they are written side by side for all.
         for each in every:
-            _measure(Matrix(e, s, each), first + each)
+            _measure(WorkspaceMatrix(e, s, each), first + each)
         with e.loop(0, s.together) as g:
-            _read(Matrix(e, s, g), first + g)
+            _read(WorkspaceMatrix(e, s, g), first + g)
 
         def panel(k0: Value, width: int) -> None:
-            panels = [_Panel(Matrix(e, s, g), k0) for g in every]
+            panels = [_Panel(WorkspaceMatrix(e, s, g), k0) for g in every]
             for each in every:
-                ask_ahead(e, s, first + each, k0, k0, PANEL)
+                prefetch_next(e, s, first + each, k0, k0, PANEL)
             rows = [_search(panel, 0) for panel in panels]
             for p in range(width):
                 steps = [_Step(panel, p, row) for panel, row in zip(panels, rows, strict=True)]
@@ -67,13 +82,13 @@ def write(name: str, s: Shape) -> str:
                 for step in steps:
                     step.apply([q for q in range(width) if q not in (p, p + 1)], first=False)
             with e.loop(0, s.together) as g:
-                _update_others(_Panel(Matrix(e, s, g), k0), first + g, width)
+                _update_others(_Panel(WorkspaceMatrix(e, s, g), k0), first + g, width)
 
         each_block(e, s.n, PANEL, panel)
         with e.loop(0, s.together) as g:
-            _write(Matrix(e, s, g), first + g)
+            _write(WorkspaceMatrix(e, s, g), first + g)
         for each in every:
-            report(Matrix(e, s, each), first + each, lambda size: size.eq(0.0))
+            report(WorkspaceMatrix(e, s, each), first + each, lambda size: size.eq(0.0))
     return e.finish()
 
 
@@ -85,10 +100,10 @@ def _modulus(e: Emitter, s: Shape, row: Value) -> Value:
     return e.sqrt(square + e.shuffle(square, None, [i ^ 1 for i in range(e.lanes)]))
 
 
-def _measure(a: Matrix, index: Value) -> None:
+def _measure(a: WorkspaceMatrix, index: Value) -> None:
     """Find the scale of a matrix."""
     e, s = a.e, a.s
-    source = e.at(e.arguments[0], index * s.size)
+    source = e.at(e.a, index * s.size)
     measure = scaling.Measure(e)
 
     def look(start: Value, count: int) -> None:
@@ -99,10 +114,10 @@ def _measure(a: Matrix, index: Value) -> None:
     settle(a, measure)
 
 
-def _read(a: Matrix, index: Value) -> None:
+def _read(a: WorkspaceMatrix, index: Value) -> None:
     """Bring a matrix to unit size, sum up its columns, and turn it."""
     e, s = a.e, a.s
-    source = e.at(e.arguments[0], index * s.size)
+    source = e.at(e.a, index * s.size)
     first, second = a.scale()
     norm = e.variable(e.numbers(0.0))
 
@@ -137,9 +152,9 @@ def _read(a: Matrix, index: Value) -> None:
 class _Panel:
     """Some columns of a matrix, from k0 on."""
 
-    def __init__(self, a: Matrix, k0: Value):
+    def __init__(self, a: WorkspaceMatrix, k0: Value):
         self.a, self.e, self.k0 = a, a.e, k0
-        # Left to itself, the compiler would compute the address of each column anew.
+        # Keeps LLVM from recomputing the address of each column.
         self.start = self.e.launder(a.address(a.rows, k0, 0))
 
     def load(self, q: int, vector: Value | int) -> Number:
@@ -230,7 +245,7 @@ def _update_others(panel: _Panel, index: Value, width: int) -> None:
     pivots = [a.get(a.pivots, k0 + p) for p in range(width)]
 
     def update(j: Value, count: int) -> None:
-        ask_ahead(e, s, index, k0, j, count)
+        prefetch_next(e, s, index, k0, j, count)
         columns = _Panel(a, j)
         factors = [[columns.entry(t, row) for row in pivots] for t in range(count)]
 
@@ -245,13 +260,13 @@ def _update_others(panel: _Panel, index: Value, width: int) -> None:
 
         each_vector(e, s.vectors, body)
 
-    each_other(e, s, k0, width, update)
+    for_rows_outside(e, s, k0, width, update)
 
 
-def _write(a: Matrix, index: Value) -> None:
+def _write(a: WorkspaceMatrix, index: Value) -> None:
     """Turn the inverse back and write it, rows and columns in their order."""
     e, s = a.e, a.s
-    target = e.at(e.arguments[1], index * s.size)
+    target = e.at(e.inverse, index * s.size)
     first, second = a.scale()
     norm, largest = e.variable(e.numbers(0.0)), e.variable(e.integers(0))
 

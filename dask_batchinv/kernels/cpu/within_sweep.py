@@ -19,16 +19,17 @@ from llvmlite import ir
 
 from dask_batchinv.kernels.cpu import scaling
 from dask_batchinv.kernels.cpu.scaling import larger_sum, without_sign_of_zero
+from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.cpu.within_workspace import (
     PANEL,
-    Matrix,
     Shape,
+    WorkspaceMatrix,
     across,
-    ask_ahead,
     each_block,
-    each_other,
     each_vector,
     each_vector_of_row,
+    for_rows_outside,
+    prefetch_next,
     report,
     settle,
 )
@@ -38,16 +39,22 @@ from dask_batchinv.kernels.emit.transpose import exchange, load_columns, store_c
 from dask_batchinv.kernels.emit.values import Value, constant
 
 
-def write(name: str, s: Shape) -> str:
+def workspace(spec: KernelSpec) -> Workspace:
+    """Return what the kernel works on at a time."""
+    return Shape.of(spec, together=1).workspace
+
+
+def write(spec: KernelSpec) -> str:
     """Write the kernel: it inverts `count` positive definite matrices, one after the other."""
-    e = Emitter(name, s.itemsize, s.lanes)
-    a = Matrix(e, s, e.integer(0))
-    with e.loop(0, e.arguments[4]) as index:
+    s = Shape.of(spec, together=1)
+    e = Emitter(spec.name, spec.itemsize, spec.lanes)
+    a = WorkspaceMatrix(e, s, e.integer(0))
+    with e.loop(0, e.count) as index:
         _measure(a, index)
         _read(a, index)
 
         def panel(k0: Value, width: int) -> None:
-            ask_ahead(e, s, index, k0, k0, PANEL)
+            prefetch_next(e, s, index, k0, k0, PANEL)
             _sweep_panel(a, k0, width)
             _update_others(a, index, k0, width)
             _put_panel(a, k0, width)
@@ -58,10 +65,10 @@ def write(name: str, s: Shape) -> str:
     return e.finish()
 
 
-def _measure(a: Matrix, index: Value) -> None:
+def _measure(a: WorkspaceMatrix, index: Value) -> None:
     """Find the scale of the upper triangle of a matrix."""
     e, s = a.e, a.s
-    source = e.at(e.arguments[0], index * s.size)
+    source = e.at(e.a, index * s.size)
     length = s.n * s.parts
     measure = scaling.Measure(e)
     with e.loop(0, s.n) as i:
@@ -81,10 +88,10 @@ def _measure(a: Matrix, index: Value) -> None:
     settle(a, measure)
 
 
-def _read(a: Matrix, index: Value) -> None:
+def _read(a: WorkspaceMatrix, index: Value) -> None:
     """Bring the upper triangle to unit size, and sum up its columns."""
     e, s = a.e, a.s
-    source = e.at(e.arguments[0], index * s.size)
+    source = e.at(e.a, index * s.size)
     length = s.n * s.parts
     first, second = a.scale()
     with e.loop(0, s.n) as i:
@@ -105,7 +112,7 @@ def _read(a: Matrix, index: Value) -> None:
     e.store(e.lane(across(e, _norm(a), partial(larger_sum, e)), 0), a.norm)
 
 
-def _sum_up(a: Matrix, *, finish: bool = False) -> None:
+def _sum_up(a: WorkspaceMatrix, *, finish: bool = False) -> None:
     """Sum up the columns of a matrix whose upper triangle is there; to finish, make it whole, and minus what it is."""
     e, s = a.e, a.s
     with e.loop(0, s.vectors) as v:
@@ -140,7 +147,7 @@ def _sum_up(a: Matrix, *, finish: bool = False) -> None:
             put(turn(numbers), v, i)
 
 
-def _norm(a: Matrix) -> Value:
+def _norm(a: WorkspaceMatrix) -> Value:
     """Return the largest sums, lane by lane."""
     e = a.e
     norm = e.variable(e.numbers(0.0))
@@ -152,7 +159,7 @@ def _norm(a: Matrix) -> Value:
     return norm.get()
 
 
-def _sweep_panel(a: Matrix, k0: Value, width: int) -> None:
+def _sweep_panel(a: WorkspaceMatrix, k0: Value, width: int) -> None:
     """Sweep the indices of a panel, in its own rows.
 
     What is left of the diagonal comes from the columns. The rows go to `panel` as far as they are to become columns
@@ -177,14 +184,14 @@ def _sweep_panel(a: Matrix, k0: Value, width: int) -> None:
         a.set_part_of_row(number, a.panel, e.integer(q), k0, width)
 
 
-def _last_vector(a: Matrix, k0: Value) -> Value:
+def _last_vector(a: WorkspaceMatrix, k0: Value) -> Value:
     """Return the number of the last vector that the block of a panel is in."""
     e = a.e
     last = e.unsigned("umin", k0 + (PANEL - 1), e.integer(a.s.length - 1))
     return last >> (e.lanes.bit_length() - 1)
 
 
-def _places(a: Matrix, row: Value, column: Value, part: int) -> Callable[[int], Value]:
+def _places(a: WorkspaceMatrix, row: Value, column: Value, part: int) -> Callable[[int], Value]:
     """Return where a column begins in each of the rows from one on."""
     return lambda lane: a.e.at(a.rows, (row + lane) * a.s.stride + column + part * a.s.length)
 
@@ -199,7 +206,7 @@ class _Sweep:
     """What its row, divided by the pivot, is multiplied by, for each of the other rows."""
 
 
-def _sweep_block(a: Matrix, k0: Value, width: int) -> tuple[list[_Sweep], list[Number]]:
+def _sweep_block(a: WorkspaceMatrix, k0: Value, width: int) -> tuple[list[_Sweep], list[Number]]:
     """Sweep the square block of a panel, a short vector for each row; return the sweeps, and the rows."""
     e, every = a.e, range(width)
     short = ir.VectorType(e.real, PANEL)
@@ -230,7 +237,7 @@ def _turned(e: Emitter, rows: list[Number]) -> list[Number]:
     return [Number(e, values) for values in zip(*parts, strict=True)]
 
 
-def _swept(a: Matrix, sweeps: list[_Sweep], rows: list[Number], v: Value) -> list[Number]:
+def _swept(a: WorkspaceMatrix, sweeps: list[_Sweep], rows: list[Number], v: Value) -> list[Number]:
     """Return a vector of each row of a panel after the sweeps, but for the block; save what they are at their turns."""
     e = a.e
     for p, sweep in enumerate(sweeps):
@@ -244,12 +251,12 @@ def _swept(a: Matrix, sweeps: list[_Sweep], rows: list[Number], v: Value) -> lis
     return rows
 
 
-def _update_others(a: Matrix, index: Value, k0: Value, width: int) -> None:
+def _update_others(a: WorkspaceMatrix, index: Value, k0: Value, width: int) -> None:
     """Update the rows outside the panel, from the diagonal on."""
     e, s = a.e, a.s
 
     def update(i: Value, count: int) -> None:
-        ask_ahead(e, s, index, k0, i, count)
+        prefetch_next(e, s, index, k0, i, count)
         factors = [[a.entry(a.saved, e.integer(p), i + t).splat() for p in range(width)] for t in range(count)]
         with e.loop(i >> (e.lanes.bit_length() - 1), s.vectors) as v:
             sums = [a.load(a.rows, i + t, v) for t in range(count)]
@@ -259,10 +266,10 @@ def _update_others(a: Matrix, index: Value, k0: Value, width: int) -> None:
             for t, total in enumerate(sums):
                 a.store(total, a.rows, i + t, v)
 
-    each_other(e, s, k0, width, update)
+    for_rows_outside(e, s, k0, width, update)
 
 
-def _put_panel(a: Matrix, k0: Value, width: int) -> None:
+def _put_panel(a: WorkspaceMatrix, k0: Value, width: int) -> None:
     """Write a swept panel back to the columns above it, and its block to its rows."""
     e, s = a.e, a.s
     last = _last_vector(a, k0)
@@ -276,12 +283,12 @@ def _put_panel(a: Matrix, k0: Value, width: int) -> None:
             a.store(a.load(a.panel, e.integer(q), v), a.rows, k0 + q, v)
 
 
-def _write(a: Matrix, index: Value) -> None:
+def _write(a: WorkspaceMatrix, index: Value) -> None:
     e, s = a.e, a.s
     _sum_up(a, finish=True)
     norm = _norm(a)
     first, second = a.scale()
-    target = e.at(e.arguments[1], index * s.size)
+    target = e.at(e.inverse, index * s.size)
     largest = e.variable(e.integers(0))
     with e.loop(0, s.n) as i:
 

@@ -12,6 +12,7 @@ from functools import partial
 from llvmlite import ir
 
 from dask_batchinv.kernels.cpu import scaling
+from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.values import INT, Value
@@ -22,7 +23,7 @@ PANEL = 4
 _UNROLLED = 4
 #: Above this size of a matrix the processor's own prefetching is better.
 _AHEAD_NBYTES = 2**18
-#: What is asked for ahead goes to the first-level cache up to this size, else to the second.
+#: What is prefetched goes to the first-level cache up to this size, else to the second.
 _FIRST_LEVEL_NBYTES = 2**14
 
 
@@ -37,6 +38,16 @@ class Shape:
     together: int
     """Matrices in work together."""
 
+    @classmethod
+    def of(cls, spec: KernelSpec, together: int) -> Shape:
+        """Return the sizes for a kernel."""
+        return cls(spec.n, spec.itemsize, spec.parts, spec.lanes, together)
+
+    @property
+    def workspace(self) -> Workspace:
+        """What the kernel works on at a time."""
+        return Workspace(self.together, self.together * self.nbytes)
+
     @property
     def vectors(self) -> int:
         """Vectors of a row, for one part."""
@@ -49,7 +60,7 @@ class Shape:
 
     @property
     def stride(self) -> int:
-        """Reals from row to row: an odd number of vectors, lest rows compete for the same places in the cache."""
+        """Reals from row to row: an odd number of vectors, so that rows do not map to the same cache sets."""
         return self.lanes * (self.parts * self.vectors | 1)
 
     @property
@@ -68,12 +79,12 @@ FIRST, SECOND, FINITE, NORM = range(4)
 _STATES = 4
 
 
-class Matrix:
+class WorkspaceMatrix:
     """One matrix in the scratch."""
 
     def __init__(self, e: Emitter, s: Shape, index: Value):
         self.e, self.s = e, s
-        base = e.at(e.arguments[5], index * s.nbytes, ir.IntType(8))
+        base = e.at(e.scratch, index * s.nbytes, ir.IntType(8))
         self.rows = base
         """The matrix, or its transpose: `length` rows."""
         self.panel = e.at(base, s.length * s.stride)
@@ -206,10 +217,10 @@ def first_lane(e: Emitter, masks: list[Value]) -> Value:
     return first
 
 
-def ask_ahead(e: Emitter, s: Shape, index: Value, k0: Value, i: Value, count: int) -> None:
-    """Ask for memory of the next matrix to be in work, and of this inverse, while a panel updates `count` others.
+def prefetch_next(e: Emitter, s: Shape, index: Value, k0: Value, i: Value, count: int) -> None:
+    """Prefetch the next matrix to be in work, and where this inverse goes, while a panel updates `count` others.
 
-    As much as that is of all updates: what is asked for at once comes late.
+    As large a part as that is of all updates: what is asked for at once comes late.
     """
     number = s.parts * s.itemsize
     if s.size * s.itemsize > _AHEAD_NBYTES:
@@ -217,14 +228,14 @@ def ask_ahead(e: Emitter, s: Shape, index: Value, k0: Value, i: Value, count: in
     level = 3 if s.size * s.itemsize * s.together <= _FIRST_LEVEL_NBYTES else 2
     byte = ir.IntType(8)
     offset = (k0 * s.n + i * PANEL) * number
-    source = e.at(e.arguments[0], (index + s.together) * (s.size * s.itemsize) + offset, byte)
-    target = e.at(e.arguments[1], index * (s.size * s.itemsize) + offset, byte)
+    source = e.at(e.a, (index + s.together) * (s.size * s.itemsize) + offset, byte)
+    target = e.at(e.inverse, index * (s.size * s.itemsize) + offset, byte)
     for at in range(0, count * PANEL * number, 64):
         e.prefetch(e.at(source, at, byte), level=level)
         e.prefetch(e.at(target, at, byte), write=True, level=level)
 
 
-def settle(a: Matrix, measure: scaling.Measure) -> None:
+def settle(a: WorkspaceMatrix, measure: scaling.Measure) -> None:
     """Note whether a matrix is finite and by what it is scaled."""
     e = a.e
     finite, scale = measure.of_all()
@@ -235,7 +246,7 @@ def settle(a: Matrix, measure: scaling.Measure) -> None:
         e.store(e.numbers(1.0), e.at(a.pivot_sizes, v * e.lanes))
 
 
-def each_other(e: Emitter, s: Shape, k0: Value, width: int, update: Callable[[Value, int], None]) -> None:
+def for_rows_outside(e: Emitter, s: Shape, k0: Value, width: int, update: Callable[[Value, int], None]) -> None:
     """Update the rows outside a panel, as many at a time as let their factors stay in registers."""
     step = 16 // PANEL // s.parts
     with e.loop(0, k0, step) as i:
@@ -248,7 +259,7 @@ def each_other(e: Emitter, s: Shape, k0: Value, width: int, update: Callable[[Va
             update(e.integer(s.n - rest), rest)
 
 
-def report(a: Matrix, index: Value, failing: Callable[[Value], Value]) -> None:
+def report(a: WorkspaceMatrix, index: Value, failing: Callable[[Value], Value]) -> None:
     """Write info and rcond of a matrix, and NaN over its inverse where info is not 0.
 
     `failing` says which of the pivots' sizes are failures. Put aside are the bits of the largest numbers of the
@@ -262,10 +273,11 @@ def report(a: Matrix, index: Value, failing: Callable[[Value], Value]) -> None:
     pivot = first_lane(e, [failing(size) for size in sizes]) + 1
     pivot = e.select(pivot > s.n, e.integer(0), pivot)
     finite = ~a.get(a.state, FINITE).eq(0)
-    info = scaling.outcome(e, pivot, finite, ~scaling.is_finite(e, largest))
-    e.store(e.resize(info, e.int32), e.at(e.arguments[2], index, e.int32), align=4)
-    e.store(scaling.rcond(e, info, finite, e.load(a.norm, e.real), norm), e.at(e.arguments[3], index))
-    target = e.at(e.arguments[1], index * s.size)
+    info = scaling.info_of(e, pivot, finite, ~scaling.is_finite(e, largest))
+    e.store(e.resize(info, e.int32), e.at(e.info, index, e.int32), align=4)
+    rcond = scaling.rcond_of(e, e.load(a.norm, e.real), norm)
+    e.store(scaling.account(e, rcond, info, finite), e.at(e.rcond, index))
+    target = e.at(e.inverse, index * s.size)
     with e.when(~info.eq(0)):
         each_block(
             e,

@@ -6,6 +6,7 @@
 //     N          the size of the matrices; for `tiles` a multiple of SIDE that is not less
 //     DEFINITE   1 for positive definite matrices, else 0
 //     WARPS      warps of a block of `lanes`
+//     INFO_…     the codes of Info in outcome.py
 //
 // Four layouts share the work. All eliminate by Gauss-Jordan in place: general matrices with partial pivoting, rows
 // never exchanged in memory; positive definite ones without, from the upper triangle alone, whose pivots are those of
@@ -40,11 +41,13 @@ template <class R> struct Format;
 template <> struct Format<float> {
     static constexpr int lowest = -125;  // the exponent of the smallest normal number, mantissas in [1/2, 1)
     static constexpr float largest = 3.402823466e+38f;
+    static constexpr float epsilon = 1.1920928955078125e-7f;
     static __device__ float power(int k) { return __int_as_float((k + 127) << 23); }
 };
 template <> struct Format<double> {
     static constexpr int lowest = -1021;
     static constexpr double largest = 1.7976931348623157e+308;
+    static constexpr double epsilon = 2.220446049250313e-16;
     static __device__ double power(int k) { return __longlong_as_double((Long)(k + 1023) << 52); }
 };
 
@@ -183,12 +186,12 @@ template <class Get> static __device__ T found(int structure, int i, int j, Get 
 // --- the account ------------------------------------------------------------------------------------------------
 
 static __device__ int outcome(int finite, int pivot, int overflow) {
-    return !finite ? -1 : pivot ? pivot : overflow ? -2 : 0;
+    return !finite ? INFO_NOT_FINITE : pivot ? pivot : overflow ? INFO_OVERFLOW : 0;
 }
 
 static __device__ R condition(int finite, int pivot, R norm, R norm_of_inverse) {
-    // Two divisions: the product of the norms may overflow where the quotient does not.
-    const R rcond = R(1) / norm / norm_of_inverse;
+    // As cpu/scaling.py has it.
+    const R rcond = Format<R>::epsilon / (Format<R>::epsilon * norm * norm_of_inverse);
     return !finite ? not_a_number() : pivot || rcond != rcond ? R(0) : rcond;
 }
 

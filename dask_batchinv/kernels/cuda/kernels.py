@@ -14,6 +14,8 @@ import numpy as np
 from dask_batchinv.kernels.code_cache import cached
 from dask_batchinv.kernels.cuda import launch
 from dask_batchinv.kernels.cuda.launch import Launch
+from dask_batchinv.outcome import Info
+from dask_batchinv.stack import AssumeA
 
 #: Arrays of CuPy, whose types need a CUDA installation.
 Array = Any
@@ -24,14 +26,14 @@ _CONVERTING = ((1024,), (256,))
 SHARE = 0.8
 
 
-def invert(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
+def invert(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
     """Invert a block that is in GPU memory; the contract is in `dask_batchinv.kernels`, all arrays in C order."""
     run(a, out, info, rcond, assume_a=assume_a)
     if a.dtype.char in "fF" and a.shape[-1]:
         again_in_double(a, out, info, rcond, assume_a=assume_a)
 
 
-def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
+def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
     """Do the same without waiting for the GPU; but what overflowed in single precision is only marked as such."""
     m, n = a.shape[:2]
     if n == 0:
@@ -49,11 +51,11 @@ def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> No
         _call(plan, "definite" if rows else plan.layout, m, n, a, out, info, rcond, *rows)
 
 
-def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: str) -> None:
+def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
     """Invert again in double precision what overflowed in single: on the way, that is, which its inverse need not."""
     import cupy
 
-    overflowed = cupy.flatnonzero(info == -2)  # waits for the GPU
+    overflowed = cupy.flatnonzero(info == Info.OVERFLOW)  # waits for the GPU
     if not overflowed.size:
         return
     wide = np.dtype("d" if a.dtype.char == "f" else "D")
@@ -64,8 +66,8 @@ def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a
         x, codes, conditions = cupy.empty_like(b), cupy.empty(len(b), np.int32), cupy.empty(len(b), np.float64)
         run(b, x, codes, conditions, assume_a=assume_a)
         x = _converted("narrow", x, a.dtype)
-        codes[(codes == 0) & ~cupy.isfinite(x).all(axis=(1, 2))] = -2
-        x[codes != 0] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
+        codes[(codes == Info.GOOD) & ~cupy.isfinite(x).all(axis=(1, 2))] = Info.OVERFLOW
+        x[codes != Info.GOOD] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
         out[some], info[some], rcond[some] = x, codes, _converted("narrow", conditions, rcond.dtype)
 
     _in_batches(part, plan, overflowed, of_one=5 * a[0].size * wide.itemsize)

@@ -13,6 +13,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from dask_batchinv.outcome import Info
+from dask_batchinv.stack import AssumeA
+
 Layout = Literal["threads", "lanes", "tiles", "memory", "cublas"]
 
 #: Threads along a side of a block of `tiles` and `memory`, and in a block of `threads`: as in inverse.cu.
@@ -32,7 +35,7 @@ SHARED_NBYTES = 48 * 1024
 #: Products and sums are joined only where inverse.cu says so, and the smallest numbers are not taken for zeros.
 COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false")
 #: How the structures are called in inverse.cu.
-STRUCTURES = {
+CUDA_STRUCTURE: dict[AssumeA, int] = {
     "general": 0,
     "symmetric": 1,
     "hermitian": 2,
@@ -71,7 +74,7 @@ def source() -> str:
     return resources.files("dask_batchinv.kernels.cuda").joinpath("inverse.cu").read_text()
 
 
-def plan_launch(n: int, dtype: npt.DTypeLike, assume_a: str) -> Launch:
+def plan_launch(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> Launch:
     """Return how matrices of a size, dtype and structure are inverted.
 
     Examples
@@ -111,12 +114,14 @@ def plan_launch(n: int, dtype: npt.DTypeLike, assume_a: str) -> Launch:
             f"-DN={compiled_for}",
             f"-DDEFINITE={int(definite)}",
             f"-DWARPS={warps}",
+            f"-DINFO_NOT_FINITE={Info.NOT_FINITE:d}",
+            f"-DINFO_OVERFLOW={Info.OVERFLOW:d}",
             f"-DLAYOUT_{'MEMORY' if layout == 'cublas' else layout.upper()}",
         ),
         threads,
         matrices,
         shared,
-        STRUCTURES[assume_a],
+        CUDA_STRUCTURE[assume_a],
     )
 
 

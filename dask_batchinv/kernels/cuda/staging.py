@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import launch
+from dask_batchinv.outcome import Info
+from dask_batchinv.stack import AssumeA
 
 HostArray = npt.NDArray[Any]
 
@@ -28,7 +30,7 @@ def scratch_nbytes(n: int, dtype: npt.DTypeLike) -> int:
     return 2 * SLOTS * max(PIECE_NBYTES, 1 << (one - 1).bit_length())
 
 
-def invert(a: HostArray, out: HostArray, info: HostArray, rcond: HostArray, *, assume_a: str) -> None:
+def invert(a: HostArray, out: HostArray, info: HostArray, rcond: HostArray, *, assume_a: AssumeA) -> None:
     """Invert a block that is in main memory on the current GPU; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
     step = max(1, min(m, PIECE_NBYTES // max(1, n * n * a.itemsize)))
@@ -71,7 +73,7 @@ class _Slot:
         with stream:  # CuPy's memory belongs to the stream that it is first used on
             return cls(stream, tuple(_pinned(*one) for one in layout), tuple(cupy.empty(*one) for one in layout))
 
-    def begin(self, a: HostArray, part: slice, assume_a: str) -> None:
+    def begin(self, a: HostArray, part: slice, assume_a: AssumeA) -> None:
         """Send a part of a block on its way."""
         m = part.stop - part.start
         self.part = part
@@ -83,13 +85,13 @@ class _Slot:
             for x, host in zip(on_gpu[1:], self.pinned[1:], strict=True):
                 x.get(stream=self.stream, out=host[:m], blocking=False)
 
-    def finish(self, results: tuple[HostArray, ...], assume_a: str) -> None:
+    def finish(self, results: tuple[HostArray, ...], assume_a: AssumeA) -> None:
         """Wait for what is on its way, and take it out."""
         if self.part is None:
             return
         self.stream.synchronize()
         m = self.part.stop - self.part.start
-        if self.pinned[0].dtype.char in "fF" and (self.pinned[2][:m] == -2).any():
+        if self.pinned[0].dtype.char in "fF" and (self.pinned[2][:m] == Info.OVERFLOW).any():
             with self.stream:
                 on_gpu = [x[:m] for x in self.on_gpu]
                 cuda.again_in_double(*on_gpu, assume_a=assume_a)

@@ -16,7 +16,7 @@ import llvmlite.binding as llvm
 
 from dask_batchinv.kernels.code_cache import cached, digest_of_sources
 
-#: ``f(a, out, info, rcond, count, scratch, past_caches)``; ctypes lets go of the interpreter lock while it runs.
+#: ``f(a, inverse, info, rcond, count, scratch, nontemporal)``; ctypes lets go of the interpreter lock while it runs.
 Function = Callable[[int, int, int, int, int, int, int], None]
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 #: LLVM's compiler is shared by the threads of a process.

@@ -18,7 +18,10 @@ from dask_batchinv.kernels.emit.values import BIT, INT, Value, Variable, constan
 
 
 class Emitter:
-    """Writes one function ``void name(pointer × 4, int64, pointer, int64)`` for one real type and width.
+    """Writes ``void name(a, inverse, info, rcond, count, scratch, nontemporal)`` for one real type and width.
+
+    Its arguments are attributes: four arrays and the scratch memory as pointers; `count` groups of matrices to invert,
+    and whether `nontemporal` stores are wanted, as 64-bit integers.
 
     Parameters
     ----------
@@ -44,7 +47,9 @@ class Emitter:
             function.args[i].add_attribute("noalias")
         self._entry = function.append_basic_block("entry")
         self.builder = ir.IRBuilder(self._entry)
-        self.arguments = [self.value(argument) for argument in function.args]
+        self.a, self.inverse, self.info, self.rcond, self.count, self.scratch, self.nontemporal = map(
+            self.value, function.args
+        )
 
     @property
     def nbytes(self) -> int:
@@ -117,13 +122,13 @@ class Emitter:
         numbers = [self.value(ir.Constant(self.int32, number)) for number in (int(write), level, 1)]
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *numbers)
 
-    def store_past_caches(self, vector: Value, pointer: Value) -> None:
+    def store_nontemporal(self, vector: Value, pointer: Value) -> None:
         """Store a vector to an address that is a multiple of its size, without reading the line first."""
         raw = self.builder.store(vector.raw, pointer.raw, align=self.nbytes)
         raw.set_metadata("nontemporal", self.module.add_metadata([ir.Constant(self.int32, 1)]))
 
     def fence(self) -> None:
-        """Let all stores be seen before what comes later: those past the caches wait for nobody."""
+        """Order all stores before what comes later: non-temporal ones are not ordered by themselves."""
         self.builder.fence("seq_cst")
 
     def address(self, pointer: Value) -> Value:
