@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dask_batchinv.array import InverseEx, Options, invert_any, invert_any_ex
+from dask_batchinv.array import CallOptions, InverseEx, invert_any, invert_any_ex
 from dask_batchinv.stack import AssumeA, Device, OnError, result_dtype
 
 Dims = Sequence[Hashable]
@@ -58,26 +58,26 @@ def parse_dims(dims: Dims) -> tuple[Hashable, Hashable]:
 
 
 @invert_any.register
-def _(a: xr.DataArray, options: Options, out: Any) -> Any:
+def _(a: xr.DataArray, options: CallOptions, out: Any) -> Any:
     return _data_array_inv(a, None, options, out)
 
 
 @invert_any.register
-def _(a: xr.Dataset, options: Options, out: Any) -> Any:
+def _(a: xr.Dataset, options: CallOptions, out: Any) -> Any:
     return _dataset_inv(a, None, options, out)
 
 
 @invert_any_ex.register
-def _(a: xr.DataArray, options: Options) -> InverseEx:
+def _(a: xr.DataArray, options: CallOptions) -> InverseEx:
     return _data_array_parts(a, None, options)
 
 
 @invert_any_ex.register
-def _(a: xr.Dataset, options: Options) -> InverseEx:
+def _(a: xr.Dataset, options: CallOptions) -> InverseEx:
     raise TypeError("inverse_ex takes DataArrays: pick a variable of the Dataset")
 
 
-def _data_array_inv(a: xr.DataArray, dims: Dims | None, options: Options, out: Any = None) -> xr.DataArray:
+def _data_array_inv(a: xr.DataArray, dims: Dims | None, options: CallOptions, out: Any = None) -> xr.DataArray:
     if out is not None:
         raise TypeError("out= is not for Xarray objects: use .to_zarr on the result")
     core = _core(a, dims)
@@ -92,7 +92,7 @@ def _data_array_inv(a: xr.DataArray, dims: Dims | None, options: Options, out: A
     return _labelled(result.transpose(*a.dims), a)
 
 
-def _data_array_parts(a: xr.DataArray, dims: Dims | None, options: Options) -> InverseEx:
+def _data_array_parts(a: xr.DataArray, dims: Dims | None, options: CallOptions) -> InverseEx:
     core = _core(a, dims)
     inv, info, rcond = xr.apply_ufunc(
         lambda stack: tuple(invert_any_ex(stack, options)),
@@ -106,14 +106,14 @@ def _data_array_parts(a: xr.DataArray, dims: Dims | None, options: Options) -> I
     return InverseEx(_labelled(inv.transpose(*a.dims), a), info.rename("info"), rcond.rename("rcond"))
 
 
-def _data_array_inv_ex(a: xr.DataArray, dims: Dims | None, options: Options) -> xr.Dataset:
+def _data_array_inv_ex(a: xr.DataArray, dims: Dims | None, options: CallOptions) -> xr.Dataset:
     parts = _data_array_parts(a, dims, options)._asdict()
     if taken := [name for name in parts if name in a.coords or name in a.dims]:
         raise ValueError(f"{', '.join(taken)} are names of coordinates or dimensions already: rename those first")
     return xr.Dataset(parts)
 
 
-def _dataset_inv(ds: xr.Dataset, dims: Dims | None, options: Options, out: Any = None) -> xr.Dataset:
+def _dataset_inv(ds: xr.Dataset, dims: Dims | None, options: CallOptions, out: Any = None) -> xr.Dataset:
     if out is not None:
         raise TypeError("out= is not for Xarray objects: use .to_zarr on the result")
     core = choose_dims(ds, dims)
@@ -186,7 +186,7 @@ class _InverseMethods:
         numpy.linalg.LinAlgError, TypeError, SingularMatrixError, DeviceError
             As in `dask_batchinv.inverse`.
         """
-        options = Options.parse(assume_a, device, on_error)
+        options = CallOptions.parse(assume_a, device, on_error)
         if isinstance(self._obj, xr.Dataset):
             return _dataset_inv(self._obj, dims, options)
         return _data_array_inv(self._obj, dims, options)
@@ -241,7 +241,7 @@ def _register_data_array_accessor() -> type:
             check_errors, assume_a, device
                 As in `dask_batchinv.inverse_ex`.
             """
-            options = Options.parse(assume_a, device, "raise" if check_errors else "nan")
+            options = CallOptions.parse(assume_a, device, "raise" if check_errors else "nan")
             return _data_array_inv_ex(self._obj, dims, options)
 
     with warnings.catch_warnings():

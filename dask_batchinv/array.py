@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from functools import singledispatch
@@ -13,11 +12,10 @@ import dask.array as da
 import numpy as np
 import zarr
 
-from dask_batchinv import storage
 from dask_batchinv.kernels import invert_block
 from dask_batchinv.kernels.device import is_gpu_array, parse_device
+from dask_batchinv.out import check_out, fill, shares_memory
 from dask_batchinv.outcome import raise_failed
-from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import (
     AssumeA,
     Device,
@@ -28,6 +26,7 @@ from dask_batchinv.stack import (
     result_dtype,
     whole_matrices,
 )
+from dask_batchinv.storage import write_unit
 
 
 class InverseEx(NamedTuple):
@@ -36,13 +35,13 @@ class InverseEx(NamedTuple):
     inverse: Any
     """Shape ``(*, n, n)``; all NaN where `info` is not 0."""
     info: Any
-    """Shape ``(*,)``, int32: 0 good, k > 0 the k-th pivot is zero, -1 not finite, -2 overflow."""
+    """Shape ``(*,)``, int32: codes as `Info` has them; 0 good, k > 0 the k-th pivot is zero."""
     rcond: Any
     """Shape ``(*,)``, real: 1 / (‖A‖₁ ‖A⁻¹‖₁); 0 for a singular matrix, NaN for a non-finite one."""
 
 
 @dataclass(frozen=True)
-class Options:
+class CallOptions:
     """The options of one call, checked."""
 
     assume_a: AssumeA
@@ -50,7 +49,7 @@ class Options:
     raises: bool
 
     @classmethod
-    def parse(cls, assume_a: AssumeA, device: Device, on_error: OnError) -> Options:
+    def parse(cls, assume_a: AssumeA, device: Device, on_error: OnError) -> CallOptions:
         """Return the options, or raise ValueError for a word that is not known."""
         return cls(
             parse_choice("assume_a", assume_a, AssumeA),
@@ -121,7 +120,7 @@ def inverse(
            [[0.  , 1.  ],
             [1.  , 0.  ]]])
     """
-    return invert_any(a, Options.parse(assume_a, device, on_error), out)
+    return invert_any(a, CallOptions.parse(assume_a, device, on_error), out)
 
 
 def inverse_ex(
@@ -152,14 +151,14 @@ def inverse_ex(
     >>> inverse_ex(np.array([[[1.0, 2.0], [2.0, 4.0]], [[1.0, 0.0], [0.0, 2.0]]])).info
     array([2, 0], dtype=int32)
     """
-    return invert_any_ex(a, Options.parse(assume_a, device, "raise" if check_errors else "nan"))
+    return invert_any_ex(a, CallOptions.parse(assume_a, device, "raise" if check_errors else "nan"))
 
 
 # --- arrays in memory -----------------------------------------------------------------------------------------
 
 
 @singledispatch
-def invert_any(a: Any, options: Options, out: Any) -> Any:
+def invert_any(a: Any, options: CallOptions, out: Any) -> Any:
     """`inverse` for one kind of input; here whatever `numpy.asarray` takes."""
     a = _in_memory(a)
     if is_gpu_array(a) and out is not None and not is_gpu_array(out):
@@ -167,14 +166,14 @@ def invert_any(a: Any, options: Options, out: Any) -> Any:
     if is_gpu_array(out) and not is_gpu_array(a):
         raise TypeError("out is on the GPU, but a is not: pass cupy.asarray(a), or an out in main memory")
     if isinstance(out, np.ndarray) or is_gpu_array(out):
-        _check_out(out, a)
-        if storage.shares_memory(a, out):
+        check_out(out, a)
+        if shares_memory(a, out):
             raise ValueError("out overlaps the input: pass an array of its own memory")
     elif out is not None:
         return invert_any(da.from_array(a), options, out)
     result, info, _ = invert_block(a, dtype=result_dtype(a.dtype), assume_a=options.assume_a, device=options.device)
     if options.raises:
-        raise_failed(info)
+        raise_failed(info, options.assume_a)
     if out is None:
         return result
     out[...] = result
@@ -182,12 +181,12 @@ def invert_any(a: Any, options: Options, out: Any) -> Any:
 
 
 @singledispatch
-def invert_any_ex(a: Any, options: Options) -> InverseEx:
+def invert_any_ex(a: Any, options: CallOptions) -> InverseEx:
     """`inverse_ex` for one kind of input; here whatever `numpy.asarray` takes."""
     a = _in_memory(a)
     result = InverseEx(*invert_block(a, dtype=result_dtype(a.dtype), assume_a=options.assume_a, device=options.device))
     if options.raises:
-        raise_failed(result.info)
+        raise_failed(result.info, options.assume_a)
     return result
 
 
@@ -209,14 +208,14 @@ def _refuse_masked(a: Any) -> None:
 
 
 @invert_any.register
-def _(a: da.Array, options: Options, out: Any) -> Any:
+def _(a: da.Array, options: CallOptions, out: Any) -> Any:
     a, dtype = _whole(a), result_dtype(a.dtype)
     result = a.map_blocks(_inverse_of_block, options, dtype=dtype, meta=a._meta.astype(dtype))
-    return result if out is None else _fill(out, result)
+    return result if out is None else fill(out, result)
 
 
 @invert_any_ex.register
-def _(a: da.Array, options: Options) -> InverseEx:
+def _(a: da.Array, options: CallOptions) -> InverseEx:
     a, dtype = _whole(a), result_dtype(a.dtype)
     core = [a.ndim - 2, a.ndim - 1]
     # An empty array of the same kind; for a single matrix a 0-d one, which must hold a number that can be cast.
@@ -241,18 +240,18 @@ def _(a: da.Array, options: Options) -> InverseEx:
 
 
 @invert_any.register(zarr.Array)
-def _(a: zarr.Array[Any], options: Options, out: Any) -> Any:
+def _(a: zarr.Array[Any], options: CallOptions, out: Any) -> Any:
     return invert_any(_lazy(a), options, out)
 
 
 @invert_any_ex.register(zarr.Array)
-def _(a: zarr.Array[Any], options: Options) -> InverseEx:
+def _(a: zarr.Array[Any], options: CallOptions) -> InverseEx:
     return invert_any_ex(_lazy(a), options)
 
 
 def _lazy(a: zarr.Array[Any]) -> da.Array:
     # Not da.from_zarr, which does not exist under array query planning (dask 2026.8).
-    return da.from_array(a, chunks=storage.write_unit(a))
+    return da.from_array(a, chunks=write_unit(a))
 
 
 def _whole(a: da.Array) -> da.Array:
@@ -268,87 +267,20 @@ def _whole(a: da.Array) -> da.Array:
     return a.rechunk(chunks, block_size_limit=limit or None, threshold=sys.maxsize)
 
 
-def _account_of_block(block: Any, options: Options, block_info: Any = None) -> InverseEx:
+def _account_of_block(block: Any, options: CallOptions, block_info: Any = None) -> InverseEx:
     account = InverseEx(
         *invert_block(block, dtype=result_dtype(block.dtype), assume_a=options.assume_a, device=options.device)
     )
     if options.raises:
-        location = block_info[0]["array-location"] if block_info else [(0, 0)] * block.ndim
-        raise_failed(account.info, tuple(None if math.isnan(start) else int(start) for start, _ in location[:-2]))
+        spans = block_info[0]["array-location"] if block_info else [(0, 0)] * block.ndim
+        origin = tuple(None if math.isnan(start) else int(start) for start, _ in spans[:-2])
+        raise_failed(account.info, options.assume_a, origin)
     return account
 
 
-def _inverse_of_block(block: Any, options: Options, block_info: Any = None) -> Any:
+def _inverse_of_block(block: Any, options: CallOptions, block_info: Any = None) -> Any:
     return _account_of_block(block, options, block_info).inverse
 
 
 def _part(account: Any, name: str) -> Any:
     return getattr(account, name)
-
-
-# --- out= -----------------------------------------------------------------------------------------------------
-
-
-def _check_out(out: Any, like: Any) -> None:
-    if tuple(out.shape) != tuple(like.shape):
-        raise ValueError(f"out has shape {tuple(out.shape)}, but the result has {tuple(like.shape)}")
-    dtype = result_dtype(like.dtype)
-    if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}, but the result has {dtype}")
-
-
-def _fill(out: Any, result: da.Array) -> Any:
-    """Compute `result` into `out`."""
-    if is_gpu_array(result._meta):
-        raise TypeError("out takes no blocks from the GPU: append .map_blocks(cupy.asnumpy) to the input")
-    if isinstance(out, np.ndarray):
-        _check_out(out, result)
-        storage.refuse_overlap(out, result)
-        # Not da.store: on a cluster of processes it would fill copies of `out`.
-        out[...] = result.compute()
-        return out
-    if isinstance(out, (str, os.PathLike)):
-        if any(math.isnan(size) for size in result.shape):
-            raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
-        chunks = storage.regular_chunks(result.chunks)
-        created = storage.create_array(out, result.shape, chunks, result.dtype)
-        place = Place.parse(out)
-        try:
-            storage.refuse_overlap(created, result)
-            _write(created, result, place)
-        except BaseException as failure:
-            # What is half filled must not be taken for a result, nor be in the way of the next try.
-            try:
-                storage.remove_array(place)
-            except Exception as error:  # whatever a file system may raise
-                failure.add_note(redact(f"{place.name} is half filled and could not be removed: {error}"))
-            raise
-        return created
-    if not isinstance(out, zarr.Array):
-        raise TypeError(f"out must be a NumPy array, a zarr.Array or a store location, got {type(out).__name__}")
-    _check_out(out, result)
-    storage.refuse_overlap(out, result)
-    _write(out, result)
-    return out
-
-
-def _write(out: zarr.Array[Any], result: da.Array, place: Place | None = None) -> None:
-    """Write `result` into a Zarr array, which is at `place` if a failure removes it."""
-    if storage.is_in_memory(out):
-        out[...] = result.compute()
-        return
-    result = result.rechunk(storage.safe_chunks(result.chunks, storage.write_unit(out)))
-    written = result.map_blocks(
-        _write_block, out, place, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
-        meta=np.empty((0,) * result.ndim, bool),
-    )  # fmt: skip
-    written.compute()
-
-
-def _write_block(block: Any, out: zarr.Array[Any], place: Place | None, block_info: Any = None) -> Any:
-    if block_info:
-        # When one task fails, Dask lets those go on that run: they must not write where no array is any more.
-        if place is not None and not storage.has_array(place):
-            raise FileNotFoundError(f"the array at {place.name} was removed because another block failed")
-        out[tuple(slice(*span) for span in block_info[0]["array-location"])] = block
-    return np.ones((1,) * block.ndim, bool)

@@ -14,16 +14,17 @@ from typing import Any, get_args
 import click
 
 from dask_batchinv._version import __version__
-from dask_batchinv.job import progress
-from dask_batchinv.job.cluster import ClusterOptions, connect, count_gpus, embedded_workers
-from dask_batchinv.job.driver import run_job
-from dask_batchinv.job.plan import Plan
-from dask_batchinv.job.prepare import Job, Options, plan_for, prepare
-from dask_batchinv.job.report import status_of
-from dask_batchinv.job.verify import verify
+from dask_batchinv.job.driver.cluster import ClusterOptions, connect, count_gpus, local_workers
+from dask_batchinv.job.driver.run import run_job
+from dask_batchinv.job.driver.verify import verify
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.plan.plan import Plan
+from dask_batchinv.job.plan.prepare import Job, plan_for, prepare
+from dask_batchinv.job.report import display
+from dask_batchinv.job.report.account import account_of
 from dask_batchinv.kernels.device import DeviceError
+from dask_batchinv.location import redact
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.place import redact
 from dask_batchinv.stack import AssumeA, Device
 
 REFUSED = 2
@@ -123,14 +124,14 @@ def run(dry_run: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
         if dry_run:
             _print_plan(_plan(job, cluster), as_json)
             return
-        with progress.shown(enabled=not quiet) as on_progress:
+        with display.shown(enabled=not quiet) as on_progress:
             report = run_job(job, cluster, on_progress)
         if as_json:
             click.echo(json.dumps(report.to_json()))
         elif not quiet or report.exit_code:
             click.echo(str(report))
         if report.exit_code == 1:
-            click.echo("Once the cause is mended, the same command does the rest.", err=True)
+            click.echo("Fix the cause and run the same command again: it will do the remaining tiles.", err=True)
         sys.exit(report.exit_code)
 
 
@@ -150,7 +151,7 @@ def plan(as_json: bool, **arguments: Any) -> None:
 def status(target: str, as_json: bool) -> None:
     """Print how far the job that writes TARGET is."""
     with _exit_codes():
-        found = status_of(target)
+        found = account_of(target)
         click.echo(json.dumps(found.to_json()) if as_json else str(found))
 
 
@@ -190,12 +191,12 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     if allowed != "any" and not allowed.isdecimal():
         raise RefusedError(f"--max-failed takes a number or 'any', got {allowed!r}")
     arguments["max_failed"] = None if allowed == "any" else int(allowed)
-    return prepare(source, target, Options(**arguments)), replace(cluster, device=arguments["device"])
+    return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
 
 
 def _plan(job: Job, cluster: ClusterOptions) -> Plan:
-    if cluster.embedded:
-        return plan_for(job, embedded_workers(cluster))
+    if cluster.is_local:
+        return plan_for(job, local_workers(cluster))
     with connect(cluster) as (client, workers):
         return plan_for(job, replace(workers, gpus=count_gpus(job.options.device, client)))
 

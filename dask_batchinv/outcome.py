@@ -1,13 +1,16 @@
-"""What happened to a matrix: the ``info`` codes, their words, and the errors made of them."""
+"""What happened to a matrix: the ``info`` codes, the table of failures, and the errors made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dask_batchinv.stack import AssumeA
 
 Index = tuple[int, ...]
 
@@ -26,28 +29,77 @@ class Info(IntEnum):
     PENDING = -(2**31)
 
 
-_WORDS = {
-    Info.GOOD: "the inverse is good",
-    Info.NOT_FINITE: "the matrix has a NaN or an infinity",
-    Info.OVERFLOW: "the inverse overflows the dtype",
-    Info.BELOW_MIN_RCOND: "rcond is below min_rcond",
-    Info.PENDING: "not computed yet",
-}
+@dataclass(frozen=True)
+class Failure:
+    """One way in which a matrix has no usable inverse."""
+
+    kind: str
+    """Its name in ledgers and JSON."""
+    code: Info | None
+    """Its ``info``; None where every k > 0 is."""
+    words: str
+    """What several matrices are."""
+    explanation: str
+    """What one matrix is, where k is its ``info``."""
+    cause: str = ""
+    """Where it usually comes from."""
+
+    def includes(self, info: Any) -> Any:
+        """Tell whether a code, or each of an array, is of this kind."""
+        return info > 0 if self.code is None else info == self.code
 
 
-def explain(info: int) -> str:
-    """Return one ``info`` code in words.
+_SINGULAR = Failure(
+    "singular",
+    None,
+    "singular",
+    "singular (pivot {k} is exactly zero)",
+    "Singular matrices often have two equal rows, or were filled with 0 where data are masked. ",
+)
+_NOT_DEFINITE = Failure(
+    "singular", None, "not positive definite", "not positive definite (leading minor of order {k})", _SINGULAR.cause
+)
+_OTHERS = (
+    Failure("not_finite", Info.NOT_FINITE, "with NaN or infinity", "the matrix has a NaN or an infinity"),
+    Failure("overflow", Info.OVERFLOW, "whose inverse overflows", "the inverse overflows the dtype"),
+    Failure("below_min_rcond", Info.BELOW_MIN_RCOND, "with rcond below the minimum", "rcond is below min_rcond"),
+)
+#: The names of all kinds of failures.
+FAILURE_KINDS = (_SINGULAR.kind, *(failure.kind for failure in _OTHERS))
+
+
+def failures_of(assume_a: AssumeA) -> tuple[Failure, ...]:
+    """Return the failures of matrices of a structure, in the order of `FAILURE_KINDS`."""
+    return (_NOT_DEFINITE if assume_a == "positive definite" else _SINGULAR, *_OTHERS)
+
+
+def describe_codes(assume_a: AssumeA) -> str:
+    """Return all codes of ``info`` in words.
 
     Examples
     --------
-    >>> explain(2)
-    'pivot 2 is zero (singular), or the leading minor of order 2 is not positive'
-    >>> explain(-1)
+    >>> describe_codes("general")[:80]
+    '0 good; k > 0 singular (pivot k is exactly zero); -1 the matrix has a NaN or an '
+    """
+    codes = [(f"{f.code:d}" if f.code else "k > 0", f.explanation.format(k="k")) for f in failures_of(assume_a)]
+    return "; ".join(["0 good", *(f"{code} {words}" for code, words in codes)])
+
+
+def explain(info: int, assume_a: AssumeA) -> str:
+    """Return one ``info`` code of a failure in words.
+
+    Examples
+    --------
+    >>> explain(2, "general"), explain(2, "positive definite")
+    ('singular (pivot 2 is exactly zero)', 'not positive definite (leading minor of order 2)')
+    >>> explain(-1, "general")
     'the matrix has a NaN or an infinity'
     """
-    if info > 0:
-        return f"pivot {info} is zero (singular), or the leading minor of order {info} is not positive"
-    return _WORDS[Info(info)]
+    return _failure(info, assume_a).explanation.format(k=info)
+
+
+def _failure(info: int, assume_a: AssumeA) -> Failure:
+    return next(failure for failure in failures_of(assume_a) if failure.includes(info))
 
 
 class SingularMatrixError(np.linalg.LinAlgError):
@@ -64,52 +116,66 @@ class SingularMatrixError(np.linalg.LinAlgError):
         Their ``info`` codes.
     """
 
-    def __init__(self, count: int, total: int, indices: Iterable[Index], info: Iterable[int], where: str = ""):
+    def __init__(
+        self,
+        count: int,
+        total: int,
+        indices: Iterable[Index],
+        info: Iterable[int],
+        assume_a: AssumeA = "general",
+        where: str = "",
+    ):
         self.count = count
         self.total = total
         self.indices = tuple(indices)
         self.info = tuple(info)
+        self.assume_a = assume_a
         self.where = where
         super().__init__(self._message())
 
     def _message(self) -> str:
-        named = "; ".join(f"{i}: {explain(k)}" for i, k in zip(self.indices, self.info, strict=True))
+        named = "; ".join(f"{i}: {explain(k, self.assume_a)}" for i, k in zip(self.indices, self.info, strict=True))
         more = "" if self.count == len(self.indices) else f"; and {self.count - len(self.indices)} more"
-        noun = "matrix has" if self.total == 1 else "matrices have"
+        noun = "matrix" if self.total == 1 else "matrices"
+        verb = "has" if self.count == 1 else "have"
+        causes = dict.fromkeys(_failure(k, self.assume_a).cause for k in self.info)
         return (
-            f"{self.count} of {self.total} {noun} no inverse{self.where}: {named}{more}. "
-            'Pass on_error="nan" to have them as NaN and the rest delivered, or use inverse_ex.'
+            f"{self.count} of {self.total} {noun}{self.where} {verb} no inverse: {named}{more}. {''.join(causes)}"
+            'Pass on_error="nan" to get NaN for these and inverses for the rest, or use inverse_ex.'
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # BaseException pickles self.args, which is the message alone.
-        return type(self), (self.count, self.total, self.indices, self.info, self.where)
+        return type(self), (self.count, self.total, self.indices, self.info, self.assume_a, self.where)
 
 
-def raise_failed(info: npt.NDArray[np.int32], origin: tuple[int | None, ...] | None = None) -> None:
+def raise_failed(info: npt.NDArray[np.int32], assume_a: AssumeA, origin: tuple[int | None, ...] | None = None) -> None:
     """Raise `SingularMatrixError` if any code in `info` is not 0.
 
     Parameters
     ----------
     info : array of shape ``(*,)``
-        Codes of one block.
+        Codes of a stack, or of one block of it.
+    assume_a : str
+        Structure of the matrices.
     origin : tuple of int or None, optional
-        Where the block begins in the whole stack; None for a dimension in which nobody knows, because the
-        chunk sizes are unknown.
+        Where the block begins in the whole stack; None for a dimension along which that is unknown, because the
+        chunk sizes are.
     """
     if not (info != Info.GOOD).any():
         return
     if not isinstance(info, np.ndarray):  # CuPy's
         info = info.get()
     failed = np.argwhere(info != Info.GOOD)
+    where = "" if origin is None else " of this block"
     origin = origin or (0,) * info.ndim
-    where = ""
     if None in origin:
         unknown = [axis for axis, start in enumerate(origin) if start is None]
-        where = f" (chunk sizes are unknown along axis {unknown}: indices there count from the block's start)"
+        where += f" (chunk sizes are unknown along axis {unknown}: indices there count from the block's start)"
     first = failed[:NAMED]
     indices = [tuple(int(i) + (o or 0) for i, o in zip(row, origin, strict=True)) for row in first]
-    raise SingularMatrixError(len(failed), info.size, indices, [int(info[tuple(row)]) for row in first], where)
+    codes = [int(info[tuple(row)]) for row in first]
+    raise SingularMatrixError(len(failed), info.size, indices, codes, assume_a, where)
 
 
 class RefusedError(ValueError):

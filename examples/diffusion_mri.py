@@ -30,7 +30,7 @@ from dipy.io.image import load_nifti
 from dipy.reconst.dti import design_matrix
 
 import dask_batchinv
-from dask_batchinv.job.progress import shown
+from dask_batchinv.job.report.display import shown
 
 PARAMETERS = ["Dxx", "Dxy", "Dyy", "Dxz", "Dyz", "Dzz", "minus ln S0"]
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from stacks import conditioned
 
 from dask_batchinv import RefusedError, invert_store
-from dask_batchinv.job.prepare import Options, prepare
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.kernels import choose_kernel
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.device import why_unusable
@@ -195,7 +196,7 @@ def refused(tmp_path, opened):
     def check(source, **options):
         before = tree()
         with pytest.raises(RefusedError) as caught:
-            prepare(source, tmp_path / "target", Options(**options))
+            prepare(source, tmp_path / "target", JobOptions(**options))
         text = str(caught.value)
         assert 20 < len(text) < 2000
         assert "\0" not in text

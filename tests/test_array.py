@@ -152,8 +152,21 @@ def test_raise_names_matrices_by_their_indices_in_the_whole_stack():
     assert error.indices == ((1, 2), (2, 0), (3, 5))
     assert error.info == (1, -1, 3)
     assert (error.count, error.total) == (3, 24)
-    assert "3 of 24 matrices have no inverse: (1, 2): pivot 1 is zero" in str(error)
+    assert "3 of 24 matrices have no inverse: (1, 2): singular (pivot 1 is exactly zero); " in str(error)
     assert all(type(i) is int for index in error.indices for i in index)
+
+
+def test_errors_know_the_structure():
+    a = np.array([[[1.0, 2.0], [2.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])
+    with pytest.raises(SingularMatrixError) as caught:
+        inverse(a, assume_a="positive definite")
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert str(error).startswith(
+            "1 of 2 matrices has no inverse: (0,): not positive definite (leading minor of order 2). "
+        )
+    a[0] = 1
+    with pytest.raises(SingularMatrixError, match=r"of this block has .*\(0,\): singular \(pivot 2 .* two equal rows"):
+        inverse(da.from_array(a)).compute(scheduler="sync")
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])

@@ -125,9 +125,8 @@ def test_the_layout_depends_on_size_and_dtype_alone():
     for kind in KINDS:
         for dtype in DTYPES:
             for n in range(1, 70):
-                layouts = {layout_of(spec_of(n, dtype, kind, nbytes)) for nbytes in (16, 32, 64)}
+                layouts = {layout_of(spec_of(n, dtype, kind, nbytes)).name for nbytes in (16, 32, 64)}
                 assert len(layouts) == 1
-                assert None not in layouts
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,9 @@ import zarr
 from hostile import BYTES, V2, V3, shard, write_array
 from stacks import conditioned
 
-from dask_batchinv.job.guard import (
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.plan.prepare import prepare
+from dask_batchinv.job.source.bounded_decoding import (
     COMPRESSORS,
     BoundedCodec,
     BoundedCompressor,
@@ -25,7 +27,6 @@ from dask_batchinv.job.guard import (
     decompress,
     zstd_nbytes,
 )
-from dask_batchinv.job.prepare import Options, prepare
 
 # Zarr warns of what is not in its specification; that is no concern here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -78,10 +79,10 @@ def explode(tmp_path, meta, chunk, content):
     """Read a chunk that is a bomb."""
     path = write_array(tmp_path / "evil", meta)
     (path / chunk).write_bytes(content)
-    array = prepare(path, tmp_path / "target", Options()).source.open()
+    array = prepare(path, tmp_path / "target", JobOptions()).source.open()
     tracemalloc.start()
     try:
-        with pytest.raises(ChunkSizeError, match="made to fill the memory"):
+        with pytest.raises(ChunkSizeError, match="a decompression bomb"):
             array[...]
         assert tracemalloc.get_traced_memory()[1] < LARGEST_PEAK + len(content)
     finally:
@@ -97,7 +98,7 @@ def test_bombs(kind, bomb):
     """Not one byte more comes out than is asked for, however long the chunk may be in the store."""
     tracemalloc.start()
     try:
-        with pytest.raises(ChunkSizeError, match="made to fill the memory"):
+        with pytest.raises(ChunkSizeError, match="a decompression bomb"):
             decompress(kind, {}, bomb, Size(128))
         assert tracemalloc.get_traced_memory()[1] < LARGEST_PEAK + len(bomb)
     finally:
@@ -146,14 +147,14 @@ def test_chunks_that_lie_about_their_size(tmp_path, kind):
     path = write_array(tmp_path / "evil", V2 | {"compressor": {"id": kind}})
     (path / "0.0.0").write_bytes(bomb)
     with pytest.raises((RuntimeError, ValueError)):
-        prepare(path, tmp_path / "target", Options()).source.open()[...]
+        prepare(path, tmp_path / "target", JobOptions()).source.open()[...]
 
 
 @pytest.mark.parametrize("kind", sorted(COMPRESSORS))
 def test_chunks_that_end_too_early(tmp_path, kind):
     whole = bytes(numcodecs.get_codec({"id": kind}).encode(np.random.default_rng(1).bytes(128)))
     path = write_array(tmp_path / "evil", V2 | {"compressor": {"id": kind}})
-    array = prepare(path, tmp_path / "target", Options()).source.open()
+    array = prepare(path, tmp_path / "target", JobOptions()).source.open()
     for length in (1, 5, len(whole) // 2, len(whole) - 1):
         (path / "0.0.0").write_bytes(whole[:length])
         with pytest.raises((RuntimeError, ValueError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)):
@@ -179,7 +180,7 @@ GZIP = {"name": "gzip", "configuration": {"level": 1}}
 def test_chunks_that_no_chunk_can_be(tmp_path, meta, chunk, missing):
     """Files with a hole take no space, devices never end, and a pipe is waited for."""
     path = write_array(tmp_path / "evil", meta)
-    array = prepare(path, tmp_path / "target", Options()).source.open(missing)
+    array = prepare(path, tmp_path / "target", JobOptions()).source.open(missing)
     with open(path / chunk, "wb") as file:
         file.truncate(2**40)
     with pytest.raises(ChunkSizeError, match="has 1099511627776 bytes where by its metadata it cannot have more"):
@@ -203,7 +204,7 @@ def test_chunks_that_no_chunk_can_be(tmp_path, meta, chunk, missing):
 def test_filters_that_multiply(tmp_path, codec):
     path = write_array(tmp_path / "evil", V2 | {"dtype": "|u1", "filters": [codec] * 8})
     (path / "0.0.0").write_bytes(bytes(100))  # eight times packed bits would become a GiB
-    array = prepare(path, tmp_path / "target", Options()).source.open()
+    array = prepare(path, tmp_path / "target", JobOptions()).source.open()
     with pytest.raises(ChunkSizeError, match="has 100 bytes"):
         array[...]
 
@@ -213,7 +214,7 @@ def test_indices_of_shards_that_lie(tmp_path, reach):
     """Each chunk of a shard may say that it is all of it, and more."""
     path = write_array(tmp_path / "evil", V3 | {"codecs": [shard(index=[BYTES])]})
     (path / "c/0/0/0").write_bytes(bytes(20_000) + struct.pack("<QQ", *reach) * 4)
-    array = prepare(path, tmp_path / "target", Options()).source.open()
+    array = prepare(path, tmp_path / "target", JobOptions()).source.open()
     with pytest.raises((ValueError, OverflowError)):
         array[:2]
 
@@ -238,7 +239,7 @@ def test_chunks_that_cannot_be_compressed(tmp_path, kind, shards):
 
 
 def assert_reads(path, a, bounded=1):
-    source = prepare(path, path.parent / "target", Options()).source
+    source = prepare(path, path.parent / "target", JobOptions()).source
     array = source.open()
     assert array.shape == a.shape
     np.testing.assert_array_equal(array[...], a)
@@ -351,7 +352,7 @@ def test_zstd_that_does_not_say_its_size(tmp_path, frames):
     assert_reads(path, a)
     (path / "0.0.0").write_bytes(zstd_of_unknown_size(data[:-8]))
     with pytest.raises(ChunkSizeError, match="does not decompress to the 128 bytes"):
-        prepare(path, tmp_path / "target", Options()).source.open()[...]
+        prepare(path, tmp_path / "target", JobOptions()).source.open()[...]
 
 
 def test_zstd_of_several_frames(tmp_path):
@@ -383,7 +384,7 @@ def test_no_codec_is_registered(tmp_path):
 
     before = dict(numcodecs.registry.codec_registry)
     write_array(tmp_path / "s", V2 | {"compressor": {"id": "zstd"}})
-    prepare(tmp_path / "s", tmp_path / "target", Options()).source.open()
+    prepare(tmp_path / "s", tmp_path / "target", JobOptions()).source.open()
     assert dict(numcodecs.registry.codec_registry) == before
     assert numcodecs.get_codec({"id": "zstd"}).__class__ is numcodecs.Zstd
     assert zarr.registry.get_codec_class("zstd") is zarr.codecs.ZstdCodec

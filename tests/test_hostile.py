@@ -8,14 +8,15 @@ import pytest
 from hostile import BYTES, PICKLE, V2, V3, grid, keys, nested, numcodec, shard, write_array
 
 from dask_batchinv import PlanError, RefusedError
-from dask_batchinv.job.cluster import Workers
-from dask_batchinv.job.prepare import Options, plan_for, prepare
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.plan.plan import Workers
+from dask_batchinv.job.plan.prepare import plan_for, prepare
 
 # Zarr warns of what is not in its specification; that is no concern here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-SAFE, DTYPE, SENSE = "not among those that are safe", "has no inverse here", "make no sense"
+SAFE, DTYPE, SENSE = "not among those that are safe", "has no inverse here", "invalid metadata"
 
 FORMAT_2 = {
     "pickle-compressor": ({"compressor": PICKLE}, SAFE),
@@ -214,7 +215,7 @@ def test_attributes_that_are_deep(refused, tmp_path):
     (path / "zarr.json").write_text(json.dumps(V3)[:-1].replace('"attributes": {}', f'"attributes": {deep}') + "}")
     # Depending on the version of Python.
     with suppress(RefusedError):
-        prepare(path, tmp_path / "target", Options())
+        prepare(path, tmp_path / "target", JobOptions())
     assert not (tmp_path / "target").exists()
 
 
@@ -250,7 +251,7 @@ def test_documents_that_are_no_json(refused, tmp_path, content):
 def test_two_formats_at_once(refused, tmp_path):
     path = write_array(tmp_path / "a", V3)
     write_array(path, V2 | {"compressor": PICKLE})
-    job = prepare(path, tmp_path / "target", Options())
+    job = prepare(path, tmp_path / "target", JobOptions())
     assert job.source.zarr_format == 3
     assert job.source.open().metadata.zarr_format == 3  # the one that was checked is the one opened
     other = write_array(tmp_path / "b", V3 | {"codecs": [BYTES, numcodec("pickle")]})
@@ -260,7 +261,7 @@ def test_two_formats_at_once(refused, tmp_path):
 
 def test_metadata_that_change_between_the_check_and_the_reading(tmp_path):
     path = write_array(tmp_path / "evil", V2)
-    source = prepare(path, tmp_path / "target", Options()).source
+    source = prepare(path, tmp_path / "target", JobOptions()).source
     assert source.open().shape == (4, 2, 2)
     (path / ".zarray").write_text(json.dumps(V2 | {"filters": [PICKLE]}))
     with pytest.raises(RefusedError, match="have changed since the job began"):
@@ -280,7 +281,7 @@ def test_metadata_that_change_between_the_check_and_the_reading(tmp_path):
     ids=["chunks", "matrices", "shards"],
 )
 def test_plans_that_fit_no_worker(tmp_path, meta):
-    job = prepare(write_array(tmp_path / "evil", meta), tmp_path / "target", Options())
+    job = prepare(write_array(tmp_path / "evil", meta), tmp_path / "target", JobOptions())
     with pytest.raises(PlanError) as caught:
         plan_for(job, Workers(1, 1, 2**30))
     assert len(str(caught.value)) < 2000

@@ -6,12 +6,13 @@ import os
 import pytest
 from hostile import BYTES, PICKLE, V2, V3, grid, keys, numcodec, shard, write_array
 
-from dask_batchinv.job.prepare import Options, prepare
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.plan.prepare import prepare
 
 # Zarr warns of what is not in its specification; that is no concern here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-SENSE = "make no sense"
+SENSE = "invalid metadata"
 
 
 def make_group(path, zarr_format, attributes, dims=("t", "i", "j")):
@@ -40,7 +41,7 @@ def test_coordinates_elsewhere(tmp_path, zarr_format, words, monkeypatch):
     write_array(tmp_path / "x", V2 | {"shape": [4], "chunks": [4]}, {"_ARRAY_DIMENSIONS": ["t"]})
     write_array(tmp_path / "x", V3 | {"shape": [4], **grid(4), "dimension_names": ["t"]})
     touched = watch_paths(monkeypatch)
-    job = prepare(group, tmp_path / "target", Options(variable="A"))
+    job = prepare(group, tmp_path / "target", JobOptions(variable="A"))
     assert job.source.coordinates == ()
     assert touched
     assert all(os.path.realpath(path).startswith((str(group), str(tmp_path / "target"))) for path in touched)
@@ -149,5 +150,5 @@ def test_consolidated_metadata_that_lie(tmp_path, opened):
     document = json.loads((group / "zarr.json").read_text())
     document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": {"A": lie}}
     (group / "zarr.json").write_text(json.dumps(document))
-    source = prepare(group, tmp_path / "target", Options(variable="A")).source
+    source = prepare(group, tmp_path / "target", JobOptions(variable="A")).source
     assert source.open().shape == source.shape == (4, 2, 2)

@@ -16,8 +16,9 @@ from stacks import DTYPES, assert_same_bits, conditioned
 from zarr.codecs import Crc32cCodec
 
 from dask_batchinv import JobFailedError, inverse_ex, invert_store, verify_store
-from dask_batchinv.job import driver
-from dask_batchinv.job.report import status_of
+from dask_batchinv.job.driver import run as driver
+from dask_batchinv.job.report.account import account_of
+from dask_batchinv.job.results import TileResult
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -136,7 +137,7 @@ def test_a_job_with_coordinates_is_resumed(tmp_path, dataset, client):
     shutil.move(chunk, tmp_path / "kept")
     with pytest.raises(JobFailedError, match="--missing fill"):
         invert_store(tmp_path / "s", tmp_path / "t", variable="cov", client=client, tile_size=128)
-    assert not status_of(tmp_path / "t").complete
+    assert not account_of(tmp_path / "t").complete
     shutil.move(tmp_path / "kept", chunk)
     assert invert_store(tmp_path / "s", tmp_path / "t", variable="cov", client=client, tile_size=128).tiles_now == 1
     invert_store(
@@ -280,19 +281,19 @@ def test_max_failed_and_min_rcond(tmp_path, make_source, client):
 
 def test_tiles_that_fail_at_first_are_tried_again(tmp_path, make_source, client, monkeypatch):
     source = make_source(conditioned(40, 3, 10))
-    run_tiles, log = driver.run_tiles, tmp_path / "log"
+    invert_tiles, log = driver.invert_tiles, tmp_path / "log"
 
     def flaky(task, numbers):
         with log.open("a") as file:
             file.write("".join(map(str, numbers)))
         if 2 in numbers and log.read_text().count("2") < 3:
             return [
-                driver.TileResult(2, None, "OSError: try again") if result.number == 2 else result
-                for result in run_tiles(task, numbers)
+                TileResult(2, None, "OSError: try again") if result.number == 2 else result
+                for result in invert_tiles(task, numbers)
             ]
-        return run_tiles(task, numbers)
+        return invert_tiles(task, numbers)
 
-    monkeypatch.setattr(driver, "run_tiles", flaky)
+    monkeypatch.setattr(driver, "invert_tiles", flaky)
     report = invert_store(source, tmp_path / "t", client=client, tile_size=720)
     assert report.complete
     assert report.retries == 2
@@ -304,7 +305,7 @@ def test_a_tile_that_kills_its_workers_is_left_out_by_name_and_all_others_are_do
     tmp_path, make_source, processes, monkeypatch, allowed
 ):
     source = make_source(conditioned(40, 3, 10), chunks=(10, 3, 3))
-    monkeypatch.setattr(driver, "run_tiles", deadly)
+    monkeypatch.setattr(driver, "invert_tiles", deadly)
     processes.run_on_scheduler(set_allowed_failures, allowed)
     report = driver_report(source, tmp_path / "t", processes)
     assert [tile.number for tile in report.failed_tiles] == [2]
@@ -322,9 +323,9 @@ def set_allowed_failures(allowed, dask_scheduler):
 def deadly(task, numbers):
     if 2 in numbers:
         os._exit(1)
-    from dask_batchinv.job.tile import run_tiles
+    from dask_batchinv.job.worker.invert_tiles import invert_tiles
 
-    return run_tiles(task, numbers)
+    return invert_tiles(task, numbers)
 
 
 def driver_report(source, target, client):

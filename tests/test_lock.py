@@ -13,9 +13,9 @@ from conftest import tree
 from stacks import conditioned
 
 from dask_batchinv import TargetError, invert_store
-from dask_batchinv.job import lock
-from dask_batchinv.job.lock import LOCK, LockLostError, locked
-from dask_batchinv.place import Place
+from dask_batchinv.job.target import lock
+from dask_batchinv.job.target.lock import LOCK, LockLostError, locked
+from dask_batchinv.location import Location
 
 
 def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path, make_source, client):
@@ -25,7 +25,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path, make_sourc
     def try_too(progress):
         if not seen:
             before = tree(tmp_path / "t")
-            with pytest.raises(TargetError, match=r"another run is at work on .*process \d+ on") as caught:
+            with pytest.raises(TargetError, match=r"another run is writing to .*process \d+ on") as caught:
                 invert_store(source, tmp_path / "t", client=client)
             seen.append(str(caught.value))
             assert tree(tmp_path / "t") == before
@@ -55,10 +55,12 @@ def test_two_runs_that_create_one_target(tmp_path, make_source, client):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    target = Place.parse(tmp_path / "t")
+    target = Location.parse(tmp_path / "t")
     code = (
-        "import sys, time; from dask_batchinv.job.lock import locked; from dask_batchinv.place import Place\n"
-        "with locked(Place.parse(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time\n"
+        "from dask_batchinv.job.target.lock import locked\n"
+        "from dask_batchinv.location import Location\n"
+        "with locked(Location.parse(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, target.url], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -79,8 +81,8 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def memory():
-    place = Place.parse("memory://locked/t")
-    yield place
+    location = Location.parse("memory://locked/t")
+    yield location
     fs = fsspec.filesystem("memory")
     if fs.exists("/locked"):
         fs.rm("/locked", recursive=True)
@@ -91,7 +93,7 @@ def test_a_lease_is_renewed_and_given_back(impatient, memory):
         first = memory.read_json(LOCK)
         time.sleep(0.5)
         assert memory.read_json(LOCK)["renewed"] > first["renewed"]
-        with pytest.raises(TargetError, match="another run is at work"), locked(memory):
+        with pytest.raises(TargetError, match="another run is writing"), locked(memory):
             pass
         held.check()
     assert memory.read_json(LOCK) is None

@@ -1,4 +1,4 @@
-"""The main job: two million matrices, on the embedded cluster and on one of separate processes, and after a kill -9."""
+"""The main job: two million matrices, on a local cluster and on one of separate processes, and after a kill -9."""
 
 import json
 import os
@@ -16,9 +16,9 @@ import zarr
 from conftest import read_target
 from distributed import Client, LocalCluster
 
-from dask_batchinv.job.ledger import Ledger
-from dask_batchinv.job.verify import residual_ratios
-from dask_batchinv.place import Place
+from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.worker.verify_tiles import residual_ratios
+from dask_batchinv.location import Location
 
 MATRICES, N, EACH = 2_000_000, 4, 1000
 CHUNK = 10_000  # 200 tiles
@@ -58,18 +58,18 @@ def chunks_of(target):
 
 
 @pytest.fixture(scope="module")
-def embedded(planted):
-    """The target that the embedded cluster makes, and its report."""
+def local(planted):
+    """The target that a local cluster makes, and its report."""
     source, _, _ = planted
-    target = source.with_name("embedded.zarr")
+    target = source.with_name("local.zarr")
     done = subprocess.run([*COMMAND, "run", source, target, *OPTIONS, "--json"], capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     return target, json.loads(done.stdout)
 
 
-def test_every_matrix_is_accounted_for(planted, embedded):
+def test_every_matrix_is_accounted_for(planted, local):
     _, a, want = planted
-    target, report = embedded
+    target, report = local
     inverse, info, rcond = read_target(target)
     np.testing.assert_array_equal(info, want)
     good = want == 0
@@ -112,16 +112,16 @@ def separate_processes(folder, workers=2):
             process.wait()
 
 
-def test_a_cluster_of_separate_processes_makes_the_same_bytes(planted, embedded, tmp_path):
+def test_a_cluster_of_separate_processes_makes_the_same_bytes(planted, local, tmp_path):
     source, _, _ = planted
     target = source.with_name("separate.zarr")
     with separate_processes(tmp_path) as (address, _):
         done = subprocess.run([*COMMAND, "run", source, target, *OPTIONS, "--scheduler", address], capture_output=True)
     assert done.returncode == 3, done.stderr
-    assert chunks_of(target) == chunks_of(embedded[0])
+    assert chunks_of(target) == chunks_of(local[0])
 
 
-def test_a_lost_scheduler_ends_the_run_and_the_same_command_continues(planted, embedded, tmp_path):
+def test_a_lost_scheduler_ends_the_run_and_the_same_command_continues(planted, local, tmp_path):
     source, _, _ = planted
     target = source.with_name("lost.zarr")
     with separate_processes(tmp_path) as (address, started):
@@ -132,9 +132,9 @@ def test_a_lost_scheduler_ends_the_run_and_the_same_command_continues(planted, e
         out, err = running.communicate(timeout=60)
     assert running.returncode == 1, err
     assert "the scheduler was lost" in out
-    assert "the same command does the rest" in err
+    assert "run the same command again" in err
     finish(source, target)
-    assert chunks_of(target) == chunks_of(embedded[0])
+    assert chunks_of(target) == chunks_of(local[0])
 
 
 def start_job(source, target, *more):
@@ -154,7 +154,7 @@ def wait_for_tiles(running, target, tiles):
 
 def finish(source, target):
     """Run the same command to its end and check that no recorded tile was computed again."""
-    recorded = np.flatnonzero(Ledger(Place.parse(target), read_only=True).done)
+    recorded = np.flatnonzero(Ledger(Location.parse(target), read_only=True).done)
 
     def stamps():
         return [(target / f"inverse/c.{tile}.0.0").stat().st_mtime_ns for tile in recorded]
@@ -168,7 +168,7 @@ def finish(source, target):
 
 
 @pytest.mark.parametrize("tiles", [20, 120])
-def test_kill_9_of_the_whole_process_group_then_the_same_command(planted, embedded, tiles):
+def test_kill_9_of_the_whole_process_group_then_the_same_command(planted, local, tiles):
     source, _, _ = planted
     target = source.with_name(f"killed{tiles}.zarr")
     running = start_job(source, target)
@@ -180,7 +180,7 @@ def test_kill_9_of_the_whole_process_group_then_the_same_command(planted, embedd
     assert zarr.open_group(target).attrs["complete"] is False
     time.sleep(1)  # worker processes notice that their parent is gone
     assert finish(source, target) > 0
-    assert chunks_of(target) == chunks_of(embedded[0])
+    assert chunks_of(target) == chunks_of(local[0])
 
 
 def peak_memory():

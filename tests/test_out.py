@@ -11,8 +11,8 @@ import xarray as xr
 import zarr
 from stacks import assert_same_bits, conditioned
 
-from dask_batchinv import SingularMatrixError, inverse, storage
-from dask_batchinv.place import Place
+from dask_batchinv import SingularMatrixError, inverse
+from dask_batchinv.location import Location
 
 
 def test_out_must_fit(tmp_path):
@@ -84,8 +84,8 @@ def test_overlap_is_seen_through_dask_and_xarray(tmp_path):
 @pytest.mark.parametrize("store", ["memory", "fsspec"])
 def test_an_array_in_memory_is_filled_from_worker_processes_too(store, processes):
     a = conditioned(12, 2, 10)
-    place = zarr.storage.MemoryStore() if store == "memory" else zarr.storage.FsspecStore.from_url("memory://filled")
-    out = zarr.create_array(place, shape=a.shape, chunks=(5, 2, 2), dtype=a.dtype)
+    location = zarr.storage.MemoryStore() if store == "memory" else zarr.storage.FsspecStore.from_url("memory://filled")
+    out = zarr.create_array(location, shape=a.shape, chunks=(5, 2, 2), dtype=a.dtype)
     with dask.config.set(scheduler=processes.get):
         inverse(da.from_array(a, chunks=(2, 2, 2)), out=out)
     assert_same_bits(out[...], inverse(a))
@@ -126,8 +126,8 @@ def test_a_failed_new_store_that_cannot_be_removed_is_named(tmp_path, monkeypatc
     def refuse(self, **names):
         raise PermissionError("not yours to remove")
 
-    monkeypatch.setattr(Place, "remove", refuse)
-    monkeypatch.setattr(storage, "_REMOVAL_SECONDS", 0.1)
+    monkeypatch.setattr(Location, "remove", refuse)
+    monkeypatch.setattr("dask_batchinv.out._REMOVAL_SECONDS", 0.1)
     with pytest.raises(SingularMatrixError) as caught:
         inverse(da.zeros((2, 2, 2), chunks=(1, 2, 2)), out=tmp_path / "x")
     assert caught.value.__notes__ == [f"{tmp_path / 'x'} is half filled and could not be removed: not yours to remove"]

@@ -3,7 +3,7 @@
 import fsspec
 import pytest
 
-from dask_batchinv.place import Place, redact
+from dask_batchinv.location import Location, redact
 
 
 def test_one_place_has_one_name(tmp_path, monkeypatch):
@@ -12,9 +12,9 @@ def test_one_place_has_one_name(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(real)
     monkeypatch.chdir(tmp_path)
     names = ["a", "./a/", "b/../a", str(real), f"{real}/", f"file://{real}", str(tmp_path / "link"), real, "link/../a"]
-    assert {Place.parse(name) for name in names} == {Place(str(real))}
+    assert {Location.parse(name) for name in names} == {Location(str(real))}
     urls = ["s3://b/x/y", "s3://b/x/y/", "s3://b//x/./y", "s3://b/x/z/../y"]
-    assert {Place.parse(url) for url in urls} == {Place("s3://b/x/y")}
+    assert {Location.parse(url) for url in urls} == {Location("s3://b/x/y")}
 
 
 @pytest.mark.parametrize(
@@ -33,18 +33,18 @@ def test_one_place_has_one_name(tmp_path, monkeypatch):
     ],
 )
 def test_contains(outer, inner, contains):
-    assert Place.parse(outer).contains(Place.parse(inner)) is contains
+    assert Location.parse(outer).contains(Location.parse(inner)) is contains
 
 
 def test_a_chain_of_file_systems_is_left_as_it_is():
-    assert Place.parse("simplecache::file:///tmp/x/").url == "simplecache::file:///tmp/x"
+    assert Location.parse("simplecache::file:///tmp/x/").url == "simplecache::file:///tmp/x"
 
 
 def test_a_url_cannot_leave_its_store():
     with pytest.raises(ValueError, match=r"leads out of its store"):
-        Place.parse("s3://bucket/../other")
+        Location.parse("s3://bucket/../other")
     with pytest.raises(ValueError, match="empty string"):
-        Place.parse("")
+        Location.parse("")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_url_cannot_leave_its_store():
 def test_credentials_are_not_printed(text):
     assert "CANARY" not in redact(text)
     if "error" not in text:
-        assert "CANARY" not in Place.parse(text).name
+        assert "CANARY" not in Location.parse(text).name
 
 
 def test_remove_takes_the_mark_last(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_remove_takes_the_mark_last(tmp_path, monkeypatch):
         return rm(self, path, **options)
 
     monkeypatch.setattr(type(local), "rm", spy)
-    Place.parse(tmp_path / "t").remove(last="zarr.json")
+    Location.parse(tmp_path / "t").remove(last="zarr.json")
     assert not (tmp_path / "t").exists()
     assert removed[-2:] == [str(tmp_path / "t" / "zarr.json"), str(tmp_path / "t")]
 
@@ -87,6 +87,6 @@ def test_remove_takes_the_mark_last(tmp_path, monkeypatch):
 def test_json_that_is_no_object(tmp_path):
     (tmp_path / "zarr.json").write_text("[1]")
     with pytest.raises(ValueError, match="expected a JSON object"):
-        Place.parse(tmp_path).read_json("zarr.json")
-    assert Place.parse(tmp_path).read_json(".zgroup") is None
-    assert Place.parse(tmp_path / "zarr.json").read_json("x") is None
+        Location.parse(tmp_path).read_json("zarr.json")
+    assert Location.parse(tmp_path).read_json(".zgroup") is None
+    assert Location.parse(tmp_path / "zarr.json").read_json("x") is None

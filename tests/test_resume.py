@@ -11,12 +11,16 @@ from conftest import spoilt, tree
 from stacks import conditioned
 
 from dask_batchinv import TargetError, invert_store, verify_store
-from dask_batchinv.job import driver, ledger
-from dask_batchinv.job.cluster import ClusterOptions, Workers
-from dask_batchinv.job.prepare import Options, plan_for, prepare
-from dask_batchinv.job.report import status_of
-from dask_batchinv.job.tile import run_tiles
-from dask_batchinv.place import Place
+from dask_batchinv.job.driver import run as driver
+from dask_batchinv.job.driver.cluster import ClusterOptions
+from dask_batchinv.job.driver.executor import Serial
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.plan.plan import Workers
+from dask_batchinv.job.plan.prepare import plan_for, prepare
+from dask_batchinv.job.report.account import account_of
+from dask_batchinv.job.target import ledger
+from dask_batchinv.job.worker.invert_tiles import invert_tiles
+from dask_batchinv.location import Location
 
 
 def data_of(path):
@@ -57,7 +61,7 @@ def test_a_damaged_target_is_repaired_by_the_same_call(done, client, name, damag
     damaged = [] if before[name] == tree(path)[name] and "info" in name and damage.startswith("another") else [1]
     assert [tile.number for tile in report.damaged_tiles] in ([1], damaged)
     assert data_of(path) == {key: value for key, value in before.items() if key in data_of(path)}
-    assert status_of(path).complete
+    assert account_of(path).complete
     assert verify_store(path, source=source, client=client).ok
 
 
@@ -72,7 +76,7 @@ def test_a_resumed_job_reads_back_what_is_recorded(tmp_path, make_source, client
 
     with pytest.raises(KeyboardInterrupt):
         invert_store(source, tmp_path / "t", on_progress=stop, **options)
-    recorded = np.flatnonzero(ledger.Ledger(Place.parse(tmp_path / "t"), read_only=True).done)
+    recorded = np.flatnonzero(ledger.Ledger(Location.parse(tmp_path / "t"), read_only=True).done)
     bad = tmp_path / "t" / f"inverse/c.{recorded[1]}.0.0"
     bad.write_bytes(bad.read_bytes()[:-1])
     report = invert_store(source, tmp_path / "t", **options)
@@ -94,19 +98,18 @@ def test_a_target_that_is_replaced_meanwhile_gets_no_tile_of_the_old_job(tmp_pat
     source = make_source(conditioned(40, 3, 10, structure="symmetric"), chunks=(10, 3, 3))
     options = {"client": client, "tile_size": 720}
     invert_store(source, tmp_path / "t", **options)
-    job = prepare(source, tmp_path / "t", Options(tile_size=720))
+    job = prepare(source, tmp_path / "t", JobOptions(tile_size=720))
     plan = plan_for(job, Workers(1, 1, None))
-    run = driver._Run(client, Workers(1, 1, None), job, plan, driver._nobody_looks)
-    zombie = run._task(job.begun.generation)
-    assert run_tiles(zombie, range(1, 2))[0].error is None
+    zombie = driver.Run(job, plan, Workers(1, 1, None), Serial()).task(job.found.generation)
+    assert invert_tiles(zombie, range(1, 2))[0].error is None
     invert_store(source, tmp_path / "t", assume_a="symmetric", overwrite=True, **options)
     before = tree(tmp_path / "t")
-    (result,) = run_tiles(zombie, range(1, 2))
+    (result,) = invert_tiles(zombie, range(1, 2))
     assert "was removed or replaced while the job was running" in result.error
     assert result.stops
     assert tree(tmp_path / "t") == before
     shutil.rmtree(tmp_path / "t")
-    assert run_tiles(zombie, range(1, 2))[0].stops
+    assert invert_tiles(zombie, range(1, 2))[0].stops
     assert not (tmp_path / "t").exists()
 
 
@@ -123,10 +126,10 @@ def test_an_interrupted_job_is_finished_by_the_same_call(tmp_path, make_source, 
 
     with pytest.raises(KeyboardInterrupt):
         invert_store(source, tmp_path / "t", on_progress=stop, **options)
-    found = status_of(tmp_path / "t")
+    found = account_of(tmp_path / "t")
     assert not found.complete
     assert found.tiles_done >= after
-    recorded = np.flatnonzero(ledger.Ledger(Place.parse(tmp_path / "t"), read_only=True).done)
+    recorded = np.flatnonzero(ledger.Ledger(Location.parse(tmp_path / "t"), read_only=True).done)
     assert len(recorded) == found.tiles_done
 
     def stamps():
@@ -137,12 +140,12 @@ def test_an_interrupted_job_is_finished_by_the_same_call(tmp_path, make_source, 
     assert report.tiles_now == 10 - len(recorded)
     assert stamps() == before  # what was recorded is not computed twice
     assert data_of(tmp_path / "t") == data_of(tmp_path / "whole")
-    assert report.failed == status_of(tmp_path / "whole").failed
+    assert report.failed == account_of(tmp_path / "whole").failed
 
 
 def test_a_creation_that_was_interrupted_starts_again(tmp_path, make_source, client, monkeypatch):
     source = make_source(conditioned(40, 3, 10))
-    for step in ("zarr.consolidate_metadata", "dask_batchinv.job.ledger.create"):
+    for step in ("zarr.consolidate_metadata", "dask_batchinv.job.target.ledger.create"):
         with monkeypatch.context() as patch:
 
             def die(*args, **options):
@@ -152,7 +155,7 @@ def test_a_creation_that_was_interrupted_starts_again(tmp_path, make_source, cli
             with pytest.raises(KeyboardInterrupt):
                 invert_store(source, tmp_path / "t", client=client)
         with pytest.raises(TargetError, match="there is no target"):
-            status_of(tmp_path / "t")
+            account_of(tmp_path / "t")
     assert invert_store(source, tmp_path / "t", client=client).complete
 
 
@@ -210,7 +213,7 @@ def test_a_damaged_ledger_means_doing_it_again(tmp_path, make_source, client):
     content = bytearray(chunk.read_bytes())
     content[3] ^= 1
     chunk.write_bytes(content)
-    assert status_of(tmp_path / "t").tiles_done == 0
+    assert account_of(tmp_path / "t").tiles_done == 0
     assert invert_store(source, tmp_path / "t", client=client).complete
     assert verify_store(tmp_path / "t", source=source, client=client).ok
 
@@ -236,7 +239,7 @@ def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, clie
         with pytest.raises(KeyboardInterrupt):
             invert_store(source, path, client=client, assume_a="diagonal", overwrite=True)
     with pytest.raises(TargetError, match="no target"):
-        status_of(path)
+        account_of(path)
     with pytest.raises(TargetError, match="belongs to another job"):
         invert_store(source, path, client=client)
     assert invert_store(source, path, client=client, assume_a="diagonal", overwrite=True, max_failed=None).complete
@@ -261,7 +264,7 @@ def test_overwrite_takes_nothing_that_is_not_ours(done, client, tmp_path):
 
 
 def test_what_appears_at_the_target_after_the_job_was_prepared_is_not_touched(tmp_path, make_source, client):
-    job = prepare(make_source(conditioned(4, 3, 10)), tmp_path / "t", Options())
+    job = prepare(make_source(conditioned(4, 3, 10)), tmp_path / "t", JobOptions())
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "precious").write_text("x")
     with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
@@ -272,7 +275,7 @@ def test_what_appears_at_the_target_after_the_job_was_prepared_is_not_touched(tm
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_target_that_another_run_has_begun_meanwhile_is_not_touched(tmp_path, make_source, client, overwrite):
     source = make_source(conditioned(4, 3, 10))
-    job = prepare(source, tmp_path / "t", Options(overwrite=overwrite))
+    job = prepare(source, tmp_path / "t", JobOptions(overwrite=overwrite))
     invert_store(source, tmp_path / "t", client=client)
     before = tree(tmp_path / "t")
     with pytest.raises(TargetError, match="another run has begun"):

@@ -12,7 +12,7 @@ from conftest import tree
 from stacks import conditioned
 
 from dask_batchinv import ClusterError
-from dask_batchinv.job.cluster import _check_address
+from dask_batchinv.job.driver.cluster import _check_address
 
 CANARY = "CANARY7f3a"
 CODE = """
@@ -74,7 +74,7 @@ def test_a_scheduler_here_or_behind_tls_needs_none(monkeypatch, tmp_path):
         _check_address("tls://192.0.2.1:8786", insecure=False)
 
 
-def test_the_embedded_cluster_listens_on_the_loopback_interface_alone(tmp_path, make_source):
+def test_the_local_cluster_listens_on_the_loopback_interface_alone(tmp_path, make_source):
     source = make_source(conditioned(2000, 30, 10))
     arguments = [sys.executable, "-m", "dask_batchinv.cli", "run", source, tmp_path / "t", "--tile-size", "720"]
     with subprocess.Popen([*arguments, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:

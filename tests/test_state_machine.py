@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from dask_batchinv import TargetError, inverse_ex, invert_store, verify_store
-from dask_batchinv.job.lock import LOCK
-from dask_batchinv.job.report import status_of
+from dask_batchinv.job.report.account import account_of
+from dask_batchinv.job.target.lock import LOCK
 
 TILES, PER_TILE, N = 6, 10, 3
 PARTS = ("inverse/c.{}.0.0", "info/c.{}", "rcond/c.{}")
@@ -78,7 +78,7 @@ class Target(RuleBasedStateMachine):
         try:
             self.run(on_progress=stop)
         except KeyboardInterrupt:
-            found = status_of(self.target)
+            found = account_of(self.target)
             assert found.tiles_done >= len(healthy)
             assert not found.complete
             rows = zarr.open_array(self.target / "ledger" / "tiles")[:, 0]

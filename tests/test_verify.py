@@ -8,10 +8,11 @@ import zarr
 from stacks import assert_same_bits, conditioned, residual_ratio
 
 from dask_batchinv import TargetError, inverse_ex, invert_store, verify_store
-from dask_batchinv.job import target
-from dask_batchinv.job.ledger import COLUMNS
-from dask_batchinv.job.verify import residual_ratios
-from dask_batchinv.place import Place
+from dask_batchinv.job.target.ledger import COLUMNS
+from dask_batchinv.job.target.state import State
+from dask_batchinv.job.target.target import inspect
+from dask_batchinv.job.worker.verify_tiles import residual_ratios
+from dask_batchinv.location import Location
 
 
 def test_verify_finds_any_flipped_bit(done, client):
@@ -110,11 +111,10 @@ def test_residuals_of_verify_are_those_of_lapack():
             assert_same_bits(scaled, residual_ratios(a, x))
 
 
-def test_look_reads_nothing_but_the_mark(tmp_path, make_source, client):
-    assert target.look(Place.parse(tmp_path / "nothing")) is None
+def test_what_is_known_of_a_target(tmp_path, make_source, client):
+    assert inspect(Location.parse(tmp_path / "nothing")).state is State.ABSENT
     invert_store(make_source(conditioned(4, 3, 10)), tmp_path / "t", client=client)
-    begun = target.look(Place.parse(tmp_path / "t"))
-    assert begun.ready
-    assert begun.complete
-    assert begun.fingerprint["assume_a"] == "general"
-    assert set(begun.fingerprint["versions"]) == {"dask_batchinv", "llvmlite", "numpy", "scipy"}
+    target = inspect(Location.parse(tmp_path / "t"))
+    assert target.state is State.COMPLETE
+    assert target.fingerprint["assume_a"] == "general"
+    assert set(target.fingerprint["versions"]) == {"dask_batchinv", "llvmlite", "numpy", "scipy"}

@@ -8,8 +8,9 @@ import pytest
 from distributed import LocalCluster
 from stacks import conditioned
 
-from dask_batchinv import ClusterError, invert_store
-from dask_batchinv.job import cluster, driver
+from dask_batchinv import ClusterError, JobFailedError, invert_store
+from dask_batchinv.job.driver import cluster
+from dask_batchinv.job.driver import run as driver
 from dask_batchinv.job.versions import differing, versions
 
 
@@ -46,7 +47,7 @@ def test_a_worker_that_joins_later_stops_the_job_before_its_first_write(make_sou
     source = make_source(conditioned(40, 3, 10))
     monkeypatch.setattr(cluster, "check_versions", lambda client: None)
     monkeypatch.setattr(driver, "versions", lambda: versions() | {"zarr": "99.0"})
-    with pytest.raises(driver.JobFailedError, match=r"has other versions than the driver: zarr is") as caught:
+    with pytest.raises(JobFailedError, match=r"has other versions than the driver: zarr is") as caught:
         invert_store(source, tmp_path / "t", client=client)
     assert "VersionError" in caught.value.report.stopped
     assert not [path for name in ("inverse", "info", "rcond") for path in (tmp_path / "t" / name).rglob("c")]

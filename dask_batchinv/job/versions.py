@@ -5,8 +5,12 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-#: What computes the matrices, and what reads and writes their bytes.
-PACKAGES = ("dask_batchinv", "llvmlite", "numpy", "scipy", "zarr", "numcodecs", "crc32c", "distributed")
+from dask_batchinv._version import __version__
+
+#: What computes the matrices, so that its version may change their bits.
+COMPUTING = ("dask_batchinv", "llvmlite", "numpy", "scipy")
+#: And what reads and writes their bytes.
+PACKAGES = (*COMPUTING, "zarr", "numcodecs", "crc32c", "distributed")
 
 Versions = dict[str, str]
 
@@ -17,8 +21,8 @@ class VersionError(RuntimeError):
 
 def versions() -> Versions:
     """Return the versions of this process."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in PACKAGES:
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "dask_batchinv": __version__}
+    for name in set(PACKAGES) - set(found):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

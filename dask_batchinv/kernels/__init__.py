@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,17 @@ from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
+
+
+class Results(NamedTuple):
+    """What comes of a block of shape ``(*, n, n)``."""
+
+    inverse: Array
+    """Shape ``(*, n, n)``."""
+    info: Array
+    """Shape ``(*,)``, int32."""
+    rcond: Array
+    """Shape ``(*,)``, of the real kind of the inverse."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ def invert_block(
     device: Device = "auto",
     min_rcond: float = 0.0,
     out: Array | None = None,
-) -> tuple[Array, Array, Array]:
+) -> Results:
     """Invert one block of shape ``(*, n, n)`` that is in main memory or on a GPU, where the results then are too.
 
     Parameters
@@ -114,8 +125,7 @@ def invert_block(
 
     Returns
     -------
-    inverse, info, rcond : arrays
-        Shapes ``(*, n, n)``, ``(*,)``, ``(*,)``; dtypes `dtype`, int32, and the real kind of `dtype`.
+    Results
     """
     where = device_for(a, device)
     with a.device if is_gpu_array(a) else nullcontext():  # the one that it is on
@@ -124,7 +134,7 @@ def invert_block(
 
 def _invert_block(
     a: Any, dtype: np.dtype[Any], assume_a: AssumeA, where: Literal["cpu", "gpu"], min_rcond: float, out: Array | None
-) -> tuple[Array, Array, Array]:
+) -> Results:
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
     empty: Any = np.empty
@@ -142,4 +152,4 @@ def _invert_block(
         poor = (info == Info.GOOD) & (rcond < min_rcond)
         info[poor] = Info.BELOW_MIN_RCOND
         out[poor] = np.nan
-    return out.reshape(a.shape), info.reshape(batch), rcond.reshape(batch)
+    return Results(out.reshape(a.shape), info.reshape(batch), rcond.reshape(batch))

@@ -135,7 +135,7 @@ def schedulers(work: Work, folder: Path, runs: int, chance: random.Random) -> It
 
 
 def groups(work: Work, folder: Path, runs: int, chance: random.Random) -> Iterator[Row]:
-    """Everything dies at once: the command line with its embedded cluster, started as users do."""
+    """Everything dies at once: the command line with its local cluster, started as users do."""
     row = Row("the whole process group is killed: client, scheduler, workers")
     environment = os.environ | {"DASK_DISTRIBUTED__WORKER__PRELOAD": "[]"}
     for number in range(runs):

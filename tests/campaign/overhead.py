@@ -15,8 +15,9 @@ import numpy as np
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_batchinv import invert_store, storage
-from dask_batchinv.job.ledger import Ledger
+from dask_batchinv import invert_store
+from dask_batchinv.job.target.chunks import Chunk
+from dask_batchinv.job.target.ledger import Ledger
 from tests.campaign.work import Row, check
 
 #: n, dtype, matrices, compression of the source: each a GiB or so, in chunks of 16 MiB. The first three read and write
@@ -25,7 +26,7 @@ CASES = ((3, "f4", 2**25, None), (8, "f8", 2**21, None), (64, "f8", 2**15, None)
 CHUNK_NBYTES = 2**24
 WORKERS = 2
 
-_seal = storage.Chunk.seal
+_seal = Chunk.seal
 _sealing = [0.0]
 
 
@@ -84,10 +85,10 @@ def _share(client: Client, source: Path, target: Path) -> float:
 
 def watch_seals() -> None:
     """Have a worker time its checksums."""
-    storage.Chunk.seal = timed_seal
+    Chunk.seal = timed_seal
 
 
-def timed_seal(chunk: storage.Chunk) -> int:
+def timed_seal(chunk: Chunk) -> int:
     """Compute a checksum."""
     start = time.perf_counter()
     try:

@@ -9,8 +9,9 @@ from typing import Any
 
 import zarr
 
-from dask_batchinv.job import driver, ledger, target
-from dask_batchinv.job.ledger import Ledger
+from dask_batchinv.job.driver.run import Run
+from dask_batchinv.job.target import ledger, target
+from dask_batchinv.job.target.ledger import Ledger
 
 #: Name, object, attribute, which call, and whether before or after it.
 _CALLS: dict[str, tuple[Any, str, int, str]] = {
@@ -29,7 +30,7 @@ _CALLS: dict[str, tuple[Any, str, int, str]] = {
     "all is done, not finished": (target, "finish", 1, "before"),
     "before it is called complete": (target, "set_attributes", 2, "before"),
     "it is complete": (target, "finish", 1, "after"),
-    "the report is made": (driver, "_report", 1, "after"),
+    "the report is made": (Run, "report", 1, "after"),
 }
 POINTS = tuple(_CALLS)
 

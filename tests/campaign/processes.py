@@ -27,7 +27,7 @@ from dask_batchinv import cli
 from tests.campaign import points
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.campaign.processes", "dask_batchinv.job.driver", "tests.campaign.slow"])
+CONTEXT.set_forkserver_preload(["tests.campaign.processes", "dask_batchinv.job.driver.run", "tests.campaign.slow"])
 #: A run that takes longer hangs.
 DEADLINE = 120.0
 

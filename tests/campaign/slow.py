@@ -10,35 +10,36 @@ from typing import Any
 
 import numpy as np
 
-from dask_batchinv.job import tile
+from dask_batchinv.job.results import TileResult, TileRow
+from dask_batchinv.job.worker import invert_tiles
 
 #: Seconds that each tile takes longer.
 SECONDS = 0.04
 #: Tiles whose first number is one of these are poison. Between them and zero nothing else lies.
 POISON = {-1001.0: "segfault", -1002.0: "exit", -1003.0: "hang", -1004.0: "hang with the lock", -1005.0: "memory"}
 
-_do = tile._do
+_do_span = invert_tiles.do_span
 
 
 def dask_setup(worker: Any) -> None:
     """Slow this worker down, and write down its process."""
     folder = Path(os.environ["CAMPAIGN_FOLDER"])
     (folder / f"worker-{os.getpid()}").touch()
-    tile._do = do
-    tile.read_stack = read_stack
+    invert_tiles.do_span = do_span
+    invert_tiles.read_stack = read_stack
 
 
-def do(task: tile.TileTask, numbers: range) -> list[tile.TileResult]:
+def do_span(task: invert_tiles.TileTask, numbers: range) -> list[TileResult[TileRow]]:
     """Do tiles, slowly, and note that they were finished."""
     time.sleep(SECONDS)
-    results = _do(task, numbers)
+    results = _do_span(task, numbers)
     log = os.open(Path(task.target.url).parent / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.write(log, "".join(f"{number}\n" for number in numbers).encode())
     os.close(log)
     return results
 
 
-_read = tile.read_stack
+_read = invert_tiles.read_stack
 
 
 def read_stack(*arguments: Any) -> Any:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from dask_batchinv import JobFailedError, JobReport, RefusedError, invert_store
-from dask_batchinv.place import Place
+from dask_batchinv.location import Location
 from tests.campaign.work import Row, Work, check
 
 TILE: dict[str, Any] = {"variable": "cov", "tile_size": "600KB", "max_failed": None}
@@ -88,13 +88,13 @@ class FaultyStore(zarr.storage.WrapperStore[Any]):
 @contextmanager
 def faulty(schedule: Schedule) -> Iterator[None]:
     """Let every store of this process fail by a schedule."""
-    original = Place.store
+    original = Location.store
 
-    def store(self: Place, *, read_only: bool = False) -> Any:
+    def store(self: Location, *, read_only: bool = False) -> Any:
         return FaultyStore(original(self, read_only=read_only))
 
     _now.append(schedule)
-    with mock.patch.object(Place, "store", store):
+    with mock.patch.object(Location, "store", store):
         yield
     _now.append(Schedule([]))  # for what still has such a store open
 
@@ -132,8 +132,8 @@ def schedules(work: Work, examples: int, chance: random.Random) -> Iterator[Row]
         LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
         dask.config.set(quick),
-        mock.patch("dask_batchinv.job.window.BACK_OFF_SECONDS", 0.005),
-        mock.patch("dask_batchinv.job.driver.BACK_OFF_SECONDS", 0.005),
+        mock.patch("dask_batchinv.job.driver.retry.BACK_OFF_SECONDS", 0.005),
+        mock.patch("dask_batchinv.job.driver.run.BACK_OFF_SECONDS", 0.005),
     ):
         once()
     row.faults = total.pop("faults")

@@ -10,10 +10,10 @@ from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned, residual_r
 from test_lapack_types import LIMIT, check
 
 from dask_batchinv import DeviceError, inverse, inverse_ex, invert_store
-from dask_batchinv.job.ledger import Ledger
+from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
-from dask_batchinv.place import Place
+from dask_batchinv.location import Location
 from gpu import fake_cupy
 
 pytestmark = pytest.mark.skipif(not fake_cupy.COMPILER, reason="needs a C++ compiler")
@@ -133,7 +133,7 @@ def test_dask_arrays_keep_their_kind_of_blocks(cupy):
     assert isinstance(x, cupy.ndarray)
     assert_same_bits(np.asarray(codes), info)
     assert_same_bits(np.asarray(x), run_gpu(a)[0])
-    with pytest.raises(np.linalg.LinAlgError, match=r"2 of 25 matrices have no inverse: \((5|33),\): "):
+    with pytest.raises(np.linalg.LinAlgError, match=r"2 of 25 matrices of this block have no inverse: \((5|33),\): "):
         inverse(lazy).compute(scheduler="sync")
     with pytest.raises(TypeError, match=r"out takes no blocks from the GPU: append \.map_blocks\(cupy\.asnumpy\)"):
         inverse(lazy, out=np.empty_like(a))
@@ -188,7 +188,7 @@ def test_a_job_that_began_on_cpus_goes_on_where_gpus_are(tmp_path, make_source, 
     assert report.complete
     assert report.devices["cpu"] >= 2
     assert report.devices == {"cpu": 6 - report.tiles_now, "gpu": report.tiles_now}
-    on = Ledger(Place.parse(tmp_path / "t"), read_only=True).column("device")
+    on = Ledger(Location.parse(tmp_path / "t"), read_only=True).column("device")
     x = read_target(tmp_path / "t")[0]
     for tile, device in enumerate(on):
         part = slice(10 * tile, 10 * tile + 10)

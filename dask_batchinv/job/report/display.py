@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dask_batchinv.job.driver import OnProgress, Progress
+from dask_batchinv.job.report.progress import OnProgress, Progress
 
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0

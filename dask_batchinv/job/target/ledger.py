@@ -1,4 +1,4 @@
-"""The ledger: one row per tile, inside the target, written by the driver alone.
+"""The ledger: one row per tile, inside the target, written by the driver alone; and beside it a record of the runs.
 
 A Zarr array of int64, with a checksum, whose chunks are replaced whole; each replacement is atomic where the store
 is. A chunk that is damaged all the same is taken as "nothing recorded", and its tiles are done again.
@@ -12,45 +12,56 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from dask_batchinv import storage
-from dask_batchinv.place import Place
+from dask_batchinv.job.outputs import LEDGER
+from dask_batchinv.job.results import COLUMNS, DEVICES, Rows, TileResult, TileRow, smallest_of
+from dask_batchinv.job.target.chunks import open_array, sync_chunk
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import FAILURE_KINDS
+from dask_batchinv.storage import array_options
 
-#: The checksum that each chunk of a tile was written with; -1 if it has none, being empty.
-CHECKSUMS = {"inverse": "inverse_crc32c", "rcond": "rcond_crc32c", "info": "info_crc32c"}
-#: What a row says of its tile, 112 bytes in all. ``smallest_rcond_bits``: of the good matrices, a float64 as int64;
-#: ``device``: an index of DEVICES.
-COLUMNS = (
-    "done", "matrices", "singular", "not_finite", "overflow", "below_min_rcond", "ill_conditioned",
-    "smallest_rcond_bits", "milliseconds", "attempts", "device", *CHECKSUMS.values(),
-)  # fmt: skip
-DEVICES = ("cpu", "gpu")
-FAILED = ("singular", "not_finite", "overflow", "below_min_rcond")
 ROWS_PER_CHUNK = 4096
-
-Rows = npt.NDArray[np.int64]
+#: Of so many runs, the last ones, there is a record.
+_RUNS = 100
 
 
 def create(group: zarr.Group, n_tiles: int) -> None:
     """Create the ledger of a new target."""
     # A group of its own, so that Xarray does not take it for a variable of the target.
-    group.create_group("ledger", attributes={"columns": list(COLUMNS)}).create_array(
+    group.create_group(LEDGER, attributes={"columns": list(COLUMNS)}).create_array(
         "tiles", shape=(n_tiles, len(COLUMNS)), chunks=(ROWS_PER_CHUNK, len(COLUMNS)), dtype=np.int64,
-        dimension_names=("tile", "column"), **storage.array_options(np.int64),
+        dimension_names=("tile", "column"), **array_options(np.int64),
     )  # fmt: skip
 
 
-def read_rows(target: Place, part: slice) -> Rows:
+def read_rows(target: Location, part: slice) -> Rows:
     """Return rows of a ledger as they are in the store, with an error if they are damaged."""
-    rows: Rows = np.asarray(storage.open_array(target / "ledger" / "tiles", read_only=True)[part])
+    rows: Rows = np.asarray(_open(target, read_only=True)[part])
     return rows
+
+
+def _open(target: Location, *, read_only: bool) -> zarr.Array[Any]:
+    return open_array(target / LEDGER / "tiles", read_only=read_only)
+
+
+def runs_of(target: Location) -> list[dict[str, Any]]:
+    """Return the records of the last runs that wrote to a target, the first of them first."""
+    group = zarr.open_group((target / LEDGER).store(read_only=True), mode="r")
+    runs: Any = group.attrs.get("runs", [])
+    return list(runs)
+
+
+def record_run(target: Location, record: dict[str, Any]) -> None:
+    """Append the record of a run."""
+    group = zarr.open_group((target / LEDGER).store(), mode="r+")
+    group.update_attributes({"runs": [*runs_of(target), record][-_RUNS:]})
 
 
 class Ledger:
     """The rows of a target, in memory, and which of them are still to be written."""
 
-    def __init__(self, target: Place, *, read_only: bool = False, durable: bool = False):
+    def __init__(self, target: Location, *, read_only: bool = False, durable: bool = False):
         self._durable = durable
-        self._array = storage.open_array(target / "ledger" / "tiles", read_only=read_only)
+        self._array = _open(target, read_only=read_only)
         self._rows: Rows = np.zeros(self._array.shape, np.int64)
         self._dirty: set[int] = set()
         for start in range(0, len(self._rows), ROWS_PER_CHUNK):
@@ -72,6 +83,10 @@ class Ledger:
         rows: Rows = self._rows[:, COLUMNS.index(name)]
         return rows
 
+    def row(self, number: int) -> TileRow:
+        """Return what is recorded of a tile."""
+        return TileRow.decode(self._rows[number])
+
     def total(self, name: str) -> int:
         """Return the sum of a column over the tiles that are done."""
         return int(self.column(name)[self.done].sum())
@@ -79,7 +94,7 @@ class Ledger:
     @property
     def failed(self) -> dict[str, int]:
         """Matrices without an inverse, by kind."""
-        return {name: self.total(name) for name in FAILED}
+        return {kind: self.total(kind) for kind in FAILURE_KINDS}
 
     @property
     def devices(self) -> dict[str, int]:
@@ -90,14 +105,13 @@ class Ledger:
     @property
     def smallest_rcond(self) -> float | None:
         """The smallest rcond of a good matrix, or None if there is none."""
-        values = self.column("smallest_rcond_bits")[self.done].view(np.float64)
-        values = values[np.isfinite(values)]
-        return float(values.min()) if len(values) else None
+        return smallest_of(self._rows[self.done])
 
-    def record(self, number: int, row: dict[str, Any]) -> None:
+    def record(self, result: TileResult[TileRow]) -> None:
         """Note that a tile is done; `flush` makes it last."""
-        self._rows[number] = [row[name] for name in COLUMNS]
-        self._dirty.add(number // ROWS_PER_CHUNK)
+        assert result.value is not None
+        self._rows[result.number] = result.value.encode(result.milliseconds, result.attempts)
+        self._dirty.add(result.number // ROWS_PER_CHUNK)
 
     def forget(self, number: int) -> None:
         """Note that a tile is not done after all."""
@@ -110,5 +124,5 @@ class Ledger:
             part = slice(chunk * ROWS_PER_CHUNK, (chunk + 1) * ROWS_PER_CHUNK)
             self._array[part] = self._rows[part]
             if self._durable:
-                storage.sync_chunk(self._array, f"c/{chunk}/0")
+                sync_chunk(self._array, f"c/{chunk}/0")
             self._dirty.remove(chunk)

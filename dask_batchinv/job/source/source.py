@@ -10,11 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import dask
 import numpy as np
+import xarray as xr
 import zarr
 
-from dask_batchinv.job.guard import open_guarded
-from dask_batchinv.job.metadata import (
+from dask_batchinv.job.options import Missing
+from dask_batchinv.job.outputs import MEMBERS
+from dask_batchinv.job.source.bounded_decoding import open_guarded
+from dask_batchinv.job.source.metadata import (
     Node,
     allowed_codecs,
     check_codecs,
@@ -28,14 +32,10 @@ from dask_batchinv.job.metadata import (
     read_node,
     stored_names,
 )
+from dask_batchinv.location import Location, redact
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.place import Place, redact
-from dask_batchinv.storage import StrictStore
+from dask_batchinv.storage import StrictStore, unspecified
 
-Missing = Literal["error", "fill"]
-
-#: What the target holds; dimensions and coordinates cannot have these names.
-RESERVED = ("inverse", "info", "rcond", "ledger")
 #: An error may say so much.
 _TEXT_LENGTH = 1500
 
@@ -44,11 +44,11 @@ _TEXT_LENGTH = 1500
 class Source:
     """A stack in a store, as its metadata describe it."""
 
-    place: Place
+    location: Location
     """Where the array is."""
-    root: Place
+    root: Location
     """What the user named: the array itself, or a group above it."""
-    group: Place | None
+    group: Location | None
     """The group (Xarray dataset) that it is a variable of."""
     variable: str | None
     """Its name there."""
@@ -86,24 +86,40 @@ class Source:
         missing : {"error", "fill"}
             What a chunk that is not in the store means: `MissingChunkError`, or the fill value.
         """
-        node = read_node(self.place, self.zarr_format)
+        node = read_node(self.location, self.zarr_format)
         # What is opened must be what was checked, also on a worker hours later.
         if node is None or digest_of(node, self.coordinates) != self.digest:
-            raise SourceError(f"the metadata of {self.place.name} have changed since the job began: start it anew")
-        store = self.place.store(read_only=True)
+            raise SourceError(f"the metadata of {self.location.name} have changed since the job began: start it again")
+        store = self.location.store(read_only=True)
         if missing == "error":
             store = StrictStore(store)
         return open_guarded(store, node.meta)
 
+    def read_coordinates(self) -> xr.Dataset | None:
+        """Read the coordinates, undecoded, into memory; None if there are none. SourceError if that fails."""
+        if not self.coordinates or self.group is None:
+            return None
+        try:
+            others = [name for name in array_names(self.group) if name not in self.coordinates]
+            with unspecified(), dask.config.set(scheduler="threads"):
+                found = xr.open_zarr(
+                    self.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
+                    mask_and_scale=False, decode_times=False,
+                ).load()  # fmt: skip
+        except Exception as error:  # whatever a file system or a codec may raise
+            text = f"the coordinates of {self.group.name} cannot be read: {type(error).__name__}: {error}"
+            raise SourceError(redact(text)) from error
+        # What the source had for codecs and chunks is not for the target.
+        bare: xr.Dataset = found.drop_encoding().drop_attrs(deep=False)
+        return bare
 
-def open_source(
-    location: str | os.PathLike[str], variable: str | None = None, dims: Sequence[str] | None = None
-) -> Source:
+
+def open_source(path: str | os.PathLike[str], variable: str | None = None, dims: Sequence[str] | None = None) -> Source:
     """Read the metadata of a source and check that it is a stack of matrices.
 
     Parameters
     ----------
-    location : str or path
+    path : str or path
         A Zarr array, or a group with `variable` in it; Zarr format 2 or 3, a path or an fsspec URL.
     variable : str, optional
         Name of the array in a group; may be left out where only one array is a stack.
@@ -117,51 +133,51 @@ def open_source(
         of those that are safe and have an inverse.
     """
     try:
-        return _open_source(location, variable, dims)
+        return _open_source(path, variable, dims)
     except Exception as error:  # whatever a file system may raise
         if isinstance(error, SourceError) and len(str(error)) <= _TEXT_LENGTH:
             raise
-        text = f"the source {os.fspath(location)} cannot be opened: {type(error).__name__}: {error}"
+        text = f"the source {os.fspath(path)} cannot be opened: {type(error).__name__}: {error}"
         raise SourceError(_shortened(redact(text if not isinstance(error, SourceError) else str(error)))) from error
 
 
-def _open_source(location: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
-    root, group = Place.parse(location), None
-    place = root
-    node = read_node(place)
+def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
+    root, group = Location.parse(path), None
+    location = root
+    node = read_node(location)
     if node is None:
-        raise SourceError(f"there is no Zarr array or group at {place.name}")
+        raise SourceError(f"there is no Zarr array or group at {location.name}")
     if not node.is_array:
         variable = _known_variable(root, variable, dims)
         inner, _, name = variable.rpartition("/")
         group = root / inner if inner else root
-        place = root / variable
-        node = read_node(place)
+        location = root / variable
+        node = read_node(location)
         if node is None or not node.is_array:
             raise SourceError(f"there is no variable {variable!r} in {root.name}; it has {_listed(root)}")
     elif variable is not None:
-        raise SourceError(f"{place.name} is an array, not a group: leave --variable out")
+        raise SourceError(f"{location.name} is an array, not a group: leave --variable out")
     dtype = checked_dtype(node)
-    check_codecs(node, allowed_codecs(node), f"{place.name} is not among those that are safe to run")
+    check_codecs(node, allowed_codecs(node), f"{location.name} is not among those that are safe to run")
     check_layout(node, dtype.itemsize)
     stored_names(node)
-    array = open_guarded(place.store(read_only=True), node.meta)
+    array = open_guarded(location.store(read_only=True), node.meta)
     names, core = _name_dims(node, array.ndim, dims, array.shape)
     if array.shape[core[0]] != array.shape[core[1]]:
         raise SourceError(
-            f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {place.name} are not equally long: "
+            f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {location.name} are not equally long: "
             f"shape {array.shape}. Name others with --dims row,column"
         )
-    _check_not_packed(node, place)
+    _check_not_packed(node, location)
     sizes = dict(zip(names, array.shape, strict=True))
     coordinates = () if group is None else _coordinates(group, node, sizes, name)
-    if taken := sorted({*names, *coordinates} & set(RESERVED)):
+    if taken := sorted({*names, *coordinates} & set(MEMBERS)):
         raise SourceError(
-            f"{', '.join(taken)} of {place.name} are names of dimensions or coordinates that the target needs itself: "
-            "rename those first"
+            f"{', '.join(taken)} of {location.name} are names that the target needs itself: rename those "
+            "dimensions or coordinates first"
         )
     return Source(
-        place=place,
+        location=location,
         root=root,
         group=group,
         variable=variable,
@@ -182,7 +198,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]} ..."
 
 
-def _known_variable(group: Place, variable: str | None, dims: Sequence[str] | None) -> str:
+def _known_variable(group: Location, variable: str | None, dims: Sequence[str] | None) -> str:
     if variable is not None:
         if not variable or {"..", "."} & set(variable.split("/")) or variable.startswith("/"):
             raise SourceError(f"variable {variable!r} is not a name inside the group")
@@ -196,12 +212,12 @@ def _known_variable(group: Place, variable: str | None, dims: Sequence[str] | No
     raise SourceError(f"{group.name} is a group: name the stack with --variable; it has {_listed(group)}")
 
 
-def array_names(group: Place) -> dict[str, tuple[int, ...]]:
+def array_names(group: Location) -> dict[str, tuple[int, ...]]:
     """Return the arrays of a group with their shapes, by name."""
     return {name: node.shape for name, node in _array_nodes(group)}
 
 
-def _array_nodes(group: Place) -> Iterator[tuple[str, Node]]:
+def _array_nodes(group: Location) -> Iterator[tuple[str, Node]]:
     fs, path = group.filesystem()
     for child in sorted(fs.ls(path, detail=False)):
         name = child.rstrip("/").rpartition("/")[2]
@@ -210,7 +226,7 @@ def _array_nodes(group: Place) -> Iterator[tuple[str, Node]]:
             yield name, node
 
 
-def _listed(group: Place) -> str:
+def _listed(group: Location) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in array_names(group).items()) or "no arrays"
 
 
@@ -240,7 +256,7 @@ def _name_dims(
     return tuple(names), core
 
 
-def _check_not_packed(node: Node, place: Place) -> None:
+def _check_not_packed(node: Node, location: Location) -> None:
     """Refuse numbers that are not what they stand for: Xarray would decode them, and we would not."""
     packed = {"scale_factor", "add_offset"} & set(node.attributes)
     for name in ("_FillValue", "missing_value"):
@@ -253,8 +269,8 @@ def _check_not_packed(node: Node, place: Place) -> None:
             packed.add("fill_value")
     if packed:
         raise SourceError(
-            f"{place.name} is packed, its metadata have {', '.join(sorted(packed))}: store it as plain numbers first, "
-            "with xarray.open_zarr and then drop_encoding().to_zarr"
+            f"{location.name} is packed, its metadata have {', '.join(sorted(packed))}: store it as plain numbers "
+            "first, with xarray.open_zarr and then drop_encoding().to_zarr"
         )
 
 
@@ -270,7 +286,7 @@ def _is_nan(value: Any) -> bool:
     return value == "NaN" or (isinstance(value, float) and math.isnan(value))
 
 
-def _coordinates(group: Place, node: Node, sizes: dict[str, int], variable: str) -> tuple[str, ...]:
+def _coordinates(group: Location, node: Node, sizes: dict[str, int], variable: str) -> tuple[str, ...]:
     """Return the arrays of the group that are coordinates of the variable, by CF's and Xarray's rules."""
     root = read_node(group)
     if root is None:

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
+from dask_batchinv.location import Location, redact
 from dask_batchinv.outcome import TargetError
-from dask_batchinv.place import Place, redact
 
 #: Its name in the target, only while a run is at work there, or one was killed.
 LOCK = ".dask_batchinv.lock"
@@ -40,7 +40,7 @@ class Lock:
 
 
 @contextmanager
-def locked(target: Place) -> Iterator[Lock]:
+def locked(target: Location) -> Iterator[Lock]:
     """Hold the lock of a target.
 
     On a disk it is a lock of the operating system, which ends with the process. Where there is none, as in an object
@@ -67,7 +67,7 @@ def locked(target: Place) -> Iterator[Lock]:
         os.close(handle)
 
 
-def sweep(target: Place) -> None:
+def remove_stale_lock(target: Location) -> None:
     """Remove the lock of a run that was killed, if it left one."""
     fs, path = target.filesystem()
     if fs.exists(f"{path}/{LOCK}"):
@@ -75,7 +75,7 @@ def sweep(target: Place) -> None:
             pass
 
 
-def _lock_file(target: Place) -> int | None:
+def _lock_file(target: Location) -> int | None:
     """Return the handle of the locked file, or None where the file system has no locks."""
     path = os.path.join(target.url, LOCK)
     for attempt in count():
@@ -116,14 +116,14 @@ def _holder() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _busy(target: Place, holder: str) -> TargetError:
-    return TargetError(f"another run is at work on {target.name} ({holder or 'unknown'}): wait for it, or stop it")
+def _busy(target: Location, holder: str) -> TargetError:
+    return TargetError(f"another run is writing to {target.name} ({holder or 'unknown'}): wait for it or stop it")
 
 
 class _Lease(Lock):
     """A key in the target with a number that grows."""
 
-    def __init__(self, target: Place):
+    def __init__(self, target: Location):
         self._target = target
         self._me = uuid.uuid4().hex
         self._lost = False

@@ -59,7 +59,7 @@ class Size:
         if nbytes > self.limit:
             raise ChunkSizeError(
                 f"a chunk of the source decompresses to {nbytes} bytes or more where its metadata say {self.limit}: "
-                "it is damaged, or made to fill the memory. Write the source anew"
+                "it is corrupt, or a decompression bomb. Rewrite the source"
             )
 
 
@@ -109,7 +109,7 @@ def _check_stored(key: str, nbytes: int, limit: int) -> None:
     if nbytes > limit:
         raise ChunkSizeError(
             f"the chunk {key} of the source has {nbytes} bytes where by its metadata it cannot have more than {limit}: "
-            "it is damaged, or made to fill the memory. Write the source anew"
+            "it is corrupt, or a decompression bomb. Rewrite the source"
         )
 
 
@@ -169,7 +169,7 @@ class BoundedCodec(BytesBytesCodec):
         return dict(self.inner.to_dict())
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
-        """Nobody knows."""
+        """Not used: sources are only read."""
         raise NotImplementedError
 
     def _decode_sync(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
@@ -238,9 +238,9 @@ def _guard_v2(meta: Config) -> Config:
     """Replace the compressor, which may also stand among the filters."""
     filters = [numcodecs.get_codec(codec) for codec in meta.get("filters") or ()]
     compressor = meta.get("compressor")
-    for place, codec in enumerate(filters):
+    for index, codec in enumerate(filters):
         if codec.codec_id in COMPRESSORS:
-            filters[place] = BoundedCompressor(meta["filters"][place], _size_after(filters[:place], meta))
+            filters[index] = BoundedCompressor(meta["filters"][index], _size_after(filters[:index], meta))
     if compressor is not None and compressor["id"] in COMPRESSORS:
         compressor = BoundedCompressor(compressor, _size_after(filters, meta))
     return meta | {"filters": filters or None, "compressor": compressor}
@@ -317,19 +317,21 @@ def _lz4(data: Bytes, size: Size) -> Bytes:
 
 
 def _zstd(data: Bytes, size: Size) -> Bytes:
+    # Not always by decoding into a buffer of the right size: of a chunk that is too short, numcodecs fills the front
+    # and says nothing; and up to 0.16 it stops after the first of several frames.
     nbytes = zstd_nbytes(data)
     if nbytes is not None:
         size.check(nbytes)
         return numcodecs.Zstd().decode(data)
     if not size.exact:
-        raise ChunkSizeError("a chunk of the source does not say how large it is: write the source anew")
+        raise ChunkSizeError("a chunk of the source does not say how large it is: rewrite the source")
     out = np.empty(size.limit, np.uint8)
     try:
         return numcodecs.Zstd().decode(data, out)
     except RuntimeError as error:
         raise ChunkSizeError(
             f"a chunk of the source does not decompress to the {size.limit} bytes that its metadata say ({error}): it "
-            "is damaged, or made to fill the memory. Write the source anew"
+            "is corrupt, or a decompression bomb. Rewrite the source"
         ) from error
 
 

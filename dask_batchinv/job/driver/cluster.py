@@ -1,4 +1,4 @@
-"""The Dask cluster of a job: the embedded default, or one that is there already."""
+"""The Dask cluster of a job: a local one by default, or one that is there already."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.comm.registry import backends
 from distributed.system import MEMORY_LIMIT
 
-from dask_batchinv.job.source import Source
+from dask_batchinv.job.plan.plan import Workers
+from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.versions import differing, versions
 from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
+from dask_batchinv.location import Location, redact
 from dask_batchinv.outcome import ClusterError
-from dask_batchinv.place import Place, redact
 from dask_batchinv.stack import Device
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
-#: Threads of an embedded worker with a GPU: enough that reading and writing go on meanwhile.
+#: Threads of an local worker with a GPU: enough that reading and writing go on meanwhile.
 GPU_THREADS = 4
 CONNECT_SECONDS = 5
 WORKER_SECONDS = 30
@@ -43,7 +44,7 @@ class ClusterOptions:
     scheduler: str | None = None
     """Address of a scheduler to connect to."""
     workers: int | None = None
-    """Processes of the embedded cluster; by default one per core."""
+    """Processes of the local cluster; by default one per core."""
     threads_per_worker: int | None = None
     """Their threads; by default one."""
     memory_limit: str | int | None = None
@@ -53,7 +54,7 @@ class ClusterOptions:
     insecure: bool = False
     """Allow a scheduler on another machine that is not reached by TLS."""
     device: Device = "cpu"
-    """Where the job computes: the embedded cluster has one process for a GPU."""
+    """Where the job computes: the local cluster has one process for a GPU."""
 
     def __post_init__(self) -> None:
         mine = {
@@ -65,31 +66,17 @@ class ClusterOptions:
         given = [name for name, value in mine.items() if value is not None]
         if self.client is not None and self.scheduler is not None:
             raise ClusterError("pass a client or the address of a scheduler, not both")
-        if given and not self.embedded:
-            raise ClusterError(f"{', '.join(given)}: only for the embedded cluster; a running one has its own workers")
+        if given and not self.is_local:
+            raise ClusterError(f"{', '.join(given)}: only for the local cluster; a running one has its own workers")
 
     @property
-    def embedded(self) -> bool:
+    def is_local(self) -> bool:
         """Whether we start the cluster ourselves."""
         return self.client is None and self.scheduler is None
 
 
-@dataclass(frozen=True)
-class Workers:
-    """What the workers of a cluster have."""
-
-    count: int
-    """How many there are."""
-    threads: int
-    """Threads of the one with the most."""
-    memory: int | None
-    """Bytes of the one with the least; None if unlimited."""
-    gpus: int = 0
-    """Workers with a GPU that the job may use."""
-
-
-def embedded_workers(options: ClusterOptions) -> Workers:
-    """Return what the embedded cluster would have, without starting it."""
+def local_workers(options: ClusterOptions) -> Workers:
+    """Return what the local cluster would have, without starting it."""
     gpus = count_gpus(options.device, None)
     if gpus:
         count, threads = options.workers or 1, options.threads_per_worker or min(GPU_THREADS, CPU_COUNT)
@@ -126,7 +113,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
         with client:
             yield client, _workers_of(client)
     else:
-        wanted = embedded_workers(options)
+        wanted = local_workers(options)
         cluster = LocalCluster(
             n_workers=wanted.count,
             threads_per_worker=wanted.threads,
@@ -138,7 +125,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
             # The driver counts what died with a worker, and tries it alone; Dask would blame bystanders too.
             scheduler_kwargs={"dashboard": options.dashboard is not None, "allowed_failures": 0},
             silence_logs=logging.ERROR,
-            preload=["dask_batchinv.job.worker_setup"],
+            preload=["dask_batchinv.job.worker.setup"],
         )
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client, wanted
@@ -227,12 +214,12 @@ def count_gpus(device: Device, client: Client | None) -> int:
     return len(found) - len(without)
 
 
-def check_reach(client: Client, source: Source | None, target: Place) -> None:
+def check_reach(client: Client, source: Source | None, target: Location) -> None:
     """Raise ClusterError unless every worker sees the source and the target where we see them."""
-    for place in (target, *([source.place] if source else [])):
-        if place.is_memory and set(client.run(os.getpid).values()) != {os.getpid()}:
+    for location in (target, *([source.location] if source else [])):
+        if location.is_memory and set(client.run(os.getpid).values()) != {os.getpid()}:
             raise ClusterError(
-                f"{place.name} lives in the memory of this process, where worker processes cannot reach it: "
+                f"{location.name} lives in the memory of this process, where worker processes cannot reach it: "
                 "use a path or a shared store, or a Client with processes=False"
             )
     if blind := {address: why for address, why in client.run(_blind, source, target).items() if why}:
@@ -243,11 +230,11 @@ def check_reach(client: Client, source: Source | None, target: Place) -> None:
         )
 
 
-def _blind(source: Source | None, target: Place) -> str | None:
+def _blind(source: Source | None, target: Location) -> str | None:
     """Run on a worker: say what it cannot see."""
     try:
         if source is not None and source.open().shape != source.shape:
-            return f"{source.place.name} is another array there"
+            return f"{source.location.name} is another array there"
         if target.is_local and not os.access(_existing(target.url), os.W_OK):
             return f"{target.name} cannot be written there"
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Preloaded by the workers of the embedded cluster."""
+"""Preloaded by the workers of the local cluster."""
 
 from __future__ import annotations
 

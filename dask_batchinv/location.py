@@ -30,16 +30,16 @@ def redact(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A location in a file system that Zarr can use."""
 
     url: str
     """As opened: an absolute real path, or an fsspec URL. May hold credentials: print `name` instead."""
 
     @classmethod
-    def parse(cls, location: str | os.PathLike[str]) -> Place:
-        """Return the place that a path or URL names: symlinks, ``..`` and trailing slashes are resolved."""
-        text = os.fspath(location)
+    def parse(cls, path: str | os.PathLike[str]) -> Location:
+        """Return the location that a path or URL names: symlinks, ``..`` and trailing slashes are resolved."""
+        text = os.fspath(path)
         if not text:
             raise ValueError("expected a path or a URL, got an empty string")
         if text.startswith(("file://", "local://")):
@@ -49,14 +49,14 @@ class Place:
         if "://" in text:
             head, _, query = text.partition("?")
             protocol, _, rest = head.partition("://")
-            authority, _, path = rest.partition("/")
-            parts = _resolved([part for part in path.split("/") if part], text)
+            authority, _, inner = rest.partition("/")
+            parts = _resolved([part for part in inner.split("/") if part], text)
             return cls(f"{protocol}://{'/'.join([authority, *parts])}" + (f"?{query}" if query else ""))
         return cls(os.path.realpath(os.path.expanduser(text)))
 
     @property
     def name(self) -> str:
-        """The place for people: without credentials."""
+        """The location for people: without credentials."""
         return redact(self.url)
 
     @property
@@ -69,23 +69,23 @@ class Place:
         """Whether it lives in the memory of one process."""
         return self.url.startswith("memory://")
 
-    def __truediv__(self, part: str) -> Place:
+    def __truediv__(self, part: str) -> Location:
         if self.is_local:
-            return Place(os.path.realpath(os.path.join(self.url, part)))
+            return Location(os.path.realpath(os.path.join(self.url, part)))
         head, mark, query = self.url.partition("?")
-        return Place(f"{head}/{part}{mark}{query}")
+        return Location(f"{head}/{part}{mark}{query}")
 
-    def contains(self, other: Place) -> bool:
-        """Tell whether `other` is this place or lies inside it."""
+    def contains(self, other: Location) -> bool:
+        """Tell whether `other` is this location or lies inside it."""
         return self._parts() == other._parts()[: len(self._parts())]
 
     def _parts(self) -> list[str]:
-        # Who asks does not change what is there.
+        # User and query do not identify the data.
         url = self.url if self.is_local else _USER.sub("", self.url.partition("?")[0])
         return [part for part in url.split("/") if part]
 
     def store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
-        """Return a Zarr store for this place."""
+        """Return a Zarr store for this location."""
         if self.is_local:
             return zarr.storage.LocalStore(self.url, read_only=read_only)
         return zarr.storage.FsspecStore.from_url(self.url, read_only=read_only, storage_options=self._options())

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dask_batchinv.job.guard import COMPRESSORS
+from dask_batchinv.job.source.bounded_decoding import COMPRESSORS
+from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.place import Place
 from dask_batchinv.stack import KEPT
 
 # Codecs that turn bytes into numbers and do nothing else. Above all not pickle, nor any codec of objects; and codecs
@@ -54,7 +54,7 @@ _DTYPES = frozenset([*KEPT, "bool", "float16", *(f"{u}int{bits}" for u in ("", "
 class Node:
     """The raw metadata of one Zarr node."""
 
-    place: Place
+    location: Location
     zarr_format: Literal[2, 3]
     is_array: bool
     meta: dict[str, Any]
@@ -64,8 +64,7 @@ class Node:
         """Raise SourceError unless `ok`."""
         if not ok:
             raise SourceError(
-                f"the metadata of {self.place.name} make no sense, it cannot be opened: expected {expected}, "
-                f"got {_shown(got)}. Write the source anew"
+                f"invalid metadata in {self.location.name}: expected {expected}, got {_shown(got)}. Rewrite the source"
             )
 
     @property
@@ -90,14 +89,14 @@ def _are_sizes(value: Any, least: int) -> bool:
     return isinstance(value, list) and all(type(size) is int and least <= size < 2**63 for size in value)
 
 
-def read_node(place: Place, zarr_format: Literal[2, 3] | None = None) -> Node | None:
-    """Return what is at a place, of one Zarr format or of either, as Zarr would look for it; None if nothing is."""
-    if zarr_format != 2 and (meta := _read_json(place, "zarr.json")) is not None:
-        node = Node(place, 3, meta.get("node_type") == "array", meta, meta.get("attributes") or {})
-    elif zarr_format != 3 and (meta := _read_json(place, ".zarray")) is not None:
-        node = Node(place, 2, True, meta, _read_json(place, ".zattrs") or {})
-    elif zarr_format != 3 and (meta := _read_json(place, ".zgroup")) is not None:
-        node = Node(place, 2, False, meta, _read_json(place, ".zattrs") or {})
+def read_node(location: Location, zarr_format: Literal[2, 3] | None = None) -> Node | None:
+    """Return what is at a location, of one Zarr format or of either, as Zarr would look for it; None if nothing is."""
+    if zarr_format != 2 and (meta := _read_json(location, "zarr.json")) is not None:
+        node = Node(location, 3, meta.get("node_type") == "array", meta, meta.get("attributes") or {})
+    elif zarr_format != 3 and (meta := _read_json(location, ".zarray")) is not None:
+        node = Node(location, 2, True, meta, _read_json(location, ".zattrs") or {})
+    elif zarr_format != 3 and (meta := _read_json(location, ".zgroup")) is not None:
+        node = Node(location, 2, False, meta, _read_json(location, ".zattrs") or {})
     else:
         return None
     found = meta.get("zarr_format")
@@ -108,21 +107,21 @@ def read_node(place: Place, zarr_format: Literal[2, 3] | None = None) -> Node | 
     return node
 
 
-def _read_json(place: Place, key: str) -> dict[str, Any] | None:
-    """Return a JSON object as `Place.read_json` does, but nothing that is too long for metadata, or no file."""
-    fs, path = place.filesystem()
-    if place.is_local and os.path.exists(f"{path}/{key}") and not os.path.isfile(f"{path}/{key}"):
+def _read_json(location: Location, key: str) -> dict[str, Any] | None:
+    """Return a JSON object as `Location.read_json` does, but nothing that is too long for metadata, or no file."""
+    fs, path = location.filesystem()
+    if location.is_local and os.path.exists(f"{path}/{key}") and not os.path.isfile(f"{path}/{key}"):
         if os.path.isdir(f"{path}/{key}"):
             return None
-        raise SourceError(f"{key} of {place.name} is not a file: it cannot be opened")
+        raise SourceError(f"{key} of {location.name} is not a file: it cannot be opened")
     try:
         text = fs.cat_file(f"{path}/{key}", start=0, end=_DOCUMENT_NBYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     if len(text) > _DOCUMENT_NBYTES:
         raise SourceError(
-            f"{key} of {place.name} is longer than {_DOCUMENT_NBYTES >> 20} MiB, which metadata never are: it cannot "
-            "be opened. Write the source anew"
+            f"{key} of {location.name} is longer than {_DOCUMENT_NBYTES >> 20} MiB, which metadata never are. Rewrite "
+            "the source"
         )
     content = json.loads(text)
     if not isinstance(content, dict):
@@ -215,17 +214,17 @@ def check_codecs(node: Node, allowed: frozenset[str], where: str) -> None:
     if refused := [name for chain in chains for name, _ in chain if name not in allowed]:
         raise SourceError(
             f"codec {', '.join(map(_shown, refused[:5]))} of {where}: "
-            f"{', '.join(sorted(allowed))}. Write the source anew with one of these"
+            f"{', '.join(sorted(allowed))}. Rewrite the source with one of these"
         )
     outer = _compressors(chains[0])
     for chain in chains:
         if len(found := (outer if chain is chains[0] else outer + _compressors(chain))) > 1:
             raise SourceError(
-                f"{node.place.name} is compressed more than once, with {', '.join(found)}, which no reader can keep "
-                "within bounds: write it anew with one compressor"
+                f"{node.location.name} is compressed more than once, with {', '.join(found)}: the decoded size "
+                "cannot be bounded. Rewrite it with one compressor"
             )
         if _compressors(chain) and any(name == "sharding_indexed" for name, _ in chain):
-            raise SourceError(f"whole shards of {node.place.name} are compressed: write it anew with compressed chunks")
+            raise SourceError(f"whole shards of {node.location.name} are compressed: rewrite it with compressed chunks")
         for name, configuration in chain:
             _check_configuration(node, name, configuration)
 
@@ -300,7 +299,7 @@ def is_name(name: str) -> bool:
 
 def check_coordinate(node: Node) -> None:
     """Raise SourceError unless an array can be labels, which Xarray will read: text is allowed, too."""
-    where = f"the coordinate {node.place.name} is not safe to run, as these are"
+    where = f"the coordinate {node.location.name} is not safe to run, as these are"
     check_codecs(node, allowed_codecs(node) | {"vlen-utf8"}, where)
     declared = _declared(node)
     ok, nbytes = _is_label(node, declared), 0

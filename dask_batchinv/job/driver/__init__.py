@@ -1,0 +1,1 @@
+"""What runs in the driver: the cluster, the ledger, the lock, the order of events. It never reads a matrix."""

@@ -1,0 +1,65 @@
+"""The parameters of a job, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import dask.config
+from dask.utils import parse_bytes
+
+from dask_batchinv.outcome import RefusedError
+from dask_batchinv.stack import AssumeA, Device, parse_choice
+
+Missing = Literal["error", "fill"]
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """The parameters of a job."""
+
+    variable: str | None = None
+    """Name of the stack in a group."""
+    dims: Sequence[str] | None = None
+    """Names of the core dimensions."""
+    assume_a: AssumeA = "general"
+    """Structure of the matrices."""
+    min_rcond: float = 0.0
+    """Below it a matrix counts as failed."""
+    max_failed: int | None = 0
+    """How many matrices may fail; None for any number."""
+    device: Device = "auto"
+    """Where to invert."""
+    missing: Missing = "error"
+    """What a missing chunk of the source means."""
+    tile_size: str | int | None = None
+    """Bytes of a tile; by default the Dask configuration ``batchinv.job.tile-size``."""
+    overwrite: bool = False
+    """Replace a target of ours that belongs to another job."""
+    trust_ledger: bool = False
+    """Do not read back what earlier runs have recorded."""
+    durable: bool = False
+    """Record a tile only when it is on the disk."""
+
+    def __post_init__(self) -> None:
+        try:
+            parse_choice("assume_a", self.assume_a, AssumeA)
+            parse_choice("missing", self.missing, Missing)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+        if not 0 <= self.min_rcond <= 1:
+            raise RefusedError(f"min_rcond must be between 0 and 1, got {self.min_rcond}")
+        if self.max_failed is not None and self.max_failed < 0:
+            raise RefusedError(f"max_failed must be 0 or more, got {self.max_failed}")
+        if self.tile_nbytes <= 0:
+            raise RefusedError(f"tile_size must be more than 0 bytes, got {self.tile_size}")
+
+    @property
+    def tile_nbytes(self) -> int:
+        """Bytes of a tile."""
+        size = self.tile_size or dask.config.get("batchinv.job.tile-size")
+        try:
+            return int(parse_bytes(size))
+        except (ValueError, OverflowError) as error:
+            raise RefusedError(f"tile_size {size!r} is not a number of bytes such as 32MiB") from error

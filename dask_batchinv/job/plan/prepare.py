@@ -1,0 +1,115 @@
+"""Everything that is decided before the first byte is read: what the job is, whether it may run, and its plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import zarr
+
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.outputs import nbytes_per_matrix
+from dask_batchinv.job.plan.plan import Layout, Limits, Plan, Workers, make_plan
+from dask_batchinv.job.source.source import Source, open_source
+from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.state import Action, Fingerprint, Target, decide, differences
+from dask_batchinv.job.versions import COMPUTING, versions
+from dask_batchinv.kernels import Kernel, choose_kernel
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import TargetError
+from dask_batchinv.stack import result_dtype
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that may run."""
+
+    source: Source
+    """Where it reads."""
+    target: Location
+    """Where it writes."""
+    options: JobOptions
+    """Its parameters."""
+    kernel: Kernel
+    """What inverts the matrices."""
+    fingerprint: Fingerprint
+    """What the target is made of."""
+    found: Target
+    """What is there already."""
+    action: Action
+    """What is to be done with that; never "refuse"."""
+
+
+def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], options: JobOptions) -> Job:
+    """Open source and target, metadata only, and refuse what is not safe.
+
+    Raises
+    ------
+    SourceError, TargetError, RefusedError
+        With what to change; nothing was written.
+    """
+    opened = open_source(source, options.variable, options.dims)
+    location = targets.parse_location(target)
+    _refuse_overlap(opened, location)
+    kernel = choose_kernel(options.assume_a, options.device)
+    fingerprint = _fingerprint(opened, options, kernel)
+    found = targets.inspect(location)
+    changed = differences(found.fingerprint, fingerprint)
+    action = decide(found.state, same_job=not changed, overwrite=options.overwrite)
+    if action == "refuse":
+        raise TargetError(
+            f"{location.name} belongs to another job: {'; '.join(changed)}. Choose another target, or pass --overwrite "
+            "to replace it"
+        )
+    if action != "create":
+        targets.refuse_links(location)
+    return Job(opened, location, options, kernel, fingerprint, found, action)
+
+
+def _refuse_overlap(source: Source, target: Location) -> None:
+    """Raise TargetError if source and target are one location, or one lies inside the other."""
+    for location in (source.root, source.location):
+        if location.contains(target):
+            raise TargetError(f"the target {target.name} is, or lies inside, the source {location.name}")
+        if target.contains(location):
+            raise TargetError(f"the source {location.name} lies inside the target {target.name}")
+
+
+def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerprint:
+    """Return all that decides the bits of the target."""
+    here = versions()
+    return {
+        "source": source.location.name,
+        "variable": source.variable,
+        "source metadata": source.digest,
+        "dims": [source.dims[axis] for axis in source.core],
+        "assume_a": options.assume_a,
+        "min_rcond": options.min_rcond,
+        "kernel": kernel.name,
+        "versions": {name: here[name] for name in COMPUTING},
+    }
+
+
+def plan_for(job: Job, workers: Workers) -> Plan:
+    """Return the plan of a job for given workers, or raise PlanError."""
+    source = job.source
+    dtype = result_dtype(source.dtype)
+    layout = Layout(
+        shape=source.shape,
+        core=source.core,
+        read_unit=source.read_unit,
+        itemsize_in=source.dtype.itemsize,
+        itemsize_out=dtype.itemsize,
+        nbytes_per_matrix=nbytes_per_matrix(dtype),
+        needs_copy=source.dtype != dtype or source.core != (len(source.shape) - 2, len(source.shape) - 1),
+    )
+    kernels = [job.kernel, *([choose_kernel(job.options.assume_a, "gpu")] if workers.gpus else [])]
+    limits = Limits(
+        memory=workers.memory,
+        threads=workers.threads,
+        scratch=max(kernel.scratch_nbytes(source.n, dtype) for kernel in kernels),
+        compile_nbytes=job.kernel.compile_nbytes(source.n, dtype),
+        read_concurrency=None if source.sharded else int(zarr.config.get("async.concurrency")),
+    )
+    tile = None if job.action == "create" else job.found.tile
+    return make_plan(layout, limits, tile_nbytes=job.options.tile_nbytes, tile=tile)

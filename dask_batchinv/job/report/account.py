@@ -1,0 +1,135 @@
+"""The account of a target: what its ledger knows, for anyone at any time."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.chunks import open_array
+from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.target.state import Fingerprint, State
+from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import FAILURE_KINDS, NAMED, Index, failures_of
+from dask_batchinv.stack import AssumeA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """How far a target is, and what happened to its matrices."""
+
+    source: str
+    """Where the job reads."""
+    target: str
+    """Where it writes."""
+    assume_a: AssumeA
+    """Structure of the matrices."""
+    kernel: str
+    """What inverts them."""
+    complete: bool
+    """Whether every tile is done."""
+    matrices: int
+    """Matrices in the stack."""
+    matrices_done: int
+    """Matrices accounted for."""
+    failed: dict[str, int]
+    """Matrices without an inverse, by kind."""
+    first_failed: dict[str, list[Index]]
+    """The first of them by their indices in the whole stack, by kind; all of them are in ``info``."""
+    ill_conditioned: int
+    """Good matrices with rcond below the machine epsilon: their inverses may have no correct digit."""
+    smallest_rcond: float | None
+    """Of the good matrices."""
+    tiles: int
+    """Tiles of the plan."""
+    tiles_done: int
+    """Tiles recorded in the ledger."""
+    devices: dict[str, int]
+    """Tiles in the ledger by the device that inverted them, "cpu" or "gpu"."""
+
+    @property
+    def n_failed(self) -> int:
+        """Matrices without an inverse."""
+        return sum(self.failed.values())
+
+    def failures(self) -> list[str]:
+        """Return a line for each kind of failure that there is, with the first matrices."""
+        lines = []
+        for failure in failures_of(self.assume_a):
+            first, number = self.first_failed[failure.kind], self.failed[failure.kind]
+            more = ", ..." if number > len(first) else ""
+            if number:
+                lines.append(f"{number:,} {failure.words}: {', '.join(map(str, first))}{more}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the account for machines."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        state = "complete" if self.complete else "not complete: run the same command again to continue"
+        kinds = [f"{self.failed[f.kind]:,} {f.words}" for f in failures_of(self.assume_a) if self.failed[f.kind]]
+        return (
+            f"{self.source} -> {self.target}\n"
+            f"state            {state}\n"
+            f"tiles            {self.tiles_done:,} of {self.tiles:,}\n"
+            f"matrices         {self.matrices_done:,} of {self.matrices:,}\n"
+            f"without inverse  {', '.join(kinds) or 'none'}"
+        )
+
+
+def account_of(path: str | os.PathLike[str]) -> Account:
+    """Return the account of a target, whoever writes to it.
+
+    Raises
+    ------
+    TargetError
+        If there is none of ours.
+    """
+    location, target = targets.existing(path)
+    tiling, ledger = targets.tiling_of(location, target), Ledger(location, read_only=True)
+    return make_account(location, target.fingerprint, tiling, ledger, complete=target.state is State.COMPLETE)
+
+
+def make_account(
+    target: Location, fingerprint: Fingerprint, tiling: Tiling, ledger: Ledger, *, complete: bool
+) -> Account:
+    """Return the account of a target whose ledger is open."""
+    return Account(
+        source=fingerprint["source"],
+        target=target.name,
+        assume_a=fingerprint["assume_a"],
+        kernel=fingerprint["kernel"],
+        complete=complete,
+        matrices=tiling.n_matrices,
+        matrices_done=ledger.total("matrices"),
+        failed=ledger.failed,
+        first_failed=_first_failed(target, tiling, ledger),
+        ill_conditioned=ledger.total("ill_conditioned"),
+        smallest_rcond=ledger.smallest_rcond,
+        tiles=tiling.n_tiles,
+        tiles_done=int(ledger.done.sum()),
+        devices=ledger.devices,
+    )
+
+
+def _first_failed(target: Location, tiling: Tiling, ledger: Ledger) -> dict[str, list[Index]]:
+    """Return the first failed matrices of each kind, from the ``info`` of those tiles that have any."""
+    found: dict[str, list[Index]] = {kind: [] for kind in FAILURE_KINDS}
+    with suppress(Exception):  # a target that cannot be read at the moment: the counts are known all the same
+        info = open_array(target / "info", read_only=True)
+        for failure in failures_of("general"):
+            first = found[failure.kind]
+            for number in np.flatnonzero(ledger.done & (ledger.column(failure.kind) > 0)):
+                region = tiling.region(int(number))
+                hits = np.argwhere(failure.includes(np.asarray(info[region])))[: NAMED - len(first)]
+                starts = [span.start for span in region]
+                first += [tuple(int(i) + start for i, start in zip(hit, starts, strict=True)) for hit in hits]
+                if len(first) == NAMED:
+                    break
+    return found

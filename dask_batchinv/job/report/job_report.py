@@ -1,0 +1,94 @@
+"""The result of a job, as text and as JSON: the account of its target, and the record of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dask.utils import format_bytes
+
+from dask_batchinv.job.report.account import Account
+from dask_batchinv.job.report.run_record import RunRecord
+from dask_batchinv.job.report.tiles import named_tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobReport(RunRecord, Account):
+    """The result of a job."""
+
+    max_failed: int | None
+    """How many failed matrices were allowed."""
+
+    @classmethod
+    def of(cls, account: Account, record: RunRecord, max_failed: int | None) -> JobReport:
+        """Return the report of a run on a target."""
+        return cls(**vars(account), **vars(record), max_failed=max_failed)
+
+    @property
+    def exit_code(self) -> int:
+        """0 done; 1 some tiles could not be done; 3 more matrices failed than were allowed."""
+        if not self.complete or self.stopped is not None:
+            return 1
+        return 3 if self.max_failed is not None and self.n_failed > self.max_failed else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report for machines."""
+        return asdict(self) | {"exit_code": self.exit_code}
+
+    def __str__(self) -> str:
+        share = f" of {self.matrices:,}" if not self.complete else ""
+        lines = [
+            f"{'NOT COMPLETE' if self.exit_code == 1 else 'done'}: {self.source} -> {self.target}",
+            f"matrices         {self.matrices_done:,}{share}, {self.n_failed:,} without an inverse",
+            *(f"  {line}" for line in self.failures()),
+        ]
+        if self.smallest_rcond is not None:
+            lines.append(
+                f"smallest rcond   {self.smallest_rcond:.3g}, {self.ill_conditioned:,} below the machine epsilon"
+            )
+        lines.append(f"tiles            {self.tiles_done:,} of {self.tiles:,}, {self.tiles_now:,} in this run, "
+                     f"{self.retries:,} tried again")  # fmt: skip
+        if self.tiles_proven or self.damaged_tiles:
+            lines.append(f"read back        {self.tiles_proven:,} tiles of earlier runs are as they were written, "
+                         f"{len(self.damaged_tiles):,} were damaged and done again")  # fmt: skip
+            lines += named_tiles(self.damaged_tiles)
+        if self.failed_tiles:
+            lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
+        if self.stopped:
+            lines.append(f"stopped          {self.stopped}")
+        return "\n".join([*lines, *self._cost(), *(f"note             {note}" for note in self.notes)])
+
+    def _cost(self) -> list[str]:
+        """Return the lines about time and workers."""
+        lines = []
+        if self.tiles_now and self.seconds:
+            lines = [
+                f"time             {self.seconds:.1f} s, {format_bytes(self.bytes_read)} read at "
+                f"{format_bytes(self.bytes_read / self.seconds)}/s, {format_bytes(self.bytes_written)} written",
+                f"workers          {self.workers} with {self.threads_per_worker} thread(s), {self.kernel}",
+            ]
+        if self.devices["gpu"]:
+            lines.append(f"devices          {self.devices['gpu']:,} tiles on GPUs, {self.devices['cpu']:,} on CPUs")
+        return lines
+
+
+class JobFailedError(RuntimeError):
+    """A job ended without the result that was asked for; `report` says what it has.
+
+    Its ``report.exit_code`` is 1 if tiles are missing (run the same command again), 3 if more matrices than
+    ``max_failed`` have no inverse.
+    """
+
+    def __init__(self, report: JobReport):
+        self.report = report
+        super().__init__(report)
+
+    def __str__(self) -> str:
+        report = self.report
+        if report.exit_code == 1:
+            first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
+            missing = report.tiles - report.tiles_done
+            return (f"{missing} of {report.tiles} tiles could not be done, first cause: {first}. Fix the cause and "
+                    f"make the same call again: it will do the remaining tiles.\n{report}")  # fmt: skip
+        return (f"{report.n_failed} matrices have no inverse, {report.max_failed} were allowed. The target is "
+                f"complete, with NaN in their place; pass max_failed to allow them.\n{report}")  # fmt: skip

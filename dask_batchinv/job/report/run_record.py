@@ -1,0 +1,100 @@
+"""The record of a run: what it did, while it is at it, and what is kept of that in the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from dask_batchinv.job.plan.plan import Plan, Workers
+from dask_batchinv.job.report.tiles import FailedTile
+from dask_batchinv.job.results import TileResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What one run did."""
+
+    tiles_now: int
+    """Tiles done by this run."""
+    tiles_proven: int
+    """Tiles of earlier runs that this one has read back and found as they were written."""
+    damaged_tiles: tuple[FailedTile, ...]
+    """Tiles of earlier runs that were not, and were done again."""
+    failed_tiles: tuple[FailedTile, ...]
+    """Tiles that could not be done."""
+    stopped: str | None
+    """What ended the run before its time: a full disk, a lost cluster."""
+    retries: int
+    """Tiles tried again in this run."""
+    started: str
+    """When this run began, in UTC, as ISO 8601 has it."""
+    seconds: float
+    """Time of this run."""
+    bytes_read: int
+    """Bytes of the source, decoded, read by this run."""
+    bytes_written: int
+    """Bytes of the target written by this run."""
+    workers: int
+    """Workers of this run."""
+    threads_per_worker: int
+    """Threads of each."""
+    source_checked: bool
+    """Whether the source carries checksums; without them damage to it goes unnoticed."""
+    notes: tuple[str, ...] = ()
+    """What else the reader should know."""
+
+
+@dataclass
+class RunTotals:
+    """What a run has done so far."""
+
+    tiles: int = 0
+    retries: int = 0
+    seconds: float = 0.0
+    read_back: int = 0
+    failed: list[TileResult[Any]] = field(default_factory=list)
+    damaged: list[TileResult[Any]] = field(default_factory=list)
+    stopped: str | None = None
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def add(self, result: TileResult[Any]) -> None:
+        """Count a tile that was done or given up."""
+        self.retries += result.attempts - 1
+        if result.value is not None:
+            self.tiles += 1
+        else:
+            self.failed.append(result)
+            if result.stops:
+                self.stopped = result.error
+
+    def record(self, plan: Plan, workers: Workers, *, source_checked: bool) -> RunRecord:
+        """Return the record of the run."""
+        share = self.tiles / max(1, plan.tiling.n_tiles)
+        failed = sorted(self.failed, key=lambda result: result.number)
+        return RunRecord(
+            tiles_now=self.tiles,
+            tiles_proven=self.read_back,
+            damaged_tiles=tuple(FailedTile.of(result, plan.tiling) for result in self.damaged),
+            failed_tiles=tuple(FailedTile.of(result, plan.tiling) for result in failed),
+            stopped=self.stopped,
+            retries=self.retries,
+            started=self.started.isoformat(timespec="seconds"),
+            seconds=self.seconds,
+            bytes_read=round(plan.nbytes_in * share),
+            bytes_written=round(plan.nbytes_out * share),
+            workers=workers.count,
+            threads_per_worker=workers.threads,
+            source_checked=source_checked,
+            notes=tuple(self._notes(source_checked)),
+        )
+
+    def _notes(self, source_checked: bool) -> list[str]:
+        notes = []
+        if not self.tiles and not self.failed and self.stopped is None:
+            notes.append("nothing was left to do")
+        if any("MissingChunkError" in (result.error or "") for result in self.failed):
+            notes.append("if chunks that are not stored stand for matrices of the fill value, pass --missing fill")
+        if not source_checked:
+            notes.append("unchecked: the source has no checksums, so that damage to it cannot be noticed")
+        return notes

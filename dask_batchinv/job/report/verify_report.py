@@ -1,0 +1,56 @@
+"""The result of a check of a target, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dask_batchinv.job.report.tiles import FailedTile, named_tiles
+from dask_batchinv.job.worker.verify_tiles import LARGEST_RATIO
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check of a target found."""
+
+    target: str
+    """What was checked."""
+    complete: bool
+    """Whether it says that it is complete."""
+    tiles: int
+    """Tiles of the plan."""
+    tiles_read: int
+    """Tiles whose every chunk was read and had the right checksum."""
+    bad_tiles: tuple[FailedTile, ...]
+    """Tiles that are missing, damaged, or not what the ledger says."""
+    matrices: int
+    """Matrices checked."""
+    failed: dict[str, int]
+    """Matrices without an inverse among them, by kind."""
+    residuals: int
+    """Matrices multiplied with their inverse."""
+    largest_ratio: float
+    """The largest ‖XA - I‖₁ or ‖AX - I‖₁ (the smaller of the two) over n eps ‖A‖₁ ‖X‖₁; LAPACK allows 30."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the target is complete and right as far as was checked."""
+        return self.complete and not self.bad_tiles and self.tiles_read == self.tiles
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report for machines."""
+        return asdict(self) | {"ok": self.ok}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'verified' if self.ok else 'NOT RIGHT'}: {self.target}",
+            f"complete         {'yes' if self.complete else 'no: run the job again to finish it'}",
+            f"tiles            {self.tiles_read:,} of {self.tiles:,} read, checksums right",
+            f"matrices         {self.matrices:,}, {sum(self.failed.values()):,} without an inverse",
+        ]
+        if self.residuals:
+            lines.append(
+                f"residuals        {self.residuals:,} computed, largest {self.largest_ratio:.3g} n eps |A| |X|, "
+                f"allowed {LARGEST_RATIO:g}"
+            )
+        return "\n".join(lines + named_tiles(self.bad_tiles))

@@ -1,0 +1,115 @@
+"""What a worker returns for a tile, and the row of the ledger that is made of it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_batchinv.job.outputs import OUTPUTS
+from dask_batchinv.job.versions import VersionError
+from dask_batchinv.location import redact
+from dask_batchinv.outcome import FAILURE_KINDS, Info, TargetError, failures_of
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+DEVICES = ("cpu", "gpu")
+#: What a row of the ledger says of its tile, in int64; only `TileRow` and `smallest_of` know how.
+COLUMNS = (
+    "done", "matrices", *FAILURE_KINDS, "ill_conditioned", "smallest_rcond_bits", "milliseconds", "attempts", "device",
+    *(output.checksum for output in OUTPUTS),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TileResult(Generic[T]):
+    """What came of one tile: a value or an error."""
+
+    number: int
+    """Which tile."""
+    value: T | None
+    """What was found out about it; None if it failed."""
+    error: str | None = None
+    """Why it failed, without credentials."""
+    stops: bool = False
+    """Whether the cause would fail all other tiles too."""
+    milliseconds: int = 0
+    """How long it took."""
+    attempts: int = 1
+    """How often it was tried."""
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """The account of the matrices of a tile."""
+
+    matrices: int
+    """How many there are."""
+    failed: dict[str, int]
+    """How many of them have no inverse, by kind."""
+    ill_conditioned: int
+    """Good ones with rcond below the machine epsilon."""
+    smallest_rcond: float
+    """Of the good ones; NaN if there are none."""
+    checksums: dict[str, int]
+    """CRC-32C of the chunk of each output; -1 if there is none, the tile being empty."""
+    device: str = "cpu"
+    """Where they were inverted."""
+
+    @classmethod
+    def of(cls, info: Array, rcond: Array, checksums: dict[str, int], device: str = "cpu") -> TileRow:
+        """Return the account of matrices with these codes and condition numbers."""
+        good = info == Info.GOOD
+        return cls(
+            matrices=info.size,
+            failed={failure.kind: int(failure.includes(info).sum()) for failure in failures_of("general")},
+            ill_conditioned=int((good & (rcond < np.finfo(rcond.dtype).eps)).sum()),
+            smallest_rcond=float(rcond[good].min()) if good.any() else np.nan,
+            checksums=checksums,
+            device=device,
+        )
+
+    def encode(self, milliseconds: int, attempts: int) -> list[int]:
+        """Return the row of the ledger."""
+        smallest = int(np.float64(self.smallest_rcond).view(np.int64))
+        return [
+            1, self.matrices, *(self.failed[kind] for kind in FAILURE_KINDS), self.ill_conditioned, smallest,
+            milliseconds, attempts, DEVICES.index(self.device), *(self.checksums[output.name] for output in OUTPUTS),
+        ]  # fmt: skip
+
+    @classmethod
+    def decode(cls, row: Array) -> TileRow:
+        """Return what a row of the ledger says."""
+        values = dict(zip(COLUMNS, map(int, row), strict=True))
+        return cls(
+            matrices=values["matrices"],
+            failed={kind: values[kind] for kind in FAILURE_KINDS},
+            ill_conditioned=values["ill_conditioned"],
+            smallest_rcond=float(np.int64(values["smallest_rcond_bits"]).view(np.float64)),
+            checksums={output.name: values[output.checksum] for output in OUTPUTS},
+            device=DEVICES[values["device"]],
+        )
+
+
+def smallest_of(rows: Rows) -> float | None:
+    """Return the smallest rcond of a good matrix in rows of the ledger, or None if there is none."""
+    values = np.ascontiguousarray(rows[:, COLUMNS.index("smallest_rcond_bits")]).view(np.float64)
+    values = values[np.isfinite(values)]
+    return float(values.min()) if len(values) else None
+
+
+def as_results(number: int, work: Callable[[], list[TileResult[T]]]) -> list[TileResult[T]]:
+    """Return what `work` makes of a tile; an exception becomes the error of the result."""
+    try:
+        return work()
+    except Exception as error:  # a failure is data here: the driver decides what it means
+        stops = isinstance(error, (VersionError, TargetError)) or (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        )
+        return [TileResult(number, None, redact(f"{type(error).__name__}: {error}"), stops)]

@@ -1,0 +1,1 @@
+"""Where a job writes: the only room that changes a target."""

@@ -1,0 +1,74 @@
+"""The states of a target, and what a run makes of each: pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+Fingerprint = dict[str, Any]
+Action = Literal["create", "continue", "check", "refuse"]
+
+
+class State(Enum):
+    """What there is at the location of a target. What is not ours has no state: it is an error."""
+
+    ABSENT = "absent"
+    """Nothing, or an empty folder."""
+    BEING_CREATED = "being created"
+    """A creation, or a removal, that is going on or was interrupted."""
+    BEGUN = "begun"
+    """All metadata, and some of the tiles."""
+    COMPLETE = "complete"
+    """All tiles."""
+    OTHER_FORMAT = "of another format"
+    """What another version has made, in a way that this one does not continue."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is known of a target."""
+
+    state: State
+    """Its state."""
+    fingerprint: Fingerprint
+    """What it is made of: source, parameters, versions."""
+    generation: str = ""
+    """Which creation it stems from."""
+    tile: tuple[int, ...] = ()
+    """Its tiles, which stay whatever limits a later run has."""
+    members: tuple[str, ...] = ()
+    """What else than its metadata is in it."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a ledger to be read."""
+        return self.state in (State.BEGUN, State.COMPLETE)
+
+
+def decide(state: State, *, same_job: bool, overwrite: bool) -> Action:
+    """Return what a run does with a target.
+
+    ``"create"`` removes what a creation left behind, and with `overwrite` another job's target. ``"check"`` reads a
+    finished target back, and does again what is damaged.
+
+    Examples
+    --------
+    >>> decide(State.BEGUN, same_job=True, overwrite=True)
+    'continue'
+    >>> decide(State.COMPLETE, same_job=False, overwrite=False)
+    'refuse'
+    """
+    if state is State.ABSENT:
+        return "create"
+    if not same_job:
+        return "create" if overwrite else "refuse"
+    # A creation that was interrupted left nothing worth keeping.
+    actions: dict[State, Action] = {State.BEING_CREATED: "create", State.BEGUN: "continue", State.COMPLETE: "check"}
+    return actions[state]
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """Return what differs between two fingerprints, in words."""
+    keys = sorted({*old, *new})
+    return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]

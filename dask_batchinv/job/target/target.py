@@ -1,0 +1,251 @@
+"""The target of a job: a Zarr group with the outputs, our mark, and the ledger."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import ZstdCodec
+
+from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS
+from dask_batchinv.job.target import ledger
+from dask_batchinv.job.target.chunks import open_array, sync_path
+from dask_batchinv.job.target.lock import LOCK
+from dask_batchinv.job.target.state import Fingerprint, State, Target, decide
+from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.location import Location, redact
+from dask_batchinv.outcome import TargetError
+from dask_batchinv.storage import array_options, unspecified
+
+#: The attribute that says a group is ours.
+MARK = "dask_batchinv"
+#: Raised when targets of older versions cannot be continued by this one.
+FORMAT = 3
+
+#: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
+#: itself: very small ones then took 1.8 times as long to write, and 3.5 times as long to read from a disk.
+_FLAT: Any = {"name": "default", "separator": "."}
+#: What Zarr writes a chunk to before it gives it its name.
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a target is created for."""
+
+    fingerprint: Fingerprint
+    """What decides its bits."""
+    tiling: Tiling
+    """Its shape and its tiles."""
+    dtype: np.dtype[Any]
+    """dtype of the inverse."""
+    dims: tuple[str, ...]
+    """Dimension names of the inverse."""
+    coordinates: xr.Dataset | None
+    """Coordinates, undecoded, in memory."""
+
+
+def parse_location(path: str | os.PathLike[str]) -> Location:
+    """Return the location of a target, or raise TargetError."""
+    try:
+        return Location.parse(path)
+    except ValueError as error:
+        raise TargetError(str(error)) from error
+
+
+def inspect(location: Location) -> Target:
+    """Return what is known of the target at a location.
+
+    Raises
+    ------
+    TargetError
+        If something is there that is not ours, or the location cannot be read.
+    """
+    try:
+        return _inspect(location)
+    except TargetError:
+        raise
+    except Exception as error:  # whatever a file system may raise
+        text = f"the target {location.name} cannot be read: {type(error).__name__}: {error}"
+        raise TargetError(redact(text)) from error
+
+
+def _inspect(location: Location) -> Target:
+    try:
+        meta = location.read_json("zarr.json")
+    except ValueError:
+        meta = {}
+    if meta is None and not location.exists():
+        return Target(State.ABSENT, {})
+    fs, path = location.filesystem()
+    if meta is None and fs.isdir(path) and set(location.children()) <= {LOCK}:
+        return Target(State.ABSENT, {})
+    attributes = (meta or {}).get("attributes") or {}
+    mark = attributes.get(MARK)
+    # Attributes travel with data that a user makes from a target; the ledger does not.
+    copied = isinstance(mark, dict) and mark.get("ready") and (location / LEDGER).read_json("zarr.json") is None
+    if not isinstance(mark, dict) or copied:
+        raise TargetError(
+            f"{location.name} exists and is not a target of dask_batchinv: choose another target path, or delete it "
+            "yourself"
+        )
+    members = tuple(mark.get("names", ()))
+    if mark.get("format") != FORMAT:
+        return Target(State.OTHER_FORMAT, {"format": mark.get("format")}, members=members)
+    ready = State.COMPLETE if attributes["complete"] else State.BEGUN
+    return Target(
+        state=ready if mark["ready"] else State.BEING_CREATED,
+        fingerprint=mark["fingerprint"],
+        generation=mark["generation"],
+        tile=tuple(mark["tile"]),
+        members=members,
+    )
+
+
+def existing(path: str | os.PathLike[str]) -> tuple[Location, Target]:
+    """Return where a target is, and what is known of it; TargetError if none of ours is there to be read."""
+    location = parse_location(path)
+    target = inspect(location)
+    if not target.is_there:
+        raise TargetError(f"there is no target of dask_batchinv at {location.name}")
+    return location, target
+
+
+def generation_of(location: Location) -> str | None:
+    """Return which creation the target stems from that is there now; None if there is none."""
+    meta = location.read_json("zarr.json")
+    generation: str | None = ((meta or {}).get("attributes") or {}).get(MARK, {}).get("generation")
+    return generation
+
+
+def refuse_links(location: Location) -> None:
+    """Raise TargetError if a part of a target is a link that leads out of it."""
+    for name in MEMBERS:
+        if not location.contains(location / name):
+            raise TargetError(f"{name} in {location.name} is a link to elsewhere: put the array itself there")
+
+
+def tiling_of(location: Location, target: Target) -> Tiling:
+    """Return how a target that is there is cut into tiles."""
+    array = open_array(location / "inverse", read_only=True)
+    dims = list(array.metadata.dimension_names)  # type: ignore[union-attr, arg-type]  # ours are format 3 and named
+    row, col = target.fingerprint["dims"]
+    return Tiling(tuple(array.shape), (dims.index(row), dims.index(col)), target.tile)
+
+
+def create(location: Location, contents: Contents, *, overwrite: bool = False) -> None:
+    """Create the target, metadata first. The mark is written before anything else, ``ready`` last.
+
+    A creation that was interrupted is removed, and with `overwrite` the target of another job, but only if there is
+    nothing in it that is not ours.
+
+    Raises
+    ------
+    TargetError
+        If the location holds what is not ours.
+    OSError
+        If it cannot be written.
+    """
+    old = inspect(location)  # again: time has passed since the job was prepared
+    if decide(old.state, same_job=old.fingerprint == contents.fingerprint, overwrite=overwrite) != "create":
+        raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the command again")
+    if old.state is not State.ABSENT:
+        _clear(location, old)
+    mark = {
+        "format": FORMAT,
+        "fingerprint": contents.fingerprint,
+        "generation": uuid.uuid4().hex,
+        "tile": list(contents.tiling.tile),
+        "ready": False,
+        "names": [*MEMBERS, *_names(contents.coordinates)],
+    }
+    try:
+        _create(location, contents, {"complete": False, MARK: mark})
+    except Exception as error:  # whatever a file system may raise
+        text = (
+            f"the target {location.name} could not be created: {type(error).__name__}: {error}; run the command again"
+        )
+        raise OSError(redact(text)) from error
+
+
+def _names(coordinates: xr.Dataset | None) -> list[str]:
+    return [] if coordinates is None else sorted(map(str, coordinates.variables))
+
+
+def _clear(location: Location, old: Target) -> None:
+    """Remove an old target of ours."""
+    ours = {"zarr.json", LOCK, *old.members}
+    if others := [name for name in location.children() if name not in ours and not _PARTIAL.search(name)]:
+        raise TargetError(
+            f"{location.name} holds what dask_batchinv did not put there ({', '.join(others[:5])}): move that first"
+        )
+    if old.is_there:
+        # A break from here on must not leave something that looks finished.
+        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "tile": [], "ready": False, "names": old.members}
+        set_attributes(location, {"complete": False, MARK: mark})
+    location.remove(last="zarr.json", keep=LOCK)  # so that a break leaves the mark in place
+
+
+def _create(location: Location, contents: Contents, attributes: dict[str, Any]) -> None:
+    group = zarr.create_group(location.store(), attributes=attributes)
+    tiling, coordinates = contents.tiling, contents.coordinates
+    beside = {"coordinates": " ".join(_names(coordinates))} if coordinates is not None else {}
+    for output in OUTPUTS:
+        axes, dtype = tiling.axes(output.core), output.dtype(contents.dtype)
+        group.create_array(
+            output.name,
+            shape=tuple(tiling.shape[axis] for axis in axes),
+            chunks=tuple(tiling.tile[axis] for axis in axes),
+            dtype=dtype,
+            dimension_names=[contents.dims[axis] for axis in axes],
+            attributes={**output.attributes(contents.fingerprint["assume_a"]), **(beside if output.core else {})},
+            chunk_key_encoding=_FLAT,
+            **array_options(dtype) | {"fill_value": output.fill},
+        )
+    if coordinates is not None:
+        with unspecified():
+            # Xarray replaces the attributes of the group: by those that it has already.
+            coordinates.assign_attrs(attributes).to_zarr(
+                location.store(), mode="a", zarr_format=3, consolidated=False,
+                encoding={str(name): {"compressors": [ZstdCodec(checksum=True)]} for name in coordinates.variables},
+            )  # fmt: skip
+    ledger.create(group, tiling.n_tiles)
+    with unspecified():
+        zarr.consolidate_metadata(location.store())
+    set_attributes(location, {MARK: attributes[MARK] | {"ready": True}})
+
+
+def set_attributes(location: Location, attributes: dict[str, Any]) -> None:
+    """Change attributes of a target; those not named stay."""
+    with unspecified():
+        zarr.open_group(location.store(), mode="r+").update_attributes(attributes)
+
+
+def mark_incomplete(location: Location) -> None:
+    """Mark a target as incomplete again."""
+    set_attributes(location, {"complete": False})
+
+
+def remove_partial_chunks(location: Location) -> None:
+    """Remove what killed workers left half written."""
+    if location.is_local:
+        for folder, _, files in os.walk(location.url):
+            for name in files:
+                if _PARTIAL.search(name):
+                    with suppress(FileNotFoundError):
+                        os.unlink(os.path.join(folder, name))
+
+
+def finish(location: Location, *, durable: bool) -> None:
+    """Mark the target as complete: the last write of a job."""
+    set_attributes(location, {"complete": True})
+    if durable and location.is_local:
+        sync_path(os.path.join(location.url, "zarr.json"))
+        sync_path(location.url)

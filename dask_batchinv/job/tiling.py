@@ -1,0 +1,111 @@
+"""How a stack is cut into tiles: which region each has, and under which keys its chunks lie. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+
+def cuts(size: int, step: int) -> int:
+    """Return into how many pieces of at most `step` a length is cut."""
+    return -(-size // step)
+
+
+def batch_axes(ndim: int, core: tuple[int, int]) -> tuple[int, ...]:
+    """Return the axes that are not core."""
+    return tuple(axis for axis in range(ndim) if axis not in core)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a stack is cut into tiles."""
+
+    shape: tuple[int, ...]
+    """Shape of the stack, in the order stored."""
+    core: tuple[int, int]
+    """Axes of rows and columns."""
+    tile: tuple[int, ...]
+    """Shape of a tile (those at the end may be smaller): also the chunk shape of the target."""
+
+    @cached_property
+    def batch(self) -> tuple[int, ...]:
+        """Axes that are not core."""
+        return batch_axes(len(self.shape), self.core)
+
+    @cached_property
+    def grid(self) -> tuple[int, ...]:
+        """Tiles along each batch axis."""
+        return tuple(cuts(self.shape[axis], self.tile[axis]) for axis in self.batch)
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles in all."""
+        return math.prod(self.grid)
+
+    @property
+    def n_matrices(self) -> int:
+        """Matrices in all."""
+        return math.prod(self.shape[axis] for axis in self.batch)
+
+    def axes(self, core: bool) -> tuple[int, ...]:
+        """Return the axes of an array with the core dimensions, or without."""
+        return tuple(range(len(self.shape))) if core else self.batch
+
+    def region(self, tiles: int | range, *, core: bool = False) -> tuple[slice, ...]:
+        """Return where a tile is, by its number in C order, or a span of tiles, in an array with `core` or without.
+
+        Examples
+        --------
+        >>> tiling = Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3))
+        >>> tiling.n_tiles, tiling.region(2), tiling.region(range(0, 2))
+        (3, (slice(8, 10, None),), (slice(0, 8, None),))
+        """
+        first, last = (tiles, tiles) if isinstance(tiles, int) else (tiles[0], tiles[-1])
+        start, stop = self._position(first), self._position(last)
+        return tuple(
+            slice(start[axis] * self.tile[axis], min((stop[axis] + 1) * self.tile[axis], self.shape[axis]))
+            if axis in start
+            else slice(None)
+            for axis in self.axes(core)
+        )
+
+    def _position(self, number: int) -> dict[int, int]:
+        """Return where a tile is in the grid, by batch axis."""
+        position = {}
+        for axis, count in zip(reversed(self.batch), reversed(self.grid), strict=True):
+            number, position[axis] = divmod(number, count)
+        return position
+
+    def chunk_key(self, number: int, *, core: bool) -> str:
+        """Return the key of a tile's chunk, in an array with the core dimensions or without.
+
+        Examples
+        --------
+        >>> tiling = Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3))
+        >>> tiling.chunk_key(2, core=True), tiling.chunk_key(2, core=False)
+        ('c.2.0.0', 'c.2')
+        """
+        position = self._position(number)
+        return ".".join(["c", *(str(position.get(axis, 0)) for axis in self.axes(core))])
+
+    def spans(self, numbers: Iterable[int], longest: int) -> Iterator[range]:
+        """Yield `numbers`, which ascend, as ranges of tiles that lie side by side along the last axis.
+
+        Examples
+        --------
+        >>> tiling = Tiling(shape=(2, 10, 3, 3), core=(2, 3), tile=(1, 2, 3, 3))
+        >>> list(tiling.spans([0, 1, 2, 4, 5, 6], longest=2))
+        [range(0, 2), range(2, 3), range(4, 5), range(5, 7)]
+        """
+        row = self.grid[-1] if self.grid else 1
+        start = stop = -1
+        for number in numbers:
+            if number != stop or number - start == longest or number % row == 0:
+                if start >= 0:
+                    yield range(start, stop)
+                start = number
+            stop = number + 1
+        if start >= 0:
+            yield range(start, stop)

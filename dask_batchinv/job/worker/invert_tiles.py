@@ -1,0 +1,155 @@
+"""What a worker does with tiles: read, invert, let go of the input, write, and return an account of each."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import zarr
+
+from dask_batchinv.job.options import JobOptions, Missing
+from dask_batchinv.job.outputs import OUTPUTS, Output
+from dask_batchinv.job.results import Array, TileResult, TileRow, as_results
+from dask_batchinv.job.source.source import Source
+from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.chunks import Chunk, open_array, sync_chunk, write_chunks
+from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.versions import VersionError, Versions, differing, versions
+from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels.device import device_for
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import TargetError
+from dask_batchinv.stack import Device, result_dtype
+
+
+@dataclass(frozen=True)
+class TileTask:
+    """All that a worker needs to know of a job."""
+
+    run: str
+    """Unique to one run, so that arrays kept open by a worker are not those of an earlier target."""
+    source: Source
+    """Where to read."""
+    target: Location
+    """Where to write."""
+    generation: str
+    """Which target: another one may have taken its place since."""
+    tiling: Tiling
+    """Which region each tile has."""
+    options: JobOptions
+    """How to invert."""
+    versions: Versions
+    """What the driver runs."""
+
+
+def invert_tiles(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
+    """Do tiles that lie side by side. May be done again, by anyone: it writes the same bytes to the same keys."""
+    if len(numbers) > 1:
+        with suppress(Exception):  # one by one, each has an error of its own
+            return do_span(task, numbers)
+    spans = (range(number, number + 1) for number in numbers)
+    return [result for span in spans for result in as_results(span.start, partial(do_span, task, span))]
+
+
+def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
+    """Do tiles that lie side by side at a time."""
+    start = time.perf_counter()
+    _check_versions(tuple(sorted(task.versions.items())))
+    device = device_for(None, task.options.device)
+    whole, results = _read_and_invert(task, numbers, device)
+    _check_generation(task)
+    parts = {output.name: _split(task.tiling, output, results[output.name], numbers) for output in OUTPUTS}
+    checksums = {output.name: _write(task, output, parts[output.name], whole) for output in OUTPUTS}
+    rows = {
+        number: TileRow.of(
+            parts["info"][number],
+            parts["rcond"][number],
+            {output.name: checksums[output.name][number] for output in OUTPUTS},
+            device,
+        )
+        for number in numbers
+    }
+    milliseconds = round(1000 * (time.perf_counter() - start) / len(numbers))
+    return [TileResult(number, row, milliseconds=milliseconds) for number, row in rows.items()]
+
+
+@lru_cache(maxsize=4)
+def _check_versions(mine: tuple[tuple[str, str], ...]) -> None:
+    """Raise VersionError if this worker, which may have joined at any time, runs other versions."""
+    if found := differing(dict(mine), versions()):
+        raise VersionError(f"a worker on {socket.gethostname()} has other versions than the driver: {found}")
+
+
+def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Chunk | None, dict[str, Array]]:
+    """Return the results of tiles in the order stored; the inverses as a chunk too, where they are one as they come."""
+    # A function of its own so that the input is gone before the output is encoded.
+    stack = read_stack(task.run, task.source, task.options.missing, task.tiling, numbers)
+    dtype = result_dtype(stack.dtype)
+    is_chunk = task.tiling.core == (stack.ndim - 2, stack.ndim - 1) and stack.shape == task.tiling.tile
+    whole = Chunk(stack.shape, dtype) if is_chunk else None
+    results = invert_block(
+        stack,
+        dtype=dtype,
+        assume_a=task.options.assume_a,
+        device=device,
+        min_rcond=task.options.min_rcond,
+        out=whole.values if whole else None,
+    )
+    named = results._asdict()
+    return whole, {
+        output.name: np.moveaxis(named[output.name], (-2, -1), task.tiling.core) if output.core else named[output.name]
+        for output in OUTPUTS
+    }
+
+
+def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tiles: int | range) -> Array:
+    """Read tiles of the source, core dimensions last."""
+    block = _open_source(run, source, missing)[tiling.region(tiles, core=True)]
+    return np.moveaxis(np.asarray(block), tiling.core, (-2, -1))
+
+
+def _check_generation(task: TileTask) -> None:
+    """Hold back a worker that was cut off for so long that its target was replaced meanwhile."""
+    if targets.generation_of(task.target) != task.generation:
+        raise TargetError(f"{task.target.name} was removed or replaced while the job was running")
+
+
+def _split(tiling: Tiling, output: Output, values: Array, numbers: range) -> dict[int, Array]:
+    """Return what each of several tiles has of an output."""
+    if len(numbers) == 1:
+        return {numbers.start: values}
+    along = tiling.batch[-1]
+    width, before = tiling.tile[along], (slice(None),) * tiling.axes(output.core).index(along)
+    starts = ((number, (number - numbers.start) * width) for number in numbers)
+    return {number: values[(*before, slice(start, start + width))] for number, start in starts}
+
+
+def _write(task: TileTask, output: Output, parts: dict[int, Array], whole: Chunk | None) -> dict[int, int]:
+    """Write an output of several tiles; return the checksums of its chunks, -1 for tiles that are empty."""
+    array = _open_target(task.run, task.target, output.name)
+    if not array.size:
+        return dict.fromkeys(parts, -1)
+    ready = whole if output.name == "inverse" else None
+    chunks = {number: ready or Chunk.of(array, part) for number, part in parts.items()}
+    checksums = {number: chunk.seal() for number, chunk in chunks.items()}
+    keys = {number: task.tiling.chunk_key(number, core=output.core) for number in parts}
+    write_chunks(array, {keys[number]: chunk for number, chunk in chunks.items()})
+    if task.options.durable:
+        for key in keys.values():
+            sync_chunk(array, key)
+    return checksums
+
+
+@lru_cache(maxsize=8)
+def _open_source(run: str, source: Source, missing: Missing) -> zarr.Array[Any]:
+    return source.open(missing)
+
+
+@lru_cache(maxsize=24)
+def _open_target(run: str, target: Location, name: str) -> zarr.Array[Any]:
+    return open_array(target / name)

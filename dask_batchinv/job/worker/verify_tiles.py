@@ -1,0 +1,148 @@
+"""What a worker does to verify tiles: read all outputs, judge what they say, multiply matrices with their inverses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import zarr
+
+from dask_batchinv.job.outputs import OUTPUTS
+from dask_batchinv.job.results import Array, TileResult, TileRow, as_results
+from dask_batchinv.job.source.source import Source
+from dask_batchinv.job.target.chunks import checksum, open_array
+from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.worker.invert_tiles import read_stack
+from dask_batchinv.kernels import read_part
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import Info
+from dask_batchinv.stack import AssumeA
+
+#: LAPACK's own tests accept a residual of 30 n eps ‖A‖₁ ‖X‖₁.
+LARGEST_RATIO = 30.0
+#: The multiples of the golden ratio, taken modulo 1, are spread evenly.
+_GOLDEN = (5**0.5 - 1) / 2
+#: Bytes of matrices multiplied at a time.
+_GROUP_NBYTES = 2**20
+
+
+@dataclass(frozen=True)
+class VerifyTask:
+    """All that a worker needs to know to verify a tile."""
+
+    run: str
+    """Unique to one run."""
+    target: Location
+    """What to verify."""
+    tiling: Tiling
+    """Its tiles."""
+    source: Source | None
+    """What it must be the inverse of."""
+    assume_a: AssumeA
+    """Structure of the matrices."""
+    sample: float
+    """The share of tiles whose residuals are computed."""
+
+
+@dataclass(frozen=True)
+class VerifiedTile:
+    """A tile that says of every matrix what it should."""
+
+    row: TileRow
+    """Its account, from its outputs."""
+    residuals: int
+    """Matrices multiplied with their inverse."""
+    largest_ratio: float
+    """The largest of `residual_ratios`."""
+
+
+def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTile]]:
+    """Verify tiles."""
+    return [result for number in numbers for result in as_results(number, partial(_verify_tile, task, number))]
+
+
+@lru_cache(maxsize=12)
+def _open_target(run: str, target: Location, name: str) -> zarr.Array[Any]:
+    return open_array(target / name, read_only=True)
+
+
+def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]]:
+    region, parts, checksums = task.tiling.region(number), {}, {}
+    for output in OUTPUTS:
+        array = _open_target(task.run, task.target, output.name)
+        parts[output.name] = np.asarray(array[task.tiling.region(number, core=output.core)])
+        checksums[output.name] = checksum(array, task.tiling.chunk_key(number, core=output.core))
+    info, rcond = parts["info"].reshape(-1), parts["rcond"].reshape(-1)
+    n = task.tiling.shape[task.tiling.core[0]]
+    inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(info.size, n, n)
+    _check_account(inverse, info, rcond, region)
+    ratios = np.empty(0)
+    if task.source is not None and n and _is_sampled(number, task.sample):
+        good = info == Info.GOOD
+        # A tile that is done was read, or filled as it was asked for.
+        stack = read_stack(task.run, task.source, "fill", task.tiling, number).reshape(info.size, n, n)
+        ratios = residual_ratios(read_part(stack[good], task.assume_a), inverse[good])
+        large = np.zeros(len(info), bool)
+        large[good] = ~(ratios <= LARGEST_RATIO)
+        _refuse(large, region, f"not the inverse: its residual is over {LARGEST_RATIO:g} n eps |A| |X|")
+    verified = VerifiedTile(TileRow.of(info, rcond, checksums), len(ratios), float(ratios.max(initial=0.0)))
+    return [TileResult(number, verified)]
+
+
+def _check_account(inverse: Array, info: Array, rcond: Array, region: tuple[slice, ...]) -> None:
+    """Raise ValueError where inverse, info and rcond contradict each other."""
+    if (info == Info.PENDING).any():
+        raise ValueError("some matrices were never computed")
+    good = info == Info.GOOD
+    _refuse(good & ~np.isfinite(inverse).all(axis=(1, 2)), region, "not finite, but info says good")
+    if inverse.shape[-1]:
+        _refuse(~good & ~np.isnan(inverse).all(axis=(1, 2)), region, "not NaN, but info says failed")
+    # A little over 1 by rounding; NaN is neither.
+    _refuse(good & ~((rcond >= 0) & (rcond < 1.1)), region, "good, but their rcond is not between 0 and 1")
+    _refuse((info > 0) & (rcond != 0), region, "singular, but their rcond is not 0")
+
+
+def _refuse(wrong: Array, region: tuple[slice, ...], what: str) -> None:
+    if wrong.any():
+        shape = tuple(span.stop - span.start for span in region)
+        inside = np.unravel_index(int(wrong.argmax()), shape) if shape else ()
+        first = tuple(int(i) + span.start for i, span in zip(inside, region, strict=True))
+        raise ValueError(f"{int(wrong.sum())} matrices are {what}; first {first}")
+
+
+def _is_sampled(number: int, share: float) -> bool:
+    """Choose about that share of all tiles, spread evenly over them, and always the same."""
+    return number * _GOLDEN % 1.0 < share
+
+
+def residual_ratios(a: Array, x: Array) -> Array:
+    """Return min(‖XA - I‖₁, ‖AX - I‖₁) / (n eps ‖A‖₁ ‖X‖₁) per matrix, as LAPACK's dget03.
+
+    The better side, because an inverse that is stable in LAPACK's sense has only one of the two small.
+    """
+    n, eps = x.shape[-1], np.finfo(x.dtype).eps
+    wide = np.result_type(x.dtype, np.float64)
+    ratios = np.empty(len(x))
+    step = max(1, _GROUP_NBYTES // (n * n * wide.itemsize))
+    with np.errstate(all="ignore"):
+        for start in range(0, len(x), step):
+            # Norms first brought to 1: the product of large and small numbers must not overflow.
+            ag, norm_a = _normed(a[start : start + step].astype(wide))
+            xg, norm_x = _normed(x[start : start + step].astype(wide))
+            unit = np.eye(n) / norm_a / norm_x
+            left, right = (_norm1(product - unit) for product in (xg @ ag, ag @ xg))
+            ratios[start : start + step] = np.minimum(left, right) / (n * eps)
+    return ratios
+
+
+def _normed(a: Array) -> tuple[Array, Array]:
+    largest = np.abs(a).max(axis=(1, 2), keepdims=True)
+    norm = np.abs(a / largest).sum(axis=1, keepdims=True).max(axis=2, keepdims=True)
+    return a / largest / norm, largest * norm
+
+
+def _norm1(a: Array) -> Array:
+    norm: Array = np.abs(a).sum(axis=1).max(axis=1)
+    return norm
