@@ -2,8 +2,9 @@
 
 from dask_batchinv import accessor, config  # noqa: F401  (register .linalg on Xarray objects, and defaults)
 from dask_batchinv._version import __version__ as __version__
-from dask_batchinv.array import InverseEx, inverse, inverse_ex
+from dask_batchinv.array import inverse, inverse_ex
 from dask_batchinv.job import JobFailedError, JobReport, VerifyReport, invert_store, verify_store
+from dask_batchinv.kernels import InverseEx
 from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.outcome import (
     ClusterError,

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dask_batchinv.array import CallOptions, InverseEx, invert_any, invert_any_ex
+from dask_batchinv.array import CallOptions, invert_any, invert_any_ex
+from dask_batchinv.kernels import InverseEx
 from dask_batchinv.stack import AssumeA, Device, OnError, result_dtype
 
 Dims = Sequence[Hashable]

@@ -6,13 +6,13 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, NamedTuple
+from typing import Any
 
 import dask.array as da
 import numpy as np
 import zarr
 
-from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels import InverseEx, invert_block
 from dask_batchinv.kernels.device import is_gpu_array, parse_device
 from dask_batchinv.out import check_out, fill, shares_memory
 from dask_batchinv.outcome import raise_failed
@@ -27,17 +27,6 @@ from dask_batchinv.stack import (
     whole_matrices,
 )
 from dask_batchinv.storage import write_unit
-
-
-class InverseEx(NamedTuple):
-    """The inverses of a stack with an account of each matrix."""
-
-    inverse: Any
-    """Shape ``(*, n, n)``; all NaN where `info` is not 0."""
-    info: Any
-    """Shape ``(*,)``, int32: codes as `Info` has them; 0 good, k > 0 the k-th pivot is zero."""
-    rcond: Any
-    """Shape ``(*,)``, real: 1 / (‖A‖₁ ‖A⁻¹‖₁); 0 for a singular matrix, NaN for a non-finite one."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +173,7 @@ def invert_any(a: Any, options: CallOptions, out: Any) -> Any:
 def invert_any_ex(a: Any, options: CallOptions) -> InverseEx:
     """`inverse_ex` for one kind of input; here whatever `numpy.asarray` takes."""
     a = _in_memory(a)
-    result = InverseEx(*invert_block(a, dtype=result_dtype(a.dtype), assume_a=options.assume_a, device=options.device))
+    result = invert_block(a, dtype=result_dtype(a.dtype), assume_a=options.assume_a, device=options.device)
     if options.raises:
         raise_failed(result.info, options.assume_a)
     return result
@@ -268,9 +257,7 @@ def _whole(a: da.Array) -> da.Array:
 
 
 def _account_of_block(block: Any, options: CallOptions, block_info: Any = None) -> InverseEx:
-    account = InverseEx(
-        *invert_block(block, dtype=result_dtype(block.dtype), assume_a=options.assume_a, device=options.device)
-    )
+    account = invert_block(block, dtype=result_dtype(block.dtype), assume_a=options.assume_a, device=options.device)
     if options.raises:
         spans = block_info[0]["array-location"] if block_info else [(0, 0)] * block.ndim
         origin = tuple(None if math.isnan(start) else int(start) for start, _ in spans[:-2])

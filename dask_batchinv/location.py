@@ -15,6 +15,8 @@ import zarr.storage
 _SECRET = re.compile(
     r"(?i)((?:key|secret|token|sig|signature|password|passwd|pwd|credential|auth|sas)[^=&\s]*=)[^&\s]+"
 )
+#: A metadata document may be so long.
+_JSON_NBYTES = 16 * 2**20
 _USER = re.compile(r"(?<=://)[^/\s]+@")
 
 
@@ -113,13 +115,21 @@ class Location:
         Raises
         ------
         ValueError
-            If it is not a JSON object.
+            If it is not a file, longer than metadata ever are, or not a JSON object.
         """
         fs, path = self.filesystem()
+        found = f"{path}/{key}"
+        if self.is_local and os.path.exists(found) and not os.path.isfile(found):
+            if os.path.isdir(found):
+                return None
+            raise ValueError(f"{key} of {self.name} is not a file")
         try:
-            content = json.loads(fs.cat_file(f"{path}/{key}"))
+            text = fs.cat_file(found, start=0, end=_JSON_NBYTES + 1)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        if len(text) > _JSON_NBYTES:
+            raise ValueError(f"{key} of {self.name} is longer than {_JSON_NBYTES >> 20} MiB, which metadata never are")
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object in {key}, got {type(content).__name__}")
         return content

@@ -6,20 +6,18 @@ import pickle
 
 import dask
 import numcodecs
-import numpy as np
 import pytest
 import zarr
 from distributed import Client, LocalCluster
-from gpu import fake_cupy
 from hypothesis import HealthCheck, settings
-from stacks import conditioned
 
 from dask_batchinv import RefusedError, invert_store
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.prepare import prepare
-from dask_batchinv.kernels import choose_kernel
-from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.device import why_unusable
+from tests.gpu import fake_cupy
+from tests.support.running import run_cpu, run_gpu
+from tests.support.targets import spoilt
 
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=1000, deadline=None)
@@ -94,27 +92,6 @@ def make_source(tmp_path):
     return make
 
 
-def read_target(path):
-    """Return the three arrays of a target."""
-    group = zarr.open_group(path, mode="r")
-    return tuple(np.asarray(group[name][...]) for name in ("inverse", "info", "rcond"))
-
-
-def tree(path):
-    """Every file with its content."""
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-def spoilt(m=60, n=3):
-    """A stack with some matrices of each kind of failure, and what info must say."""
-    a = conditioned(m, n, 100)
-    info = np.zeros(m, np.int32)
-    for i, (value, code) in {5: (0, 1), 11: (0, 1), 20: (np.nan, -1), 33: (np.inf, -1), 41: (1e-320, -2)}.items():
-        a[i] = value if not np.isfinite(value) else value * np.eye(n)
-        info[i] = code
-    return a, info
-
-
 @pytest.fixture
 def client(threads):
     return threads
@@ -146,25 +123,6 @@ def backend(request):
 def run(backend):
     """Call a bare kernel for arrays in main memory."""
     return run_cpu if backend == "cpu" else run_gpu
-
-
-def run_cpu(a, structure="general"):
-    out, info, rcond = results_for(a)
-    choose_kernel(structure, "cpu").invert(a, out, info, rcond)
-    return out, info, rcond
-
-
-def run_gpu(a, structure="general"):
-    import cupy
-
-    on_gpu = [cupy.array(x) for x in (a, *results_for(a))]
-    cuda.invert(*on_gpu, assume_a=structure)
-    return tuple(cupy.asnumpy(x) for x in on_gpu[1:])
-
-
-def results_for(a):
-    """Return arrays for inverse, info and rcond, filled with what they must not keep."""
-    return np.full(a.shape, 99, a.dtype), np.full(len(a), 99, np.int32), np.full(len(a), 99, np.finfo(a.dtype).dtype)
 
 
 # --- hostile sources ------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
-from stacks import residual_ratio
+
+from tests.support.stacks import residual_ratio
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-"""The arrays of a target: what they are called, how they are stored, what they mean."""
+"""The arrays of a target: names, dtypes, fill values, attributes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,15 @@ class Output:
     """Its dtype, from that of the inverse."""
     fill: Any
     """What stands where nothing was written yet."""
-    attributes: Callable[[AssumeA], dict[str, str]]
-    """Its attributes, from the structure of the matrices."""
+    long_name: str | Callable[[AssumeA], str]
+    """Its description, which may depend on the structure of the matrices."""
+    units: str | None = None
+    """Its units, if they do not depend on the source."""
+
+    def attributes(self, assume_a: AssumeA) -> dict[str, Any]:
+        """Return its attributes for matrices of a structure."""
+        long_name = self.long_name if isinstance(self.long_name, str) else self.long_name(assume_a)
+        return {"long_name": long_name} | ({} if self.units is None else {"units": self.units})
 
     @property
     def checksum(self) -> str:
@@ -36,27 +43,9 @@ class Output:
 
 
 OUTPUTS = (
-    Output(
-        "inverse",
-        core=True,
-        dtype=lambda dtype: dtype,
-        fill=np.nan,
-        attributes=lambda assume_a: {"long_name": "matrix inverse"},
-    ),
-    Output(
-        "rcond",
-        core=False,
-        dtype=real_dtype,
-        fill=np.nan,
-        attributes=lambda assume_a: {"long_name": "reciprocal condition number in the 1-norm", "units": "1"},
-    ),
-    Output(
-        "info",
-        core=False,
-        dtype=lambda dtype: np.dtype(np.int32),
-        fill=int(Info.PENDING),
-        attributes=lambda assume_a: {"long_name": describe_codes(assume_a)},
-    ),
+    Output("inverse", True, lambda dtype: dtype, np.nan, "matrix inverse"),
+    Output("rcond", False, real_dtype, np.nan, "reciprocal condition number in the 1-norm", "1"),
+    Output("info", False, lambda dtype: np.dtype(np.int32), int(Info.PENDING), describe_codes),
 )
 #: The group beside them in which the job keeps its account.
 LEDGER = "ledger"

@@ -29,7 +29,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class TileResult(Generic[T]):
-    """What came of one tile: a value or an error."""
+    """The result of one tile: a value or an error."""
 
     number: int
     """Which tile."""

@@ -28,15 +28,15 @@ from dask_batchinv.stack import AssumeA, Device, parse_choice
 Array = npt.NDArray[Any]
 
 
-class Results(NamedTuple):
-    """What comes of a block of shape ``(*, n, n)``."""
+class InverseEx(NamedTuple):
+    """The inverses of a stack with an account of each matrix."""
 
-    inverse: Array
-    """Shape ``(*, n, n)``."""
-    info: Array
-    """Shape ``(*,)``, int32."""
-    rcond: Array
-    """Shape ``(*,)``, of the real kind of the inverse."""
+    inverse: Any
+    """Shape ``(*, n, n)``; all NaN where `info` is not 0."""
+    info: Any
+    """Shape ``(*,)``, int32: codes as `Info` has them; 0 good, k > 0 the k-th pivot is zero."""
+    rcond: Any
+    """Shape ``(*,)``, real: 1 / (‖A‖₁ ‖A⁻¹‖₁); 0 for a singular matrix, NaN for a non-finite one."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def invert_block(
     device: Device = "auto",
     min_rcond: float = 0.0,
     out: Array | None = None,
-) -> Results:
+) -> InverseEx:
     """Invert one block of shape ``(*, n, n)`` that is in main memory or on a GPU, where the results then are too.
 
     Parameters
@@ -125,7 +125,7 @@ def invert_block(
 
     Returns
     -------
-    Results
+    InverseEx
     """
     where = device_for(a, device)
     with a.device if is_gpu_array(a) else nullcontext():  # the one that it is on
@@ -134,7 +134,7 @@ def invert_block(
 
 def _invert_block(
     a: Any, dtype: np.dtype[Any], assume_a: AssumeA, where: Literal["cpu", "gpu"], min_rcond: float, out: Array | None
-) -> Results:
+) -> InverseEx:
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
     empty: Any = np.empty
@@ -152,4 +152,4 @@ def _invert_block(
         poor = (info == Info.GOOD) & (rcond < min_rcond)
         info[poor] = Info.BELOW_MIN_RCOND
         out[poor] = np.nan
-    return Results(out.reshape(a.shape), info.reshape(batch), rcond.reshape(batch))
+    return InverseEx(out.reshape(a.shape), info.reshape(batch), rcond.reshape(batch))

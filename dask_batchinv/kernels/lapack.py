@@ -1,4 +1,4 @@
-"""The CPU kernel: LAPACK through NumPy and SciPy, made to account for every matrix.
+"""LAPACK through NumPy and SciPy, made to account for every matrix.
 
 NumPy's own `inv` raises for the whole stack when one matrix is singular, lets NaN pass, and turns an infinity
 into a finite "inverse". Here each matrix is looked at before and after: what LAPACK must not see is replaced by

@@ -106,7 +106,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
     """Run all tests that take a card, for so long at most; return how they went."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider",
                "-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal",
-               "tests/gpu/test_on_gpu.py", "tests/test_kernels.py", "-rfs"]  # fmt: skip
+               "tests/gpu/test_on_gpu.py", "tests/kernels/test_kernels.py", "-rfs"]  # fmt: skip
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         out, complete = ended.stdout, True
@@ -130,7 +130,7 @@ def spilled() -> dict[str, int]:
 
     found = {}
     for case in CASES:
-        plan = launch.plan_launch(case.n, case.dtype, case.kind)
+        plan = launch.choose_launch(case.n, case.dtype, case.kind)
         if case.n in SIZES and plan.layout in ("threads", "lanes", "tiles"):
             kernel = cuda._function(plan.options, plan.layout, cupy.cuda.Device().id)
             if nbytes := driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, kernel.ptr):
@@ -334,7 +334,7 @@ def _row(n: int, dtype: str, cells: dict[str, dict[str, float]]) -> list[str]:
     definite = cells.get(f"positive definite {n} {dtype}", {}).get("ours")
     return [
         str(n),
-        launch.plan_launch(n, dtype, "general").layout,
+        launch.choose_launch(n, dtype, "general").layout,
         f"{1e9 * ours:.3g} ns",
         f"{values['copy'] / ours:.0%}",
         *(f"{values[peer] / ours:.1f}" if peer in values else "" for peer in PEERS),

@@ -18,7 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.location import Location
-from tests.stacks import conditioned
+from tests.support.stacks import conditioned
 
 #: Tiles of a little more than half a MiB, so that each is a task of its own.
 MATRICES_PER_TILE, N = 1100, 8

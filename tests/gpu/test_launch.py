@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stacks import DTYPES, STRUCTURES
 
 from dask_batchinv.kernels.cuda import launch
-from dask_batchinv.kernels.cuda.launch import plan_launch
+from dask_batchinv.kernels.cuda.launch import choose_launch
+from tests.support.stacks import DTYPES, STRUCTURES
 
 
 def compiler():
@@ -49,9 +49,11 @@ def compile_for(architecture, options):
 )
 def test_kernels_compile(dtype, kind, architecture):
     """The largest n of each layout, which is the hardest for the compiler."""
-    sizes = [n for n in range(1, 130) if plan_launch(n, dtype, kind).layout != plan_launch(n + 1, dtype, kind).layout]
+    sizes = [
+        n for n in range(1, 130) if choose_launch(n, dtype, kind).layout != choose_launch(n + 1, dtype, kind).layout
+    ]
     for n in [*sizes, 200]:
-        size, assembly = compile_for(architecture, plan_launch(n, dtype, kind).options)
+        size, assembly = compile_for(architecture, choose_launch(n, dtype, kind).options)
         assert size > 1000
         assert ".ftz.f32" not in assembly  # would take the smallest numbers for zeros
 
@@ -60,10 +62,10 @@ def test_every_matrix_has_a_kernel():
     for dtype in DTYPES:
         for structure in STRUCTURES:
             order = ["threads", "lanes", "tiles", "memory" if structure == "positive definite" else "cublas"]
-            layouts = [plan_launch(n, dtype, structure).layout for n in range(1, 1025)]
+            layouts = [choose_launch(n, dtype, structure).layout for n in range(1, 1025)]
             assert list(dict.fromkeys(layouts)) == order
             for n in range(1, 1025):
-                plan = plan_launch(n, dtype, structure)
+                plan = choose_launch(n, dtype, structure)
                 # What every card has since 2017.
                 assert plan.shared_nbytes <= launch.SHARED_NBYTES
                 assert plan.threads % 32 == 0
@@ -74,7 +76,7 @@ def test_every_matrix_has_a_kernel():
 
 @pytest.mark.parametrize("n", [2, 16, 64, 300])
 def test_any_number_of_matrices(n):
-    plan = plan_launch(n, "float64", "general")
+    plan = choose_launch(n, "float64", "general")
     assert plan.blocks(1) == 1
     for m in (10**6, 2**31, 2**40):
         # No more blocks than CUDA has in a row, and all matrices are somebody's turn.

@@ -4,12 +4,11 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from conftest import run_gpu
-from lapack_types import TYPES
-from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
-from test_lapack_types import LIMIT, check
 
 from dask_batchinv import inverse, inverse_ex
+from tests.support.lapack_types import TYPES
+from tests.support.running import LIMIT, check, run_gpu
+from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
 pytestmark = pytest.mark.gpu
 #: Sizes on both sides of each change of layout, for all dtypes.

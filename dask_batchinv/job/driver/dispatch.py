@@ -67,16 +67,16 @@ class Dispatcher:
             If the scheduler is lost, or there are no workers for as long as the patience.
         """
         retries = Retries(spans, attempts or default_attempts())
-        window = _Window(self.client, work, task, retries)
+        in_flight = _InFlight(self.client, work, task, retries)
         try:
-            while not window.idle or window.isolate():
-                window.feed()
-                for result in window.collect():
+            while not in_flight.idle or in_flight.isolate():
+                in_flight.feed()
+                for result in in_flight.collect():
                     yield result
                     if isinstance(result, TileResult) and result.stops:
                         retries.drain()
         finally:
-            window.cancel()
+            in_flight.cancel()
 
 
 @dataclass
@@ -88,7 +88,7 @@ class _Worker:
     spans: int = 0
 
 
-class _Window:
+class _InFlight:
     """The spans that are on the cluster."""
 
     def __init__(self, client: Client, work: Work[Any], task: Any, retries: Retries):

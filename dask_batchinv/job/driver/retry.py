@@ -74,7 +74,7 @@ class Retries:
         heapq.heappush(self._waiting, (at, span.start, span))
 
     def on_results(self, span: range, results: Iterable[TileResult[Any]], now: float) -> Iterator[TileResult[Any]]:
-        """Take what came of a span; yield those results that are final, with how often their tiles were tried."""
+        """Note the results of a span; yield those that are final, with how often their tiles were tried."""
         self._deaths.pop(span, None)
         for result in results:
             tried = self._tried.pop(result.number, 0) + 1
@@ -95,7 +95,7 @@ class Retries:
         elif span == self._isolated or self._deaths[span] < SUSPICIOUS_DEATHS:
             self.requeue(span, now)
         else:
-            # Anew: of a tile alone, only those deaths count that it dies alone.
+            # From here on only those deaths count that a tile dies alone.
             del self._deaths[span]
             if len(span) == 1:
                 self._suspects.append(span)

@@ -24,7 +24,6 @@ from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, LockLostError, locked, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
-from dask_batchinv.job.target.target import Contents
 from dask_batchinv.job.versions import versions
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
@@ -98,9 +97,16 @@ class Run:
         job, tiling = self.job, self.plan.tiling
         lock = held.enter_context(locked(job.target))
         if job.action == "create":
-            dtype, coordinates = result_dtype(job.source.dtype), job.source.read_coordinates()
-            contents = Contents(job.fingerprint, tiling, dtype, job.source.dims, coordinates)
-            targets.create(job.target, contents, overwrite=job.options.overwrite)
+            coordinates, dtype = job.source.read_coordinates(), result_dtype(job.source.dtype)
+            targets.create(
+                job.target,
+                job.fingerprint,
+                tiling,
+                dtype,
+                job.source.dims,
+                coordinates,
+                overwrite=job.options.overwrite,
+            )
         target = targets.inspect(job.target)  # again: another run may have been at work until now
         if not target.is_there or target.fingerprint != job.fingerprint or target.tile != tiling.tile:
             raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")
@@ -125,17 +131,8 @@ class Run:
                         totals.damaged.append(result)
                         ledger.forget(result.number)
                 share = (totals.read_back + len(totals.damaged)) / max(1, recorded)
-                self.on_progress(
-                    Progress(
-                        activity="checking",
-                        matrices=matrices,
-                        matrices_done=round(share * matrices),
-                        matrices_before=0,
-                        failed=0,
-                        failed_tiles=len(totals.damaged),
-                        seconds=time.monotonic() - start,
-                    )
-                )
+                seconds, damaged = time.monotonic() - start, len(totals.damaged)
+                self.on_progress(Progress("checking", matrices, round(share * matrices), 0, 0, damaged, seconds))
         except ClusterLostError as error:
             totals.stopped = str(error)
 
@@ -155,7 +152,7 @@ class Run:
 
     def _invert_tiles(self, generation: str, ledger: Ledger, lock: Lock) -> None:
         start, flushed, totals = time.monotonic(), -FLUSH_SECONDS, self.totals
-        tiling = self.plan.tiling
+        tiling, n_matrices = self.plan.tiling, self.plan.tiling.n_matrices
         before = done = ledger.total("matrices")
         without_inverse = sum(ledger.failed.values())
         spans = tiling.spans(map(int, np.flatnonzero(~ledger.done)), self.plan.tiles_per_task)
@@ -173,15 +170,7 @@ class Run:
                 self._flush(ledger)
                 flushed = now
             self.on_progress(
-                Progress(
-                    activity="inverting",
-                    matrices=tiling.n_matrices,
-                    matrices_done=done,
-                    matrices_before=before,
-                    failed=without_inverse,
-                    failed_tiles=len(totals.failed),
-                    seconds=now - start,
-                )
+                Progress("inverting", n_matrices, done, before, without_inverse, len(totals.failed), now - start)
             )
 
     def task(self, generation: str) -> TileTask:

@@ -1,4 +1,4 @@
-"""Read a whole target back, and check that it says of every matrix what it should."""
+"""Verifies a whole target: every chunk is read, and its account checked."""
 
 from __future__ import annotations
 

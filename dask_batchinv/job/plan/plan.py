@@ -16,7 +16,7 @@ from dask_batchinv.outcome import PlanError
 IDLE_WORKER_NBYTES = 192 * 2**20
 #: What Zarr needs for each chunk that it is asked for at once, beside its data: measured 1.7 KiB.
 CHUNK_NBYTES = 2048
-#: A read unit up to this many times the wished tile is not cut, because each part would decode it anew.
+#: A read unit up to this many times the wished tile is not cut, because each part would decode it again.
 LARGEST_TILE = 4
 #: Tiles smaller than this are done several at a time, because each time costs milliseconds.
 SPAN_NBYTES = 2**20

@@ -1,1 +1,1 @@
-"""What people and machines are told."""
+"""Reports, as text and as JSON."""

@@ -1,4 +1,4 @@
-"""The record of a run: what it did, while it is at it, and what is kept of that in the target."""
+"""The record of a run: counted while it runs, and kept in the target."""
 
 from __future__ import annotations
 

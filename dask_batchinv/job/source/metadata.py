@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,8 +41,7 @@ _LABELS_V3 = frozenset(
     )
 )
 _TEXTS = ("|O", "string", "variable_length_utf8")
-#: A metadata document may be so long, a label so wide, a shard have so many chunks, and a codec stand so deep.
-_DOCUMENT_NBYTES = 16 * 2**20
+#: A label may be so wide, a shard have so many chunks, and a codec stand so deep.
 _LABEL_NBYTES = 2**20
 _CHUNKS_PER_SHARD = 2**20
 _NESTED = 4
@@ -91,12 +89,12 @@ def _are_sizes(value: Any, least: int) -> bool:
 
 def read_node(location: Location, zarr_format: Literal[2, 3] | None = None) -> Node | None:
     """Return what is at a location, of one Zarr format or of either, as Zarr would look for it; None if nothing is."""
-    if zarr_format != 2 and (meta := _read_json(location, "zarr.json")) is not None:
+    if zarr_format != 2 and (meta := location.read_json("zarr.json")) is not None:
         node = Node(location, 3, meta.get("node_type") == "array", meta, meta.get("attributes") or {})
-    elif zarr_format != 3 and (meta := _read_json(location, ".zarray")) is not None:
-        node = Node(location, 2, True, meta, _read_json(location, ".zattrs") or {})
-    elif zarr_format != 3 and (meta := _read_json(location, ".zgroup")) is not None:
-        node = Node(location, 2, False, meta, _read_json(location, ".zattrs") or {})
+    elif zarr_format != 3 and (meta := location.read_json(".zarray")) is not None:
+        node = Node(location, 2, True, meta, location.read_json(".zattrs") or {})
+    elif zarr_format != 3 and (meta := location.read_json(".zgroup")) is not None:
+        node = Node(location, 2, False, meta, location.read_json(".zattrs") or {})
     else:
         return None
     found = meta.get("zarr_format")
@@ -105,28 +103,6 @@ def read_node(location: Location, zarr_format: Literal[2, 3] | None = None) -> N
         node.expect(meta.get("node_type") in ("array", "group"), "node_type array or group", meta.get("node_type"))
     node.expect(isinstance(node.attributes, dict), "attributes in an object", node.attributes)
     return node
-
-
-def _read_json(location: Location, key: str) -> dict[str, Any] | None:
-    """Return a JSON object as `Location.read_json` does, but nothing that is too long for metadata, or no file."""
-    fs, path = location.filesystem()
-    if location.is_local and os.path.exists(f"{path}/{key}") and not os.path.isfile(f"{path}/{key}"):
-        if os.path.isdir(f"{path}/{key}"):
-            return None
-        raise SourceError(f"{key} of {location.name} is not a file: it cannot be opened")
-    try:
-        text = fs.cat_file(f"{path}/{key}", start=0, end=_DOCUMENT_NBYTES + 1)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
-    if len(text) > _DOCUMENT_NBYTES:
-        raise SourceError(
-            f"{key} of {location.name} is longer than {_DOCUMENT_NBYTES >> 20} MiB, which metadata never are. Rewrite "
-            "the source"
-        )
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object in {key}, got {type(content).__name__}")
-    return content
 
 
 def digest_of(node: Node, coordinates: tuple[str, ...]) -> str:
@@ -209,7 +185,7 @@ def allowed_codecs(node: Node) -> frozenset[str]:
 
 
 def check_codecs(node: Node, allowed: frozenset[str], where: str) -> None:
-    """Raise SourceError if a codec may not run, or could make more of a chunk than anybody can tell."""
+    """Raise SourceError if a codec may not run, or could decode a chunk to any size."""
     chains = list(_chains(node))
     if refused := [name for chain in chains for name, _ in chain if name not in allowed]:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""The source of a job: its metadata read and checked, before Zarr may decode a single byte of it."""
+"""The source of a job: its metadata are read and checked before Zarr may decode a single byte of it."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def _name_dims(
 
 
 def _check_not_packed(node: Node, location: Location) -> None:
-    """Refuse numbers that are not what they stand for: Xarray would decode them, and we would not."""
+    """Refuse packed numbers: Xarray would decode them, and we would not."""
     packed = {"scale_factor", "add_offset"} & set(node.attributes)
     for name in ("_FillValue", "missing_value"):
         if name in node.attributes and not _is_nan(node.attributes[name]):

@@ -63,7 +63,7 @@ def locked(target: Location) -> Iterator[Lock]:
         # Removed while it is still locked: who waits for it sees that the file has gone, and makes another.
         with suppress(OSError):
             os.unlink(os.path.join(target.url, LOCK))
-            os.rmdir(target.url)  # if nothing came of the run
+            os.rmdir(target.url)  # if the run has created nothing
         os.close(handle)
 
 

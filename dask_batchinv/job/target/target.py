@@ -6,7 +6,6 @@ import os
 import re
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dask_batchinv.job.target.state import Fingerprint, State, Target, decide
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location, redact
 from dask_batchinv.outcome import TargetError
+from dask_batchinv.stack import AssumeA
 from dask_batchinv.storage import array_options, unspecified
 
 #: The attribute that says a group is ours.
@@ -34,22 +34,6 @@ FORMAT = 3
 _FLAT: Any = {"name": "default", "separator": "."}
 #: What Zarr writes a chunk to before it gives it its name.
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a target is created for."""
-
-    fingerprint: Fingerprint
-    """What decides its bits."""
-    tiling: Tiling
-    """Its shape and its tiles."""
-    dtype: np.dtype[Any]
-    """dtype of the inverse."""
-    dims: tuple[str, ...]
-    """Dimension names of the inverse."""
-    coordinates: xr.Dataset | None
-    """Coordinates, undecoded, in memory."""
 
 
 def parse_location(path: str | os.PathLike[str]) -> Location:
@@ -140,11 +124,29 @@ def tiling_of(location: Location, target: Target) -> Tiling:
     return Tiling(tuple(array.shape), (dims.index(row), dims.index(col)), target.tile)
 
 
-def create(location: Location, contents: Contents, *, overwrite: bool = False) -> None:
+def create(
+    location: Location,
+    fingerprint: Fingerprint,
+    tiling: Tiling,
+    dtype: np.dtype[Any],
+    dims: tuple[str, ...],
+    coordinates: xr.Dataset | None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Create the target, metadata first. The mark is written before anything else, ``ready`` last.
 
     A creation that was interrupted is removed, and with `overwrite` the target of another job, but only if there is
     nothing in it that is not ours.
+
+    Parameters
+    ----------
+    fingerprint
+        What decides its bits.
+    tiling, dtype, dims
+        Shape, tiles, dtype and dimension names of the inverse.
+    coordinates
+        Coordinates, undecoded, in memory.
 
     Raises
     ------
@@ -154,20 +156,27 @@ def create(location: Location, contents: Contents, *, overwrite: bool = False) -
         If it cannot be written.
     """
     old = inspect(location)  # again: time has passed since the job was prepared
-    if decide(old.state, same_job=old.fingerprint == contents.fingerprint, overwrite=overwrite) != "create":
+    if decide(old.state, same_job=old.fingerprint == fingerprint, overwrite=overwrite) != "create":
         raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the command again")
     if old.state is not State.ABSENT:
         _clear(location, old)
     mark = {
         "format": FORMAT,
-        "fingerprint": contents.fingerprint,
+        "fingerprint": fingerprint,
         "generation": uuid.uuid4().hex,
-        "tile": list(contents.tiling.tile),
+        "tile": list(tiling.tile),
         "ready": False,
-        "names": [*MEMBERS, *_names(contents.coordinates)],
+        "names": [*MEMBERS, *_names(coordinates)],
     }
     try:
-        _create(location, contents, {"complete": False, MARK: mark})
+        group = zarr.create_group(location.store(), attributes={"complete": False, MARK: mark})
+        _create_outputs(group, tiling, dtype, dims, coordinates, fingerprint["assume_a"])
+        if coordinates is not None:
+            _write_coordinates(location, coordinates, dict(group.attrs))
+        ledger.create(group, tiling.n_tiles)
+        with unspecified():
+            zarr.consolidate_metadata(location.store())
+        set_attributes(location, {MARK: mark | {"ready": True}})
     except Exception as error:  # whatever a file system may raise
         text = (
             f"the target {location.name} could not be created: {type(error).__name__}: {error}; run the command again"
@@ -193,33 +202,36 @@ def _clear(location: Location, old: Target) -> None:
     location.remove(last="zarr.json", keep=LOCK)  # so that a break leaves the mark in place
 
 
-def _create(location: Location, contents: Contents, attributes: dict[str, Any]) -> None:
-    group = zarr.create_group(location.store(), attributes=attributes)
-    tiling, coordinates = contents.tiling, contents.coordinates
-    beside = {"coordinates": " ".join(_names(coordinates))} if coordinates is not None else {}
+def _create_outputs(
+    group: zarr.Group,
+    tiling: Tiling,
+    dtype: np.dtype[Any],
+    dims: tuple[str, ...],
+    coordinates: xr.Dataset | None,
+    assume_a: AssumeA,
+) -> None:
+    beside = {} if coordinates is None else {"coordinates": " ".join(_names(coordinates))}
     for output in OUTPUTS:
-        axes, dtype = tiling.axes(output.core), output.dtype(contents.dtype)
+        axes, own = tiling.axes(output.core), output.dtype(dtype)
         group.create_array(
             output.name,
             shape=tuple(tiling.shape[axis] for axis in axes),
             chunks=tuple(tiling.tile[axis] for axis in axes),
-            dtype=dtype,
-            dimension_names=[contents.dims[axis] for axis in axes],
-            attributes={**output.attributes(contents.fingerprint["assume_a"]), **(beside if output.core else {})},
+            dtype=own,
+            dimension_names=[dims[axis] for axis in axes],
+            attributes=output.attributes(assume_a) | (beside if output.core else {}),
             chunk_key_encoding=_FLAT,
-            **array_options(dtype) | {"fill_value": output.fill},
+            **array_options(own) | {"fill_value": output.fill},
         )
-    if coordinates is not None:
-        with unspecified():
-            # Xarray replaces the attributes of the group: by those that it has already.
-            coordinates.assign_attrs(attributes).to_zarr(
-                location.store(), mode="a", zarr_format=3, consolidated=False,
-                encoding={str(name): {"compressors": [ZstdCodec(checksum=True)]} for name in coordinates.variables},
-            )  # fmt: skip
-    ledger.create(group, tiling.n_tiles)
+
+
+def _write_coordinates(location: Location, coordinates: xr.Dataset, attributes: dict[str, Any]) -> None:
     with unspecified():
-        zarr.consolidate_metadata(location.store())
-    set_attributes(location, {MARK: attributes[MARK] | {"ready": True}})
+        # Xarray replaces the attributes of the group: by those that it has already.
+        coordinates.assign_attrs(attributes).to_zarr(
+            location.store(), mode="a", zarr_format=3, consolidated=False,
+            encoding={str(name): {"compressors": [ZstdCodec(checksum=True)]} for name in coordinates.variables},
+        )  # fmt: skip
 
 
 def set_attributes(location: Location, attributes: dict[str, Any]) -> None:

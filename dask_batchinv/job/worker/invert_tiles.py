@@ -1,4 +1,4 @@
-"""What a worker does with tiles: read, invert, let go of the input, write, and return an account of each."""
+"""Inverts tiles on a worker: read, invert, let go of the input, write, and return an account of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker does to read tiles back: every chunk, byte for byte, is compared with its recorded checksum."""
+"""Reads tiles back on a worker: every chunk is compared, byte for byte, with its recorded checksum."""
 
 from __future__ import annotations
 

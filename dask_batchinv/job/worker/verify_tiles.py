@@ -1,4 +1,4 @@
-"""What a worker does to verify tiles: read all outputs, judge what they say, multiply matrices with their inverses."""
+"""Verifies tiles on a worker: reads all outputs, checks their account, multiplies matrices with their inverses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class VerifyTask:
 
 @dataclass(frozen=True)
 class VerifiedTile:
-    """A tile that says of every matrix what it should."""
+    """A tile whose account is right."""
 
     row: TileRow
     """Its account, from its outputs."""

@@ -95,7 +95,7 @@ def is_finite(e: Emitter, largest: Value) -> Value:
 
 
 def larger_sum(e: Emitter, a: Value, b: Value) -> Value:
-    """Return the larger of two sums of absolute values; NaN is the largest of all, lest it be lost."""
+    """Return the larger of two sums of absolute values; NaN is the largest of all, so that it is not lost."""
     return e.from_bits(e.unsigned("umax", e.bits(a), e.bits(b)))
 
 

@@ -1,6 +1,6 @@
 """Vectors within a matrix: for positive definite matrices too large for a lane.
 
-Sweeping index k of a Hermitian matrix makes, with d = a[k, k] and u = a[k, :],
+Sweeping index k of a Hermitian matrix (Goodnight 1979) makes, with d = a[k, k] and u = a[k, :],
 
     a[i, j] <- a[i, j] - conj(u[i]) u[j] / d,    a[k, j] <- u[j] / d,    a[k, k] <- -1 / d,
 
@@ -162,8 +162,8 @@ def _norm(a: WorkspaceMatrix) -> Value:
 def _sweep_panel(a: WorkspaceMatrix, k0: Value, width: int) -> None:
     """Sweep the indices of a panel, in its own rows.
 
-    What is left of the diagonal comes from the columns. The rows go to `panel` as far as they are to become columns
-    again, else back to their place.
+    What is left of the diagonal comes from the columns. The rows go to `panel_rows` as far as they are to become
+    columns again, else back to their place.
     """
     e, s = a.e, a.s
     sweeps, block = _sweep_block(a, k0, width)
@@ -176,12 +176,12 @@ def _sweep_panel(a: WorkspaceMatrix, k0: Value, width: int) -> None:
             column = Number(e, tuple(part[q] for part in columns)).conjugate()
             rows.append(column.where(left < q, a.load(a.rows, k0 + q, v)))
         for q, row in enumerate(_swept(a, sweeps, rows, v)):
-            a.store(row, a.panel, e.integer(q), v)
+            a.store(row, a.panel_rows, e.integer(q), v)
     with e.loop(last + 1, s.vectors) as v:
         for q, row in enumerate(_swept(a, sweeps, [a.load(a.rows, k0 + q, v) for q in range(width)], v)):
             a.store(row, a.rows, k0 + q, v)
     for q, number in enumerate(block):
-        a.set_part_of_row(number, a.panel, e.integer(q), k0, width)
+        a.set_part_of_row(number, a.panel_rows, e.integer(q), k0, width)
 
 
 def _last_vector(a: WorkspaceMatrix, k0: Value) -> Value:
@@ -274,13 +274,13 @@ def _put_panel(a: WorkspaceMatrix, k0: Value, width: int) -> None:
     e, s = a.e, a.s
     last = _last_vector(a, k0)
     with e.loop(0, last + 1) as v:
-        columns = [a.load(a.panel, e.integer(q), v).conjugate() for q in range(width)]
+        columns = [a.load(a.panel_rows, e.integer(q), v).conjugate() for q in range(width)]
         for p in range(s.parts):
             values = [column.parts[p] for column in columns]
             store_columns(e, values, _places(a, v * e.lanes, k0, p))
     with e.loop(k0 >> (e.lanes.bit_length() - 1), last + 1) as v:
         for q in range(width):
-            a.store(a.load(a.panel, e.integer(q), v), a.rows, k0 + q, v)
+            a.store(a.load(a.panel_rows, e.integer(q), v), a.rows, k0 + q, v)
 
 
 def _write(a: WorkspaceMatrix, index: Value) -> None:

@@ -87,9 +87,9 @@ class WorkspaceMatrix:
         base = e.at(e.scratch, index * s.nbytes, ir.IntType(8))
         self.rows = base
         """The matrix, or its transpose: `length` rows."""
-        self.panel = e.at(base, s.length * s.stride)
+        self.panel_rows = e.at(base, s.length * s.stride)
         """Rows of a panel as they change, where they cannot stay in place."""
-        self.saved = e.at(self.panel, PANEL * s.stride)
+        self.saved = e.at(self.panel_rows, PANEL * s.stride)
         """Rows of a panel as they were when it was their turn."""
         self.scaled = e.at(self.saved, PANEL * s.stride)
         """The same, divided by their pivots."""
@@ -161,11 +161,11 @@ class WorkspaceMatrix:
     def put_aside(self, *values: Value) -> None:
         """Keep some vectors until `aside` asks for them, when no panel is in work."""
         for i, value in enumerate(values):
-            self.e.store(self.e.from_bits(value), self.e.at(self.panel, i * self.e.lanes))
+            self.e.store(self.e.from_bits(value), self.e.at(self.panel_rows, i * self.e.lanes))
 
     def aside(self, index: int) -> Value:
         """Return a vector that was put aside."""
-        return self.e.load(self.e.at(self.panel, index * self.e.lanes), align=self.e.nbytes)
+        return self.e.load(self.e.at(self.panel_rows, index * self.e.lanes), align=self.e.nbytes)
 
 
 def each_block(e: Emitter, total: int, size: int, body: Callable[[Value, int], None]) -> None:

@@ -107,7 +107,7 @@ static __device__ bool unfit(T pivot) {
     return DEFINITE ? !(real(pivot) > 0) : part(pivot, 0) == 0 && part(pivot, PARTS - 1) == 0;
 }
 
-// The larger of two sums of magnitudes; NaN is the largest of all, lest it be lost.
+// The larger of two sums of magnitudes; NaN is the largest of all, so that it is not lost.
 static __device__ R larger(R a, R b) { return a > b || a != a ? a : b; }
 
 // --- scaling ----------------------------------------------------------------------------------------------------
@@ -185,11 +185,11 @@ template <class Get> static __device__ T found(int structure, int i, int j, Get 
 
 // --- the account ------------------------------------------------------------------------------------------------
 
-static __device__ int outcome(int finite, int pivot, int overflow) {
+static __device__ int info_of(int finite, int pivot, int overflow) {
     return !finite ? INFO_NOT_FINITE : pivot ? pivot : overflow ? INFO_OVERFLOW : 0;
 }
 
-static __device__ R condition(int finite, int pivot, R norm, R norm_of_inverse) {
+static __device__ R rcond_of(int finite, int pivot, R norm, R norm_of_inverse) {
     // As cpu/scaling.py has it.
     const R rcond = Format<R>::epsilon / (Format<R>::epsilon * norm * norm_of_inverse);
     return !finite ? not_a_number() : pivot || rcond != rcond ? R(0) : rcond;
@@ -312,8 +312,8 @@ static __device__ void invert_one(T* mine, int structure, int* info, R* rcond) {
         }
         norm_of_inverse = larger(norm_of_inverse, sum);
     }
-    *info = outcome(range.finite, pivot, overflow);
-    *rcond = condition(range.finite, pivot, norm, norm_of_inverse);
+    *info = info_of(range.finite, pivot, overflow);
+    *rcond = rcond_of(range.finite, pivot, norm, norm_of_inverse);
     if (*info)
         for (int e = 0; e < N * N; e++) mine[e] = failed();
 }
@@ -482,11 +482,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         norm_of_inverse = largest_of(norm_of_inverse, LANES);
         overflow = any_of(overflow, LANES);
         if (row == 0) {
-            order[N] = outcome(range.finite, state.pivot, overflow);
+            order[N] = info_of(range.finite, state.pivot, overflow);
             order[N + 1] = shift;
             if (which < count) {
                 info[first + which] = order[N];
-                rcond[first + which] = condition(range.finite, state.pivot, norm, norm_of_inverse);
+                rcond[first + which] = rcond_of(range.finite, state.pivot, norm, norm_of_inverse);
             }
         }
         __syncwarp();
@@ -558,10 +558,10 @@ static __device__ void finish(int n, int structure, Measured measured, int pivot
     }
     norm_of_inverse = over_block(norm_of_inverse, scratch, larger);
     overflow = over_block(overflow, (int*)scratch, [](int a, int b) { return a | b; });
-    const int code = outcome(measured.finite, pivot, overflow);
+    const int code = info_of(measured.finite, pivot, overflow);
     if (threadIdx.x == 0) {
         *info = code;
-        *rcond = condition(measured.finite, pivot, measured.norm, norm_of_inverse);
+        *rcond = rcond_of(measured.finite, pivot, measured.norm, norm_of_inverse);
     }
     for (Long e = threadIdx.x; e < (Long)n * n; e += SIDE * SIDE) {
         const int i = e / n, j = e % n;

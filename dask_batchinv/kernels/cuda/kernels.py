@@ -41,14 +41,14 @@ def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -
         rcond[...] = 1
     if m == 0 or n == 0:
         return
-    plan = launch.plan_launch(n, a.dtype, assume_a)
-    if plan.layout == "cublas":
-        _in_batches(_by_cublas, plan, a, out, info, rcond)
+    chosen = launch.choose_launch(n, a.dtype, assume_a)
+    if chosen.layout == "cublas":
+        _in_batches(_by_cublas, chosen, a, out, info, rcond)
     else:
         import cupy
 
-        rows = [cupy.empty((plan.blocks(m), n), a.dtype)] if plan.layout == "memory" else []
-        _call(plan, "definite" if rows else plan.layout, m, n, a, out, info, rcond, *rows)
+        rows = [cupy.empty((chosen.blocks(m), n), a.dtype)] if chosen.layout == "memory" else []
+        _call(chosen, "definite" if rows else chosen.layout, m, n, a, out, info, rcond, *rows)
 
 
 def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
@@ -59,7 +59,7 @@ def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a
     if not overflowed.size:
         return
     wide = np.dtype("d" if a.dtype.char == "f" else "D")
-    plan = launch.plan_launch(a.shape[-1], wide, assume_a)
+    chosen = launch.choose_launch(a.shape[-1], wide, assume_a)
 
     def part(_: Launch, some: Array) -> None:
         b = _converted("widen", a[some], wide)
@@ -70,11 +70,11 @@ def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a
         x[codes != Info.GOOD] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
         out[some], info[some], rcond[some] = x, codes, _converted("narrow", conditions, rcond.dtype)
 
-    _in_batches(part, plan, overflowed, of_one=5 * a[0].size * wide.itemsize)
+    _in_batches(part, chosen, overflowed, of_one=5 * a[0].size * wide.itemsize)
 
 
-def _in_batches(work: Callable[..., None], plan: Launch, *arrays: Array, of_one: int | None = None) -> None:
-    """Call ``work(plan, *parts)`` for parts of arrays whose temporary memory is there; for smaller ones if it is not.
+def _in_batches(work: Callable[..., None], chosen: Launch, *arrays: Array, of_one: int | None = None) -> None:
+    """Call ``work(chosen, *parts)`` for parts of arrays whose temporary memory is there; for smaller ones if it is not.
 
     `of_one` is the temporary memory for one matrix; by default that of `_by_cublas`.
     """
@@ -87,7 +87,7 @@ def _in_batches(work: Callable[..., None], plan: Launch, *arrays: Array, of_one:
     start, step = 0, launch.batch(len(arrays[0]), of_one, int(SHARE * free))
     while start < len(arrays[0]):
         try:
-            work(plan, *(x[start : start + step] for x in arrays))
+            work(chosen, *(x[start : start + step] for x in arrays))
         except cupy.cuda.memory.OutOfMemoryError:
             if step == 1:
                 raise
@@ -102,13 +102,13 @@ def _converted(how: str, a: Array, dtype: Any) -> Array:
     import cupy
 
     result = cupy.empty(a.shape, dtype)
-    options = launch.plan_launch(launch.LARGE, "float64", "general").options
+    options = launch.choose_launch(launch.LARGE, "float64", "general").options
     count = np.int64(a.size * (2 if a.dtype.kind == "c" else 1))
     _function(options, how, cupy.cuda.Device().id)(*_CONVERTING, (a, result, count))
     return result
 
 
-def _by_cublas(plan: Launch, a: Array, out: Array, info: Array, rcond: Array) -> None:
+def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array) -> None:
     import cupy
     from cupy_backends.cuda.libs import cublas
 
@@ -116,7 +116,7 @@ def _by_cublas(plan: Launch, a: Array, out: Array, info: Array, rcond: Array) ->
     work, inverse = cupy.empty_like(a), cupy.empty_like(a)
     finite, shift, ignored = (cupy.empty(m, np.int32) for _ in range(3))
     norm, pivots = cupy.empty_like(rcond), cupy.empty((m, n), np.int32)
-    _call(plan, "prepare", m, n, a, work, finite, shift, norm)
+    _call(chosen, "prepare", m, n, a, work, finite, shift, norm)
     letter = {"f": "s", "d": "d", "F": "c", "D": "z"}[a.dtype.char]
     factor, invert_factors = (getattr(cublas, f"{letter}{routine}Batched") for routine in ("getrf", "getri"))
     of_work, of_inverse = (x.data.ptr + cupy.arange(m, dtype=np.uint64) * (n * n * x.itemsize) for x in (work, inverse))
@@ -125,15 +125,15 @@ def _by_cublas(plan: Launch, a: Array, out: Array, info: Array, rcond: Array) ->
     invert_factors(
         handle, n, of_work.data.ptr, n, pivots.data.ptr, of_inverse.data.ptr, n, ignored.data.ptr, m
     )  # fmt: skip
-    _call(plan, "account", m, n, inverse, out, info, rcond, finite, shift, norm)
+    _call(chosen, "account", m, n, inverse, out, info, rcond, finite, shift, norm)
 
 
-def _call(plan: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
+def _call(chosen: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
     import cupy
 
-    kernel = _function(plan.options, name, cupy.cuda.Device().id)
-    arguments = (*arrays, np.int64(m), np.int32(n), np.int32(plan.structure))
-    kernel((plan.blocks(m),), (plan.threads,), arguments, shared_mem=plan.shared_nbytes)
+    kernel = _function(chosen.options, name, cupy.cuda.Device().id)
+    arguments = (*arrays, np.int64(m), np.int32(n), np.int32(chosen.structure))
+    kernel((chosen.blocks(m),), (chosen.threads,), arguments, shared_mem=chosen.shared_nbytes)
 
 
 @cache
@@ -150,7 +150,7 @@ def _function(options: tuple[str, ...], name: str, device: int) -> Any:
 def compile_for(architecture: str, options: tuple[str, ...]) -> bytes:
     """Return the machine code of inverse.cu for an architecture such as "sm_90".
 
-    Not by way of CuPy's RawModule, which has the compiler take the smallest numbers for zeros, whatever one says.
+    Not by way of CuPy's RawModule, which makes the compiler flush subnormal numbers to zero, whatever one says.
     """
     from cupy.cuda import nvrtc
 

@@ -32,7 +32,7 @@ LARGE = 1 + max(_IN_BLOCK.values())
 BLOCKS_IN_MEMORY = 4096
 #: Shared memory that every kernel may have without asking for more.
 SHARED_NBYTES = 48 * 1024
-#: Products and sums are joined only where inverse.cu says so, and the smallest numbers are not taken for zeros.
+#: Products and sums are joined only where inverse.cu says so, and subnormal numbers are not flushed to zero.
 COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false")
 #: How the structures are called in inverse.cu.
 CUDA_STRUCTURE: dict[AssumeA, int] = {
@@ -74,14 +74,14 @@ def source() -> str:
     return resources.files("dask_batchinv.kernels.cuda").joinpath("inverse.cu").read_text()
 
 
-def plan_launch(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> Launch:
+def choose_launch(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> Launch:
     """Return how matrices of a size, dtype and structure are inverted.
 
     Examples
     --------
-    >>> [plan_launch(n, "float64", "general").layout for n in (2, 6, 7, 32, 33, 128, 129)]
+    >>> [choose_launch(n, "float64", "general").layout for n in (2, 6, 7, 32, 33, 128, 129)]
     ['threads', 'threads', 'lanes', 'lanes', 'tiles', 'tiles', 'cublas']
-    >>> plan_launch(129, "float64", "positive definite").layout
+    >>> choose_launch(129, "float64", "positive definite").layout
     'memory'
     """
     dtype = np.dtype(dtype)

@@ -1,4 +1,4 @@
-"""From main memory over the GPU and back: copying in, inverting and copying out overlap."""
+"""From main memory to the GPU and back: copying in, inverting and copying out overlap."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def invert(a: HostArray, out: HostArray, info: HostArray, rcond: HostArray, *, a
     m, n = a.shape[:2]
     step = max(1, min(m, PIECE_NBYTES // max(1, n * n * a.itemsize)))
     # One handle of cuBLAS serves one stream at a time.
-    at_once = 1 if n and launch.plan_launch(n, a.dtype, assume_a).layout == "cublas" else SLOTS
+    at_once = 1 if n and launch.choose_launch(n, a.dtype, assume_a).layout == "cublas" else SLOTS
     slots: list[_Slot] = []
     results = out, info, rcond
     try:
@@ -58,7 +58,7 @@ class _Slot:
 
     stream: Any
     pinned: tuple[HostArray, ...]
-    """The matrices, and what comes of them: inverse, info, rcond."""
+    """The matrices, and their results: inverse, info, rcond."""
     on_gpu: tuple[Any, ...]
     part: slice | None = None
     """What of the block is on its way."""

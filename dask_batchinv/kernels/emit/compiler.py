@@ -1,4 +1,4 @@
-"""From LLVM's text to a function to call: compilation for the machine at hand, and a cache of the results."""
+"""Compiles LLVM's text for the processor at hand, and loads it as a function."""
 
 from __future__ import annotations
 

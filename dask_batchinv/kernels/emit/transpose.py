@@ -1,4 +1,4 @@
-"""Turning numbers: from matrix by matrix, as they stand in memory, to one matrix per lane, and back."""
+"""Transposes between matrices as stored (AoS) and one matrix per lane (SoA)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dask_batchinv.kernels.emit.values import Value
 
 
 def load_columns(e: Emitter, address: Callable[[int], Value], count: int) -> list[Value]:
-    """Load `count` numbers from as many addresses as there are lanes, and turn them.
+    """Load `count` numbers from as many addresses as there are lanes, and transpose them.
 
     Lane i of value j is the j-th number at ``address(i)``. Nothing beyond the numbers asked for is touched.
     """
@@ -39,7 +39,7 @@ def store_columns(e: Emitter, columns: Sequence[Value], address: Callable[[int],
 
 
 def load_stack(e: Emitter, pointer: Value, count: int) -> list[Value]:
-    """Load as many times `count` adjacent numbers as there are lanes, and turn them as `load_columns` does."""
+    """Load as many times `count` adjacent numbers as there are lanes, and transpose them as `load_columns` does."""
     if not _is_dealt(e, count):
         return load_columns(e, lambda lane: e.at(pointer, lane * count), count)
     return _deal(e, [e.load(e.at(pointer, i * e.lanes)) for i in range(count)])
@@ -101,7 +101,7 @@ def _join(e: Emitter, pieces: Sequence[Value]) -> Value:
 
 
 def transpose(e: Emitter, rows: Sequence[Value]) -> list[Value]:
-    """Turn as many vectors as there are lanes: lane j of vector i becomes lane i of vector j."""
+    """Transpose as many vectors as there are lanes: lane j of vector i becomes lane i of vector j."""
     return exchange(e, rows, e.lanes)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import read_target
 from distributed import Client, LocalCluster
 
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.worker.verify_tiles import residual_ratios
 from dask_batchinv.location import Location
+from tests.support.targets import read_target
 
 MATRICES, N, EACH = 2_000_000, 4, 1000
 CHUNK = 10_000  # 200 tiles

@@ -4,12 +4,12 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import run_cpu
-from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned, residual_ratio
 from threadpoolctl import threadpool_info
 
 from dask_batchinv.kernels import choose_kernel, invert_block, lapack
 from dask_batchinv.kernels.blas_threads import one_blas_thread
+from tests.support.running import run_cpu
+from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned, residual_ratio
 
 #: Kernels for GPUs are tested here on the CPU, and take their time: one size of each layout.
 SIZES = {"cpu": (1, 2, 3, 4, 7, 16, 33), "gpu": (1, 2, 3, 4, 7, 16, 33, 65, 129), "emulated": (3, 13, 35)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 #: What the short form has; the others need root, a server, or many minutes.
 SHORT = ["workers", "clients", "schedulers", "stores", "bits"]
 

@@ -10,10 +10,10 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from stacks import DTYPES, assert_same_bits, conditioned, residual_ratio
 
 import dask_batchinv
 from dask_batchinv import Info, InverseEx, SingularMatrixError, inverse, inverse_ex
+from tests.support.stacks import DTYPES, assert_same_bits, conditioned, residual_ratio
 
 # The two examples on the documentation page of torch.linalg.inv for batches, rounded there to four decimals.
 TORCH_A = np.array(
@@ -297,8 +297,8 @@ def test_from_zarr_to_zarr_is_one_task_per_chunk(tmp_path):
 
 def test_with_array_query_planning_on(tmp_path):
     """Dask chooses between its two array implementations at import, so this needs a process of its own."""
-    script = Path(__file__).with_name("query_planning.py")
-    subprocess.run([sys.executable, script, tmp_path / "out"], check=True, timeout=120)
+    script = [sys.executable, "-m", "tests.array.query_planning", tmp_path / "out"]
+    subprocess.run(script, check=True, timeout=120, cwd=Path(__file__).parents[2])
 
 
 def test_device_follows_the_configuration():

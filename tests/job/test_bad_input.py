@@ -10,7 +10,6 @@ import pytest
 import xarray as xr
 import zarr
 from distributed import Client
-from stacks import conditioned
 
 from dask_batchinv import (
     ClusterError,
@@ -21,6 +20,7 @@ from dask_batchinv import (
     TargetError,
     invert_store,
 )
+from tests.support.stacks import conditioned
 
 
 @pytest.fixture

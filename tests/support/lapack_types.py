@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from stacks import orthogonal
+
+from tests.support.stacks import orthogonal
 
 Array = npt.NDArray[Any]
 SIZES = (1, 2, 3, 4, 5, 8, 10, 16, 32, 33, 50, 64, 100, 128, 256)

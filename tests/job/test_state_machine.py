@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import spoilt
 from distributed import Client, LocalCluster
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dask_batchinv import TargetError, inverse_ex, invert_store, verify_store
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.target.lock import LOCK
+from tests.support.targets import spoilt
 
 TILES, PER_TILE, N = 6, 10, 3
 PARTS = ("inverse/c.{}.0.0", "info/c.{}", "rcond/c.{}")

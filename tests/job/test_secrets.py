@@ -8,11 +8,11 @@ import sys
 
 import psutil
 import pytest
-from conftest import tree
-from stacks import conditioned
 
 from dask_batchinv import ClusterError
 from dask_batchinv.job.driver.cluster import _check_address
+from tests.support.stacks import conditioned
+from tests.support.targets import tree
 
 CANARY = "CANARY7f3a"
 CODE = """

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 import zarr
-from stacks import assert_same_bits, conditioned, residual_ratio
 
 from dask_batchinv import TargetError, inverse_ex, invert_store, verify_store
 from dask_batchinv.job.target.ledger import COLUMNS
@@ -13,6 +12,7 @@ from dask_batchinv.job.target.state import State
 from dask_batchinv.job.target.target import inspect
 from dask_batchinv.job.worker.verify_tiles import residual_ratios
 from dask_batchinv.location import Location
+from tests.support.stacks import assert_same_bits, conditioned, residual_ratio
 
 
 def test_verify_finds_any_flipped_bit(done, client):

@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-from hostile import BYTES, PICKLE, V2, V3, grid, keys, numcodec, shard, write_array
 
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.prepare import prepare
+from tests.support.hostile import BYTES, PICKLE, V2, V3, grid, keys, numcodec, shard, write_array
 
 # Zarr warns of what is not in its specification; that is no concern here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

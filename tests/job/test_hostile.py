@@ -5,12 +5,12 @@ import os
 from contextlib import suppress
 
 import pytest
-from hostile import BYTES, PICKLE, V2, V3, grid, keys, nested, numcodec, shard, write_array
 
 from dask_batchinv import PlanError, RefusedError
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import plan_for, prepare
+from tests.support.hostile import BYTES, PICKLE, V2, V3, grid, keys, nested, numcodec, shard, write_array
 
 # Zarr warns of what is not in its specification; that is no concern here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
 from dask_batchinv import inverse, inverse_ex
+from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
 
 @st.composite

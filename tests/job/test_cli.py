@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import zarr
 from click.testing import CliRunner
-from conftest import read_target
-from stacks import assert_same_bits, conditioned
 
 import dask_batchinv
 from dask_batchinv import inverse_ex
 from dask_batchinv.cli import main
 from dask_batchinv.job.driver.run import Progress
 from dask_batchinv.job.report.display import shown
+from tests.support.stacks import assert_same_bits, conditioned
+from tests.support.targets import read_target
 
 COMMAND = [sys.executable, "-m", "dask_batchinv.cli"]
 

@@ -7,9 +7,9 @@ import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
-from stacks import assert_same_bits, conditioned
 
 from dask_batchinv import InverseEx, SingularMatrixError, inverse, inverse_ex
+from tests.support.stacks import assert_same_bits, conditioned
 
 
 @pytest.fixture(params=["numpy", "dask"])

@@ -12,9 +12,9 @@ dask.config.set({"array.query-planning": True})
 import dask.array as da  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from stacks import assert_same_bits, conditioned  # noqa: E402
 
 from dask_batchinv import SingularMatrixError, inverse, inverse_ex  # noqa: E402
+from tests.support.stacks import assert_same_bits, conditioned  # noqa: E402
 
 assert da.array_expr_enabled()
 a = conditioned(20, 3, 10).reshape(4, 5, 3, 3)

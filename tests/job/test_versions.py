@@ -6,12 +6,12 @@ import sys
 
 import pytest
 from distributed import LocalCluster
-from stacks import conditioned
 
 from dask_batchinv import ClusterError, JobFailedError, invert_store
 from dask_batchinv.job.driver import cluster
 from dask_batchinv.job.driver import run as driver
 from dask_batchinv.job.versions import differing, versions
+from tests.support.stacks import conditioned
 
 
 def test_differences_in_words():

@@ -8,13 +8,13 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import run_cpu as run
-from stacks import DTYPES, assert_same_bits, conditioned
 
 from dask_batchinv.kernels import lapack
 from dask_batchinv.kernels.cpu import dispatch
 from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
 from dask_batchinv.kernels.emit import compiler
+from tests.support.running import run_cpu as run
+from tests.support.stacks import DTYPES, assert_same_bits, conditioned
 
 KINDS = ("general", "positive definite")
 #: Some of every layout, with every remainder of vectors and panels.

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from benchmarks.cases import CASES
-from conftest import run_cpu as run
-from test_lapack_types import ratios
+
+from tests.benchmarks.cases import CASES
+from tests.support.running import ratios
+from tests.support.running import run_cpu as run
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -13,8 +13,6 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
-from hostile import BYTES, V2, V3, shard, write_array
-from stacks import conditioned
 
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.prepare import prepare
@@ -27,6 +25,8 @@ from dask_batchinv.job.source.bounded_decoding import (
     decompress,
     zstd_nbytes,
 )
+from tests.support.hostile import BYTES, V2, V3, shard, write_array
+from tests.support.stacks import conditioned
 
 # Zarr warns of what is not in its specification; that is no concern here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -9,13 +9,13 @@ import time
 
 import fsspec
 import pytest
-from conftest import tree
-from stacks import conditioned
 
 from dask_batchinv import TargetError, invert_store
 from dask_batchinv.job.target import lock
 from dask_batchinv.job.target.lock import LOCK, LockLostError, locked
 from dask_batchinv.location import Location
+from tests.support.stacks import conditioned
+from tests.support.targets import tree
 
 
 def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path, make_source, client):
@@ -105,7 +105,7 @@ def test_a_lease_that_nobody_renews_is_taken_over(impatient, memory):
     start = time.monotonic()
     with locked(memory) as held:
         assert 0.5 < time.monotonic() - start < 5
-        # And who comes back from the dead sees it.
+        # And a holder that resumes sees it.
         fs.pipe_file(f"{path}/{LOCK}", json.dumps({"run": "other", "renewed": 0}).encode())
         time.sleep(0.5)
         with pytest.raises(LockLostError):

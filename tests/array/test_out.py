@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from stacks import assert_same_bits, conditioned
 
 from dask_batchinv import SingularMatrixError, inverse
 from dask_batchinv.location import Location
+from tests.support.stacks import assert_same_bits, conditioned
 
 
 def test_out_must_fit(tmp_path):

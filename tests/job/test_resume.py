@@ -7,8 +7,6 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import spoilt, tree
-from stacks import conditioned
 
 from dask_batchinv import TargetError, invert_store, verify_store
 from dask_batchinv.job.driver import run as driver
@@ -21,6 +19,8 @@ from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.target import ledger
 from dask_batchinv.job.worker.invert_tiles import invert_tiles
 from dask_batchinv.location import Location
+from tests.support.stacks import conditioned
+from tests.support.targets import spoilt, tree
 
 
 def data_of(path):

@@ -46,17 +46,17 @@ def test_a_tile_that_fails_is_tried_again_and_then_given_up(executor, tmp_path, 
 def test_tiles_wait_for_workers_that_are_not_there_yet(client, monkeypatch):
     """Where every worker has died, nothing is on the cluster and nothing waits: but tiles are still to be done."""
     start = time.monotonic()
-    threads = dispatch._Window._ask_for_threads
+    threads = dispatch._InFlight._ask_for_threads
 
     def late(self):
         return threads(self) if time.monotonic() - start > 2 else {}
 
-    monkeypatch.setattr(dispatch._Window, "_ask_for_threads", late)
+    monkeypatch.setattr(dispatch._InFlight, "_ask_for_threads", late)
     assert numbers(Dispatcher(client).run(work, None, [range(0, 1), range(1, 2)])) == [0, 1]
 
 
 def test_a_cluster_without_workers_is_given_up(client, monkeypatch):
-    monkeypatch.setattr(dispatch._Window, "_ask_for_threads", lambda self: {})
+    monkeypatch.setattr(dispatch._InFlight, "_ask_for_threads", lambda self: {})
     monkeypatch.setattr(dispatch, "parse_timedelta", lambda text: 1.5)
     with pytest.raises(ClusterLostError, match="there were no workers for"):
         numbers(Dispatcher(client).run(work, None, [range(0, 1)]))

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from conftest import read_target, spoilt, tree
-from stacks import DTYPES, assert_same_bits, conditioned
 from zarr.codecs import Crc32cCodec
 
 from dask_batchinv import JobFailedError, inverse_ex, invert_store, verify_store
 from dask_batchinv.job.driver import run as driver
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.results import TileResult
+from tests.support.stacks import DTYPES, assert_same_bits, conditioned
+from tests.support.targets import read_target, spoilt, tree
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])

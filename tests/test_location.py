@@ -1,4 +1,4 @@
-"""Places: one true name, overlap, no credentials in what is printed."""
+"""Locations: one true name, overlap, no credentials in what is printed."""
 
 import fsspec
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from dask_batchinv.location import Location, redact
 
 
-def test_one_place_has_one_name(tmp_path, monkeypatch):
+def test_one_location_has_one_name(tmp_path, monkeypatch):
     real = tmp_path / "a"
     real.mkdir()
     (tmp_path / "link").symlink_to(real)

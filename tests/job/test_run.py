@@ -1,0 +1,104 @@
+"""The order of events of a run: by the serial executor, which is the specification, and what is left in the target."""
+
+import pytest
+
+from dask_batchinv import invert_store
+from dask_batchinv.job.driver.executor import Serial
+from dask_batchinv.job.driver.run import Run
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.plan.plan import Workers
+from dask_batchinv.job.plan.prepare import plan_for, prepare
+from dask_batchinv.job.report.account import Account, account_of
+from dask_batchinv.job.target.ledger import runs_of
+from dask_batchinv.job.target.state import State, decide
+from dask_batchinv.location import Location
+from tests.support.targets import spoilt, tree
+
+ONE = Workers(1, 1, None)
+
+
+def serially(source, target, on_progress=None, **options):
+    job = prepare(source, target, JobOptions(tile_size=720, max_failed=None, **options))
+    run = Run(job, plan_for(job, ONE), ONE, Serial(), *([on_progress] if on_progress else []))
+    return run()
+
+
+def chunks(target):
+    return {name: content for name, content in tree(target).items() if not name.endswith("zarr.json")}
+
+
+@pytest.fixture
+def source(make_source):
+    return make_source(spoilt(60)[0], chunks=(10, 3, 3))
+
+
+def test_a_cluster_does_what_the_serial_executor_does(tmp_path, source, client):
+    report = serially(source, tmp_path / "serial")
+    other = invert_store(source, tmp_path / "cluster", client=client, tile_size=720, max_failed=None)
+    ours, theirs = chunks(tmp_path / "serial"), chunks(tmp_path / "cluster")
+    ledger = "ledger/tiles/c/0/0"  # has times
+    assert ours.pop(ledger)
+    assert theirs.pop(ledger)
+    assert ours == theirs
+    own = {"target", "started", "seconds", "threads_per_worker"}
+    assert {key: value for key, value in report.to_json().items() if key not in own} == {
+        key: value for key, value in other.to_json().items() if key not in own
+    }
+
+
+def test_an_interrupted_run_is_finished_and_a_damaged_target_repaired(tmp_path, source):
+    def stop(progress):
+        if progress.matrices_done >= 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serially(source, tmp_path / "t", stop)
+    report = serially(source, tmp_path / "t")
+    assert (report.tiles_proven, report.tiles_now, report.complete) == (3, 3, True)
+    whole = chunks(tmp_path / "t")
+    (tmp_path / "t" / "info" / "c.2").write_bytes(b"")
+    report = serially(source, tmp_path / "t")
+    assert [tile.number for tile in report.damaged_tiles] == [2]
+    assert {name: c for name, c in chunks(tmp_path / "t").items() if "ledger" not in name} == {
+        name: c for name, c in whole.items() if "ledger" not in name
+    }
+
+
+def test_each_run_that_writes_leaves_a_record(tmp_path, source):
+    target = Location.parse(tmp_path / "t")
+    report = serially(source, tmp_path / "t")
+    (first,) = runs_of(target)
+    assert {first[name] for name in ("tiles_now", "tiles_proven", "stopped")} == {6, 0, None}
+    assert first["started"] == report.started
+    before = tree(tmp_path / "t")
+    serially(source, tmp_path / "t")  # nothing was left to do, so nothing is written
+    assert tree(tmp_path / "t") == before
+    (tmp_path / "t" / "inverse" / "c.3.0.0").unlink()
+    serially(source, tmp_path / "t")
+    assert [run["tiles_now"] for run in runs_of(target)] == [6, 1]
+    assert "inverse/c.3.0.0 cannot be read" in runs_of(target)[1]["damaged_tiles"][0]["cause"]
+
+
+def test_the_account_of_a_target_is_that_of_the_report(tmp_path, source):
+    report = serially(source, tmp_path / "t")
+    account = account_of(tmp_path / "t")
+    assert account == Account(**{name: getattr(report, name) for name in vars(account)})
+
+
+#: For the same job, without and with overwrite, and for another one. No job is of another format.
+ACTIONS = {
+    State.ABSENT: ("create", "create", "create", "create"),
+    State.BEING_CREATED: ("create", "create", "refuse", "create"),
+    State.BEGUN: ("continue", "continue", "refuse", "create"),
+    State.COMPLETE: ("check", "check", "refuse", "create"),
+    State.OTHER_FORMAT: (None, None, "refuse", "create"),
+}
+
+
+@pytest.mark.parametrize("state", State)
+def test_what_a_run_does_with_a_target(state):
+    for (same_job, overwrite), action in zip(
+        [(True, False), (True, True), (False, False), (False, True)], ACTIONS[state], strict=True
+    ):
+        if action is not None:
+            assert decide(state, same_job=same_job, overwrite=overwrite) == action
