@@ -175,12 +175,12 @@ extern "C" void run(unsigned blocks, unsigned threads, unsigned shared, const T*
                     T* lines, Long m, int n, int structure) {
     launch(definite, blocks, threads, shared, a, out, info, rcond, lines, m, n, structure);
 }
-#elif defined LAYOUT_THREADS
-#define ENTRY ::threads
-#elif defined LAYOUT_LANES
-#define ENTRY ::lanes
+#elif defined LAYOUT_PER_THREAD
+#define ENTRY ::per_thread
+#elif defined LAYOUT_PER_WARP
+#define ENTRY ::per_warp
 #else
-#define ENTRY ::tiles
+#define ENTRY ::per_block
 #endif
 #ifdef ENTRY
 extern "C" void run(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* out, int* info, R* rcond, Long m, int n,

@@ -87,7 +87,8 @@ class _Module:
 
     def get_function(self, name: str) -> Any:
         function = getattr(
-            _library(self._options), "run" if name in ("threads", "lanes", "tiles", "definite") else f"run_{name}"
+            _library(self._options),
+            "run" if name in ("per_thread", "per_warp", "per_block", "definite") else f"run_{name}",
         )
 
         def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], *, shared_mem: int = 0) -> None:

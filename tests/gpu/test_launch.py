@@ -61,7 +61,7 @@ def test_kernels_compile(dtype, kind, architecture):
 def test_every_matrix_has_a_kernel():
     for dtype in DTYPES:
         for structure in STRUCTURES:
-            order = ["threads", "lanes", "tiles", "memory" if structure == "positive definite" else "cublas"]
+            order = ["per_thread", "per_warp", "per_block", "memory" if structure == "positive definite" else "cublas"]
             layouts = [choose_launch(n, dtype, structure).layout for n in range(1, 1025)]
             assert list(dict.fromkeys(layouts)) == order
             for n in range(1, 1025):
@@ -71,7 +71,7 @@ def test_every_matrix_has_a_kernel():
                 assert plan.threads % 32 == 0
                 assert 32 <= plan.threads <= 1024
                 # Lanes of a warp hold their row in registers, of which a thread has 255.
-                assert plan.layout != "lanes" or n * np.dtype(dtype).itemsize // 4 <= 128
+                assert plan.layout != "per_warp" or n * np.dtype(dtype).itemsize // 4 <= 128
 
 
 @pytest.mark.parametrize("n", [2, 16, 64, 300])

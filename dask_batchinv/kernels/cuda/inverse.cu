@@ -3,18 +3,18 @@
 // Compiled for one dtype, size and kind of matrix at a time:
 //
 //     NUMBER     float, double, Complex<float> or Complex<double>
-//     N          the size of the matrices; for `tiles` a multiple of SIDE that is not less
+//     N          the size of the matrices; for `per_block` a multiple of SIDE that is not less
 //     DEFINITE   1 for positive definite matrices, else 0
-//     WARPS      warps of a block of `lanes`
+//     WARPS      warps of a block of `per_warp`
 //     INFO_…     the codes of Info in outcome.py
 //
 // Four layouts share the work. All eliminate by Gauss-Jordan in place: general matrices with partial pivoting, rows
 // never exchanged in memory; positive definite ones without, from the upper triangle alone, whose pivots are those of
 // Cholesky's factorization.
 //
-//     threads    one matrix per thread, in its registers
-//     lanes      one row per lane of a warp, in registers; several matrices per warp where they are small
-//     tiles      one matrix per block: a tile of it in the registers of each thread
+//     per_thread one matrix per thread, in its registers
+//     per_warp   one row per lane of a warp, in registers; several matrices per warp where they are small
+//     per_block  one matrix per block: a tile of it in the registers of each thread
 //     memory     one matrix per block, of any size, in global memory; and the ends of what cuBLAS does between
 //
 // Every matrix is brought to unit size by a power of two first, and its inverse back by the same, as on the CPU.
@@ -199,11 +199,11 @@ static __device__ T failed() { return number(not_a_number(), not_a_number()); }
 
 extern __shared__ __align__(16) unsigned char memory[];
 
-// --- threads ----------------------------------------------------------------------------------------------------
+// --- per_thread -------------------------------------------------------------------------------------------------
 
 constexpr int THREADS = 64;  // of a block
 
-#ifdef LAYOUT_THREADS
+#ifdef LAYOUT_PER_THREAD
 
 constexpr int PITCH = N * N | 1;  // odd, so that the threads of a warp find their numbers in different banks
 
@@ -319,7 +319,7 @@ static __device__ void invert_one(T* mine, int structure, int* info, R* rcond) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    threads(const T* a, T* out, int* info, R* rcond, Long m, int, int structure) {
+    per_thread(const T* a, T* out, int* info, R* rcond, Long m, int, int structure) {
     T* const staged = (T*)memory;
     for (Long first = (Long)blockIdx.x * THREADS; first < m; first += (Long)gridDim.x * THREADS) {
         const int count = (int)min((Long)THREADS, m - first);
@@ -365,9 +365,9 @@ static __device__ int any_of(int a, int width) {
     return a;
 }
 
-// --- lanes ------------------------------------------------------------------------------------------------------
+// --- per_warp ---------------------------------------------------------------------------------------------------
 
-#ifdef LAYOUT_LANES
+#ifdef LAYOUT_PER_WARP
 
 constexpr int LANES = N <= 2 ? 2 : N <= 4 ? 4 : N <= 8 ? 8 : N <= 16 ? 16 : 32;  // of a matrix
 constexpr int TOGETHER = 32 / LANES;                                            // matrices of a warp
@@ -434,7 +434,7 @@ struct Lane {
 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    lanes(const T* a, T* out, int* info, R* rcond, Long m, int, int structure) {
+    per_warp(const T* a, T* out, int* info, R* rcond, Long m, int, int structure) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, which = lane / LANES;
     T* const staged = (T*)memory + warp * TOGETHER * N * ROW;
     T* const mine = staged + which * N * ROW;
@@ -576,9 +576,9 @@ static __device__ void finish(int n, int structure, Measured measured, int pivot
     }
 }
 
-// --- tiles ------------------------------------------------------------------------------------------------------
+// --- per_block --------------------------------------------------------------------------------------------------
 
-#ifdef LAYOUT_TILES
+#ifdef LAYOUT_PER_BLOCK
 
 constexpr int TILE = N / SIDE;  // each thread has TILE x TILE numbers, SIDE apart
 
@@ -683,7 +683,7 @@ template <> struct Steps<-1> {
 };
 
 extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
-    tiles(const T* a, T* out, int* info, R* rcond, Long m, int n, int structure) {
+    per_block(const T* a, T* out, int* info, R* rcond, Long m, int n, int structure) {
     Board& board = *(Board*)memory;
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (Long q = blockIdx.x; q < m; q += gridDim.x) {

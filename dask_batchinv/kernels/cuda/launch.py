@@ -16,9 +16,9 @@ import numpy.typing as npt
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA
 
-Layout = Literal["threads", "lanes", "tiles", "memory", "cublas"]
+Layout = Literal["per_thread", "per_warp", "per_block", "memory", "cublas"]
 
-#: Threads along a side of a block of `tiles` and `memory`, and in a block of `threads`: as in inverse.cu.
+#: Threads along a side of a block of `per_block` and `memory`, and in a block of `per_thread`: as in inverse.cu.
 SIDE = 16
 THREADS = 64
 #: The largest n for a matrix in the registers of a thread, and in those of a block, by bytes of a number and whether
@@ -80,7 +80,7 @@ def choose_launch(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> Launch:
     Examples
     --------
     >>> [choose_launch(n, "float64", "general").layout for n in (2, 6, 7, 32, 33, 128, 129)]
-    ['threads', 'threads', 'lanes', 'lanes', 'tiles', 'tiles', 'cublas']
+    ['per_thread', 'per_thread', 'per_warp', 'per_warp', 'per_block', 'per_block', 'cublas']
     >>> choose_launch(129, "float64", "positive definite").layout
     'memory'
     """
@@ -90,15 +90,15 @@ def choose_launch(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> Launch:
     compiled_for, warps = n, 1
     layout: Layout
     if n <= _IN_THREAD[size, is_complex]:
-        layout, threads, matrices = "threads", THREADS, THREADS
+        layout, threads, matrices = "per_thread", THREADS, THREADS
         shared = THREADS * (n * n | 1) * size
     elif n <= IN_WARP:
-        layout, together = "lanes", 32 // _lanes(n)
+        layout, together = "per_warp", 32 // _lanes(n)
         of_warp = together * (n * (n | 1) * size + (n + 2) * 4)
         warps = min(4, SHARED_NBYTES // of_warp)
         threads, matrices, shared = 32 * warps, warps * together, warps * of_warp
     elif n <= _IN_BLOCK[size, is_complex]:
-        layout, threads, matrices = "tiles", SIDE * SIDE, 1
+        layout, threads, matrices = "per_block", SIDE * SIDE, 1
         compiled_for = -(-n // SIDE) * SIDE
         real = size // 2 if is_complex else size
         board = 4 * compiled_for * size + 2 * SIDE * (real + 4) + 2 * compiled_for * 4 + SIDE * real

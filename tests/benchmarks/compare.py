@@ -1,0 +1,86 @@
+"""Times the CPU kernels of two checkouts in turn, and prints the ratio for each of 24 cells.
+
+    python -m tests.benchmarks.compare OTHER/CHECKOUT
+
+Each checkout has a process of its own, which keeps its stacks; the two take turns, A B A B, so that the machine's drift
+falls on both. A ratio below 1 says that this checkout is faster than the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parents[2]
+CELLS = [(kind, n, dtype) for kind in ("general", "positive definite")
+         for dtype in ("float32", "float64", "complex128") for n in (2, 4, 12, 48)]  # fmt: skip
+SERVE = """
+import sys, time
+import numpy as np
+from dask_batchinv.kernels import choose_kernel
+for line in sys.stdin:
+    kind, n, dtype, nbytes = line.strip().split(",")
+    n, rng = int(n), np.random.default_rng(0)
+    m = max(2, int(nbytes) // (n * n * np.dtype(dtype).itemsize))
+    a = (rng.normal(size=(m, n, n)) / n + 2 * np.eye(n)).astype(dtype)
+    if kind != "general":
+        a = np.ascontiguousarray(a @ a.conj().swapaxes(1, 2))
+    x, info, rcond = np.empty_like(a), np.empty(m, np.int32), np.empty(m, a.real.dtype)
+    invert = choose_kernel(kind, "cpu").invert
+    invert(a, x, info, rcond)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line.strip() == "next":
+            break
+        start = time.perf_counter()
+        invert(a, x, info, rcond)
+        print(time.perf_counter() - start, flush=True)
+"""
+
+
+class Server:
+    """A process that times one checkout."""
+
+    def __init__(self, checkout: Path):
+        environment = os.environ | {"PYTHONPATH": str(checkout), "OPENBLAS_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE], env=environment, cwd=checkout, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self, line: str, *, answer: bool = True) -> str:
+        """Send a line; return the answer."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip() if answer else ""
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", type=Path, help="the checkout to compare with")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--nbytes", type=int, default=2**22, help="bytes of a stack")
+    options = parser.parse_args()
+    servers = Server(HERE), Server(options.other.resolve())
+    ratios = []
+    for kind, n, dtype in CELLS:
+        for server in servers:
+            assert server.ask(f"{kind},{n},{dtype},{options.nbytes}") == "ready"
+        pairs = [[float(server.ask("time")) for server in servers] for _ in range(options.rounds)]
+        for server in servers:
+            server.ask("next", answer=False)
+        ratios.append(statistics.median(ours / theirs for ours, theirs in pairs))
+        times = " ".join(f"{1e6 * statistics.median(column):9.0f} us" for column in zip(*pairs, strict=True))
+        print(f"{kind:17} {n:3} {dtype:10} {times}  {ratios[-1]:.3f}", flush=True)
+    print(f"{len(ratios)} cells: {min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()
