@@ -21,6 +21,8 @@ NAMED = 10
 class Info(IntEnum):
     """The values of ``info`` other than k > 0 ("the k-th pivot is zero"), as in LAPACK."""
 
+    # Arrays are compared with `int(Info.GOOD)`: of an enum NumPy makes an int64, and that takes four times as long.
+
     GOOD = 0
     NOT_FINITE = -1
     OVERFLOW = -2
@@ -46,7 +48,7 @@ class Failure:
 
     def includes(self, info: Any) -> Any:
         """Tell whether a code, or each of an array, is of this kind."""
-        return info > 0 if self.code is None else info == self.code
+        return info > 0 if self.code is None else info == int(self.code)
 
 
 _SINGULAR = Failure(
@@ -162,11 +164,11 @@ def raise_failed(info: npt.NDArray[np.int32], assume_a: AssumeA, origin: tuple[i
         Where the block begins in the whole stack; None for a dimension along which that is unknown, because the
         chunk sizes are.
     """
-    if not (info != Info.GOOD).any():
+    if not (info != int(Info.GOOD)).any():
         return
     if not isinstance(info, np.ndarray):  # CuPy's
         info = info.get()
-    failed = np.argwhere(info != Info.GOOD)
+    failed = np.argwhere(info != int(Info.GOOD))
     where = "" if origin is None else " of this block"
     origin = origin or (0,) * info.ndim
     if None in origin:

@@ -65,7 +65,7 @@ class TileRow:
     @classmethod
     def of(cls, info: Array, rcond: Array, checksums: dict[str, int], device: str = "cpu") -> TileRow:
         """Return the account of matrices with these codes and condition numbers."""
-        good = info == Info.GOOD
+        good = info == int(Info.GOOD)
         return cls(
             matrices=info.size,
             failed={failure.kind: int(failure.includes(info).sum()) for failure in failures_of("general")},

@@ -149,7 +149,7 @@ def _invert_block(
     invert = partial(cuda.invert, assume_a=assume_a) if on_gpu else choose_kernel(assume_a, where).invert
     invert(native.reshape(m, n, n), out, info, rcond)
     if min_rcond > 0:
-        poor = (info == Info.GOOD) & (rcond < min_rcond)
+        poor = (info == int(Info.GOOD)) & (rcond < min_rcond)
         info[poor] = Info.BELOW_MIN_RCOND
         out[poor] = np.nan
     return InverseEx(out.reshape(a.shape), info.reshape(batch), rcond.reshape(batch))

@@ -72,10 +72,10 @@ def _invert_group(a: Array, out: Array, info: Array, rcond: Array, method: Metho
     _shift_exponents(x, shift)
     out[:] = x
     overflow = ~np.isfinite(out).all(axis=(1, 2))
-    info[(info == Info.GOOD) & overflow] = Info.OVERFLOW
+    info[(info == int(Info.GOOD)) & overflow] = Info.OVERFLOW
     info[not_finite] = Info.NOT_FINITE
     rcond[not_finite] = np.nan
-    out[info != Info.GOOD] = complex(np.nan, np.nan) if np.iscomplexobj(out) else np.nan
+    out[info != int(Info.GOOD)] = complex(np.nan, np.nan) if np.iscomplexobj(out) else np.nan
 
 
 def _norm1(a: Array) -> Array:

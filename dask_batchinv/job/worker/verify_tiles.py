@@ -80,7 +80,7 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
     _check_account(inverse, info, rcond, region)
     ratios = np.empty(0)
     if task.source is not None and n and _is_sampled(number, task.sample):
-        good = info == Info.GOOD
+        good = info == int(Info.GOOD)
         # A tile that is done was read, or filled as it was asked for.
         stack = read_stack(task.run, task.source, "fill", task.tiling, number).reshape(info.size, n, n)
         ratios = residual_ratios(read_part(stack[good], task.assume_a), inverse[good])
@@ -93,9 +93,9 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
 
 def _check_account(inverse: Array, info: Array, rcond: Array, region: tuple[slice, ...]) -> None:
     """Raise ValueError where inverse, info and rcond contradict each other."""
-    if (info == Info.PENDING).any():
+    if (info == int(Info.PENDING)).any():
         raise ValueError("some matrices were never computed")
-    good = info == Info.GOOD
+    good = info == int(Info.GOOD)
     _refuse(good & ~np.isfinite(inverse).all(axis=(1, 2)), region, "not finite, but info says good")
     if inverse.shape[-1]:
         _refuse(~good & ~np.isnan(inverse).all(axis=(1, 2)), region, "not NaN, but info says failed")

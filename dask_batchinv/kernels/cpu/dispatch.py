@@ -162,7 +162,7 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Assume
         for start in range(0, m, step):
             _on_copies(partial(_run, kernel), slice(start, start + step), a, out, info, rcond)
     # What overflowed on the way, in single precision, need not in double.
-    overflowed = np.flatnonzero(info == Info.OVERFLOW)
+    overflowed = np.flatnonzero(info == int(Info.OVERFLOW))
     for start in range(0, len(overflowed), step):
         _on_copies(reference, overflowed[start : start + step], a, out, info, rcond)
 

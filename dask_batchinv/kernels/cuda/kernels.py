@@ -55,7 +55,7 @@ def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a
     """Invert again in double precision what overflowed in single: on the way, that is, which its inverse need not."""
     import cupy
 
-    overflowed = cupy.flatnonzero(info == Info.OVERFLOW)  # waits for the GPU
+    overflowed = cupy.flatnonzero(info == int(Info.OVERFLOW))  # waits for the GPU
     if not overflowed.size:
         return
     wide = np.dtype("d" if a.dtype.char == "f" else "D")
@@ -66,8 +66,8 @@ def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a
         x, codes, conditions = cupy.empty_like(b), cupy.empty(len(b), np.int32), cupy.empty(len(b), np.float64)
         run(b, x, codes, conditions, assume_a=assume_a)
         x = _converted("narrow", x, a.dtype)
-        codes[(codes == Info.GOOD) & ~cupy.isfinite(x).all(axis=(1, 2))] = Info.OVERFLOW
-        x[codes != Info.GOOD] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
+        codes[(codes == int(Info.GOOD)) & ~cupy.isfinite(x).all(axis=(1, 2))] = Info.OVERFLOW
+        x[codes != int(Info.GOOD)] = complex(np.nan, np.nan) if a.dtype.kind == "c" else np.nan
         out[some], info[some], rcond[some] = x, codes, _converted("narrow", conditions, rcond.dtype)
 
     _in_batches(part, chosen, overflowed, of_one=5 * a[0].size * wide.itemsize)

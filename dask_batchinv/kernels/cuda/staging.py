@@ -91,7 +91,7 @@ class _Slot:
             return
         self.stream.synchronize()
         m = self.part.stop - self.part.start
-        if self.pinned[0].dtype.char in "fF" and (self.pinned[2][:m] == Info.OVERFLOW).any():
+        if self.pinned[0].dtype.char in "fF" and (self.pinned[2][:m] == int(Info.OVERFLOW)).any():
             with self.stream:
                 on_gpu = [x[:m] for x in self.on_gpu]
                 cuda.again_in_double(*on_gpu, assume_a=assume_a)
