@@ -1,11 +1,14 @@
-"""Where a store is: its one true name, whether two places overlap, and how to open it."""
+"""Where a store is: its one true name, whether two overlap, how to open it, and the bytes in it.
+
+All that jobs do to stores beside Zarr goes through `Location`: another kind of store is a class with its methods.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -73,9 +76,9 @@ class Location:
 
     def __truediv__(self, part: str) -> Location:
         if self.is_local:
-            return Location(os.path.realpath(os.path.join(self.url, part)))
+            return replace(self, url=os.path.realpath(os.path.join(self.url, part)))
         head, mark, query = self.url.partition("?")
-        return Location(f"{head}/{part}{mark}{query}")
+        return replace(self, url=f"{head}/{part}{mark}{query}")
 
     def contains(self, other: Location) -> bool:
         """Tell whether `other` is this location or lies inside it."""
@@ -92,7 +95,7 @@ class Location:
             return zarr.storage.LocalStore(self.url, read_only=read_only)
         return zarr.storage.FsspecStore.from_url(self.url, read_only=read_only, storage_options=self._options())
 
-    def filesystem(self) -> tuple[Any, str]:
+    def _filesystem(self) -> tuple[Any, str]:
         """Return the (synchronous) fsspec file system and the path in it."""
         fs, path = fsspec.core.url_to_fs(self.url, **self._options())
         return fs, path
@@ -106,8 +109,33 @@ class Location:
 
     def exists(self) -> bool:
         """Tell whether anything is here."""
-        fs, path = self.filesystem()
+        fs, path = self._filesystem()
         return bool(fs.exists(path))
+
+    def is_writable(self) -> bool:
+        """Tell whether it can be written, as far as that can be told beforehand."""
+        path = self.url
+        while self.is_local and not os.path.exists(path):
+            path = os.path.dirname(path)
+        return not self.is_local or os.access(path, os.W_OK)
+
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        """Return what is stored under `key`, or its first `limit` bytes; FileNotFoundError if there is no such key."""
+        fs, path = self._filesystem()
+        content: bytes = fs.cat_file(f"{path}/{key}", start=None if limit is None else 0, end=limit)
+        return content
+
+    def write(self, key: str, content: bytes) -> None:
+        """Store bytes under `key`."""
+        fs, path = self._filesystem()
+        if self.is_local or self.is_memory:
+            fs.makedirs(path, exist_ok=True)
+        fs.pipe_file(f"{path}/{key}", content)
+
+    def delete(self, key: str) -> None:
+        """Delete what is stored under `key`."""
+        fs, path = self._filesystem()
+        fs.rm_file(f"{path}/{key}")
 
     def read_json(self, key: str) -> dict[str, Any] | None:
         """Return a JSON object stored under `key`, or None if there is no such key.
@@ -117,14 +145,13 @@ class Location:
         ValueError
             If it is not a file, longer than metadata ever are, or not a JSON object.
         """
-        fs, path = self.filesystem()
-        found = f"{path}/{key}"
+        found = os.path.join(self.url, key)
         if self.is_local and os.path.exists(found) and not os.path.isfile(found):
             if os.path.isdir(found):
                 return None
             raise ValueError(f"{key} of {self.name} is not a file")
         try:
-            text = fs.cat_file(found, start=0, end=_JSON_NBYTES + 1)
+            text = self.read(key, _JSON_NBYTES + 1)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         if len(text) > _JSON_NBYTES:
@@ -136,12 +163,12 @@ class Location:
 
     def children(self) -> list[str]:
         """Return the names of what is directly inside."""
-        fs, path = self.filesystem()
+        fs, path = self._filesystem()
         return sorted(child.rstrip("/").rpartition("/")[2] for child in fs.ls(path, detail=False))
 
     def remove(self, *, first: str | None = None, last: str | None = None, keep: str | None = None) -> None:
         """Delete everything here, the file `first` before and the file `last` after all others, but not `keep`."""
-        fs, path = self.filesystem()
+        fs, path = self._filesystem()
         children = [child for child in self.children() if child != keep]
         for child in sorted(children, key=lambda child: (child != first, child == last)):
             fs.rm(f"{path}/{child}", recursive=True)

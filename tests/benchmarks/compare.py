@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.compare OTHER/CHECKOUT
 
-Each checkout has processes of its own; the two take turns, A B A B, so that the machine's drift falls on both. A ratio below 1 says that this checkout is faster than the other.
+Each checkout has processes of its own; the two take turns, A B A B, so that the machine's drift falls on
+both. A ratio below 1 says that this checkout is faster than the other.
 """
 
 from __future__ import annotations

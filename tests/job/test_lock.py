@@ -100,13 +100,12 @@ def test_a_lease_is_renewed_and_given_back(impatient, memory):
 
 
 def test_a_lease_that_nobody_renews_is_taken_over(impatient, memory):
-    fs, path = memory.filesystem()
-    fs.pipe_file(f"{path}/{LOCK}", json.dumps({"run": "dead", "renewed": 7}).encode())
+    memory.write(LOCK, json.dumps({"run": "dead", "renewed": 7}).encode())
     start = time.monotonic()
     with locked(memory) as held:
         assert 0.5 < time.monotonic() - start < 5
         # And a holder that resumes sees it.
-        fs.pipe_file(f"{path}/{LOCK}", json.dumps({"run": "other", "renewed": 0}).encode())
+        memory.write(LOCK, json.dumps({"run": "other", "renewed": 0}).encode())
         time.sleep(0.5)
         with pytest.raises(LockLostError):
             held.check()

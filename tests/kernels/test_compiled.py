@@ -114,7 +114,7 @@ def test_an_unaligned_block_is_served(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beyond_the_largest_lapack_takes_over(kind, dtype):
     a = conditioned(2, 513, 10, dtype, kind)
-    assert layout_of(spec_of(513, dtype, kind)) is None
+    assert layout_of(spec_of(513, dtype, kind, 64)) is None
     out, info, rcond = np.empty_like(a), np.empty(2, np.int32), np.empty(2, a.real.dtype)
     lapack.invert(a, out, info, rcond, structure=kind)
     for got, want in zip(run(a, kind), (out, info, rcond), strict=True):
@@ -172,7 +172,7 @@ def test_a_wrongly_compiled_kernel_is_refused(monkeypatch, harm):
     monkeypatch.setattr(dispatch, "_loaded", {})
     monkeypatch.setattr(dispatch, "_run", wrong)
     with pytest.raises(dispatch.KernelError, match=r"kernel general_4_d_\d+ gives wrong results on this machine"):
-        dispatch._load(spec_of(4, "float64", "general"))
+        dispatch._load(spec_of(4, "float64", "general", compiler.vector_nbytes()))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------

@@ -235,14 +235,8 @@ def _blind(source: Source | None, target: Location) -> str | None:
     try:
         if source is not None and source.open().shape != source.shape:
             return f"{source.location.name} is another array there"
-        if target.is_local and not os.access(_existing(target.url), os.W_OK):
+        if not target.is_writable():
             return f"{target.name} cannot be written there"
     except Exception as error:
         return redact(f"{type(error).__name__}: {error}")
     return None
-
-
-def _existing(path: str) -> str:
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path

@@ -218,9 +218,7 @@ def array_names(group: Location) -> dict[str, tuple[int, ...]]:
 
 
 def _array_nodes(group: Location) -> Iterator[tuple[str, Node]]:
-    fs, path = group.filesystem()
-    for child in sorted(fs.ls(path, detail=False)):
-        name = child.rstrip("/").rpartition("/")[2]
+    for name in group.children():
         node = read_node(group / name)
         if node is not None and node.is_array:
             yield name, node

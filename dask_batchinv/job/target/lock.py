@@ -69,8 +69,7 @@ def locked(target: Location) -> Iterator[Lock]:
 
 def remove_stale_lock(target: Location) -> None:
     """Remove the lock of a run that was killed, if it left one."""
-    fs, path = target.filesystem()
-    if fs.exists(f"{path}/{LOCK}"):
+    if LOCK in target.children():
         with suppress(TargetError), locked(target):  # unless a run is at work
             pass
 
@@ -151,8 +150,7 @@ class _Lease(Lock):
         self._renewing.join()
         if not self._lost:
             with suppress(Exception):
-                fs, path = self._target.filesystem()
-                fs.rm_file(f"{path}/{LOCK}")
+                self._target.delete(LOCK)
 
     def _acquire(self) -> None:
         if seen := self._read():
@@ -189,8 +187,5 @@ class _Lease(Lock):
             return {"run": "unknown"}
 
     def _write(self, number: int) -> None:
-        fs, path = self._target.filesystem()
-        if self._target.is_local or self._target.is_memory:
-            fs.makedirs(path, exist_ok=True)
         content = {"run": self._me, "renewed": number, "holder": _holder()}
-        fs.pipe_file(f"{path}/{LOCK}", json.dumps(content).encode())
+        self._target.write(LOCK, json.dumps(content).encode())

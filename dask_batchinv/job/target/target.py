@@ -64,12 +64,11 @@ def inspect(location: Location) -> Target:
 def _inspect(location: Location) -> Target:
     try:
         meta = location.read_json("zarr.json")
-    except ValueError:
-        meta = {}
+    except ValueError:  # not JSON, or the location makes no sense: then this is an error, too
+        meta = {} if location.exists() else None
     if meta is None and not location.exists():
         return Target(State.ABSENT, {})
-    fs, path = location.filesystem()
-    if meta is None and fs.isdir(path) and set(location.children()) <= {LOCK}:
+    if meta is None and set(location.children()) <= {LOCK}:
         return Target(State.ABSENT, {})
     attributes = (meta or {}).get("attributes") or {}
     mark = attributes.get(MARK)

@@ -77,11 +77,9 @@ def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:
 def _read(target: Location, key: str) -> bytes:
     if target.is_local:
         return _read_file(f"{target.url}/{key}")
-    fs, path = target.filesystem()
     for attempt in range(_ATTEMPTS):
         try:
-            content: bytes = fs.cat_file(f"{path}/{key}")
-            return content
+            return target.read(key)
         except FileNotFoundError:
             raise
         except Exception:

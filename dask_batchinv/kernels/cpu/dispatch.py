@@ -84,11 +84,12 @@ LAYOUTS = (
 STRUCTURES = frozenset(layout.structure for layout in LAYOUTS)
 
 
-def spec_of(n: int, dtype: npt.DTypeLike, structure: AssumeA, vector_nbytes: int | None = None) -> KernelSpec:
-    """Return what a kernel is written for; by default with the widest vectors of this machine."""
+@cache
+def spec_of(n: int, dtype: np.dtype[Any] | str, structure: AssumeA, vector_nbytes: int) -> KernelSpec:
+    """Return what a kernel for vectors of a width is written for."""
     dtype = np.dtype(dtype)
     real_nbytes = dtype.itemsize // (2 if dtype.kind == "c" else 1)
-    return KernelSpec(structure, n, dtype, (vector_nbytes or compiler.vector_nbytes()) // real_nbytes)
+    return KernelSpec(structure, n, dtype, vector_nbytes // real_nbytes)
 
 
 def layout_of(spec: KernelSpec) -> Layout | None:
@@ -122,7 +123,7 @@ _lock = threading.Lock()
 
 def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """Return the working memory of `invert` in bytes, whatever the number of matrices."""
-    spec, others = spec_of(n, dtype, structure), lapack.scratch_nbytes(n, dtype)
+    spec, others = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes()), lapack.scratch_nbytes(n, dtype)
     if (layout := layout_of(spec)) is None:
         return others
     group, nbytes = layout.workspace(spec)
@@ -135,7 +136,7 @@ def compile_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
 
     Measured: compiling takes 40 to 55 MiB.
     """
-    spec = spec_of(n, dtype, structure)
+    spec = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())
     if (layout := layout_of(spec)) is None:
         return 0
     return 64 * 2**20 + 5 * _tested(layout.workspace(spec)) * n * n * np.dtype(np.complex128).itemsize
@@ -150,7 +151,7 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Assume
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
     reference = partial(lapack.invert, structure=structure)
-    kernel = _load(spec_of(n, a.dtype, structure))
+    kernel = _load(spec_of(n, a.dtype, structure, compiler.vector_nbytes()))
     if kernel is None:
         reference(a, out, info, rcond)
         return
