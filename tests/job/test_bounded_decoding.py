@@ -244,11 +244,11 @@ def assert_reads(path, a, bounded=1):
     assert array.shape == a.shape
     np.testing.assert_array_equal(array[...], a)
     assert array[...].dtype == a.dtype
-    assert guards(array) == bounded, "Zarr decodes with a codec of its own"
+    assert bounds(array) == bounded, "Zarr decodes with a codec of its own"
     return array
 
 
-def guards(array):
+def bounds(array):
     """Count the bounded codecs that a chunk passes."""
     if array.metadata.zarr_format == 2:
         codecs = [*(array.metadata.filters or ()), array.metadata.compressor]

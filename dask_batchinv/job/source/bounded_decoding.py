@@ -63,11 +63,11 @@ class Size:
             )
 
 
-def open_guarded(store: zarr.abc.store.Store, meta: Config) -> zarr.Array[Any]:
+def open_bounded(store: zarr.abc.store.Store, meta: Config) -> zarr.Array[Any]:
     """Open an array for reading whose metadata were read and checked already."""
-    guarded = _guard_v2(meta) if meta["zarr_format"] == 2 else meta | {"codecs": _guard_v3(meta["codecs"])}
-    whole, part = _stored_v2(guarded) if meta["zarr_format"] == 2 else _stored_v3(meta)
-    return zarr.Array.from_dict(zarr.storage.StorePath(BoundedStore(store, whole, part)), guarded)
+    bounded = _bound_v2(meta) if meta["zarr_format"] == 2 else meta | {"codecs": _bound_v3(meta["codecs"])}
+    whole, part = _stored_v2(bounded) if meta["zarr_format"] == 2 else _stored_v3(meta)
+    return zarr.Array.from_dict(zarr.storage.StorePath(BoundedStore(store, whole, part)), bounded)
 
 
 # --- what is stored -------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ class BoundedCodec(BytesBytesCodec):
         raise NotImplementedError("a source is only read")
 
 
-def _guard_v3(codecs: Sequence[Any]) -> list[Any]:
-    guarded: list[Any] = []
+def _bound_v3(codecs: Sequence[Any]) -> list[Any]:
+    bounded: list[Any] = []
     extra = 0
     for codec in codecs:
         document: Config = {"name": codec} if isinstance(codec, str) else codec
@@ -198,13 +198,13 @@ def _guard_v3(codecs: Sequence[Any]) -> list[Any]:
         kind = name.removeprefix("numcodecs.")
         if kind in COMPRESSORS:
             inner = get_codec_class(name).from_dict(document)
-            guarded.append(BoundedCodec(inner, kind, configuration, extra))
+            bounded.append(BoundedCodec(inner, kind, configuration, extra))
         elif name == "sharding_indexed":
-            guarded.append(ShardingCodec(**configuration | {"codecs": _guard_v3(configuration["codecs"])}))
+            bounded.append(ShardingCodec(**configuration | {"codecs": _bound_v3(configuration["codecs"])}))
         else:
-            guarded.append(codec)
+            bounded.append(codec)
         extra += 4 * (kind in CHECKSUMS)
-    return guarded
+    return bounded
 
 
 # --- Zarr format 2 --------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class BoundedCompressor(numcodecs.abc.Codec):  # type: ignore[misc]  # numcodecs
         return dict(self._inner.get_config())
 
 
-def _guard_v2(meta: Config) -> Config:
+def _bound_v2(meta: Config) -> Config:
     """Replace the compressor, which may also stand among the filters."""
     filters = [numcodecs.get_codec(codec) for codec in meta.get("filters") or ()]
     compressor = meta.get("compressor")

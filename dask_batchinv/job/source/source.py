@@ -17,7 +17,7 @@ import zarr
 
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
-from dask_batchinv.job.source.bounded_decoding import open_guarded
+from dask_batchinv.job.source.bounded_decoding import open_bounded
 from dask_batchinv.job.source.metadata import (
     Node,
     allowed_codecs,
@@ -93,7 +93,7 @@ class Source:
         store = self.location.store(read_only=True)
         if missing == "error":
             store = StrictStore(store)
-        return open_guarded(store, node.meta)
+        return open_bounded(store, node.meta)
 
     def read_coordinates(self) -> xr.Dataset | None:
         """Read the coordinates, undecoded, into memory; None if there are none. SourceError if that fails."""
@@ -142,26 +142,16 @@ def open_source(path: str | os.PathLike[str], variable: str | None = None, dims:
 
 
 def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
-    root, group = Location.parse(path), None
-    location = root
-    node = read_node(location)
-    if node is None:
-        raise SourceError(f"there is no Zarr array or group at {location.name}")
-    if not node.is_array:
-        variable = _known_variable(root, variable, dims)
-        inner, _, name = variable.rpartition("/")
-        group = root / inner if inner else root
-        location = root / variable
-        node = read_node(location)
-        if node is None or not node.is_array:
-            raise SourceError(f"there is no variable {variable!r} in {root.name}; it has {_listed(root)}")
-    elif variable is not None:
-        raise SourceError(f"{location.name} is an array, not a group: leave --variable out")
+    root = Location.parse(path)
+    node, variable = _find(root, variable, dims)
+    inner, _, name = (variable or "").rpartition("/")
+    group = None if variable is None else root / inner if inner else root
+    location = node.location
     dtype = checked_dtype(node)
     check_codecs(node, allowed_codecs(node), f"{location.name} is not among those that are safe to run")
     check_layout(node, dtype.itemsize)
     stored_names(node)
-    array = open_guarded(location.store(read_only=True), node.meta)
+    array = open_bounded(location.store(read_only=True), node.meta)
     names, core = _name_dims(node, array.ndim, dims, array.shape)
     if array.shape[core[0]] != array.shape[core[1]]:
         raise SourceError(
@@ -192,6 +182,22 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         checksummed=any(is_checksum(codec) for codec in codecs_of(node)),
         digest=digest_of(node, coordinates),
     )
+
+
+def _find(root: Location, variable: str | None, dims: Sequence[str] | None) -> tuple[Node, str | None]:
+    """Return the array that is meant, and its name in the group if it is in one."""
+    node = read_node(root)
+    if node is None:
+        raise SourceError(f"there is no Zarr array or group at {root.name}")
+    if node.is_array:
+        if variable is not None:
+            raise SourceError(f"{root.name} is an array, not a group: leave --variable out")
+        return node, None
+    variable = _known_variable(root, variable, dims)
+    node = read_node(root / variable)
+    if node is None or not node.is_array:
+        raise SourceError(f"there is no variable {variable!r} in {root.name}; it has {_listed(root)}")
+    return node, variable
 
 
 def _shortened(text: str) -> str:
