@@ -76,7 +76,19 @@ def test_each_run_that_writes_leaves_a_record(tmp_path, source):
     (tmp_path / "t" / "inverse" / "c.3.0.0").unlink()
     serially(source, tmp_path / "t")
     assert [run["tiles_now"] for run in runs_of(target)] == [6, 1]
+    assert runs_of(target)[1]["n_damaged_tiles"] == 1
     assert "inverse/c.3.0.0 cannot be read" in runs_of(target)[1]["damaged_tiles"][0]["cause"]
+
+
+def test_a_run_that_was_stopped_reports_even_where_no_record_can_be_kept(tmp_path, source, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dask_batchinv.job.worker.invert_tiles.write_chunks", full)
+    monkeypatch.setattr("dask_batchinv.job.driver.run.record_run", full)
+    report = serially(source, tmp_path / "t")
+    assert report.exit_code == 1
+    assert "No space left" in report.stopped
 
 
 def test_the_account_of_a_target_is_that_of_the_report(tmp_path, source):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from dask_batchinv.job.plan.prepare import Job, plan_for
 from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.progress import OnProgress, Progress, ignore
-from dask_batchinv.job.report.run_record import RunTotals
+from dask_batchinv.job.report.run_record import RunRecord, RunTotals
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, LockLostError, locked, remove_stale_lock
@@ -89,7 +89,7 @@ class Run:
                     return self.report(ledger)
                 lock, target, ledger = self._begin(held)
             self._invert(target, ledger, lock)
-            self._finish(ledger)
+            self._finish(ledger, lock)
             return self.report(ledger)
 
     def _begin(self, held: ExitStack) -> tuple[Lock, Target, Ledger]:
@@ -191,14 +191,16 @@ class Run:
         if attempts > 1:
             self.totals.stopped = self.totals.stopped or cause
 
-    def _finish(self, ledger: Ledger) -> None:
+    def _finish(self, ledger: Ledger, lock: Lock) -> None:
         """Keep the record of the run, and mark the target as complete if it is."""
-        target, totals = self.job.target, self.totals
+        target, stopped = self.job.target, self.totals.stopped is not None
         with _as_os_error(f"{target.name} cannot be finished"):
             targets.remove_partial_chunks(target)
-            record = totals.record(self.plan, self.workers, source_checked=self.job.source.checksummed)
-            record_run(target, asdict(record))
-            if ledger.done.all() and totals.stopped is None:
+            # Of a run that was stopped the report matters more: the disk may be full, or the target another's by now.
+            with suppress(Exception) if stopped else nullcontext():
+                lock.check()
+                record_run(target, self._record().to_json())
+            if ledger.done.all() and not stopped:
                 targets.finish(target, durable=self.job.options.durable)
 
     def report(self, ledger: Ledger) -> JobReport:
@@ -206,8 +208,10 @@ class Run:
         job = self.job
         done = bool(ledger.done.all())
         account = make_account(job.target, job.fingerprint, self.plan.tiling, ledger, complete=done)
-        record = self.totals.record(self.plan, self.workers, source_checked=job.source.checksummed)
-        return JobReport.of(account, record, job.options.max_failed)
+        return JobReport.of(account, self._record(), job.options.max_failed)
+
+    def _record(self) -> RunRecord:
+        return self.totals.record(self.plan, self.workers, source_checked=self.job.source.checksummed)
 
 
 def spans_to_read_back(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], tile_nbytes: int) -> Iterator[range]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult
+from dask_batchinv.outcome import NAMED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,12 @@ class RunRecord:
     """Whether the source carries checksums; without them damage to it goes unnoticed."""
     notes: tuple[str, ...] = ()
     """What else the reader should know."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is kept in the target: of its tiles the numbers, and the first ones by name."""
+        tiles = {"damaged_tiles": self.damaged_tiles, "failed_tiles": self.failed_tiles}
+        counts = {f"n_{name}": len(some) for name, some in tiles.items()}
+        return asdict(self) | counts | {name: [asdict(tile) for tile in some[:NAMED]] for name, some in tiles.items()}
 
 
 @dataclass
