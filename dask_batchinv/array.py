@@ -48,12 +48,7 @@ class CallOptions:
 
 
 def inverse(
-    a: Any,
-    *,
-    out: Any = None,
-    assume_a: AssumeA = "general",
-    on_error: OnError = "raise",
-    device: Device = "auto",
+    a: Any, *, out: Any = None, assume_a: AssumeA = "general", on_error: OnError = "raise", device: Device = "auto"
 ) -> Any:
     """Return the inverse of every matrix in a stack.
 
@@ -209,22 +204,17 @@ def _(a: da.Array, options: CallOptions) -> InverseEx:
     core = [a.ndim - 2, a.ndim - 1]
     # An empty array of the same kind; for a single matrix a 0-d one, which must hold a number that can be cast.
     batch_like = np.zeros_like(a._meta, shape=(0,) * (a.ndim - 2), dtype=bool)
-    # Each block of `account` is one InverseEx. da.apply_gufunc would do the same, but fails with array query
+    # Each block of `results` is one InverseEx. da.apply_gufunc would do the same, but fails with array query
     # planning (dask 2026.8).
     nothing = np.empty(batch_like.shape, object)  # CuPy has no objects
-    account = a.map_blocks(_account_of_block, options, dtype=object, drop_axis=core, meta=nothing)
+    results = a.map_blocks(_results_of_block, options, dtype=object, drop_axis=core, meta=nothing)
     n = a.chunks[-1]
     return InverseEx(
-        account.map_blocks(
-            _part,
-            "inverse",
-            dtype=dtype,
-            new_axis=core,
-            chunks=(*account.chunks, n, n),
-            meta=a._meta.astype(dtype),
+        results.map_blocks(
+            getattr, "inverse", dtype=dtype, new_axis=core, chunks=(*results.chunks, n, n), meta=a._meta.astype(dtype)
         ),
-        account.map_blocks(_part, "info", dtype=np.int32, meta=batch_like.astype(np.int32)),
-        account.map_blocks(_part, "rcond", dtype=real_dtype(dtype), meta=batch_like.astype(real_dtype(dtype))),
+        results.map_blocks(getattr, "info", dtype=np.int32, meta=batch_like.astype(np.int32)),
+        results.map_blocks(getattr, "rcond", dtype=real_dtype(dtype), meta=batch_like.astype(real_dtype(dtype))),
     )
 
 
@@ -256,18 +246,14 @@ def _whole(a: da.Array) -> da.Array:
     return a.rechunk(chunks, block_size_limit=limit or None, threshold=sys.maxsize)
 
 
-def _account_of_block(block: Any, options: CallOptions, block_info: Any = None) -> InverseEx:
-    account = invert_block(block, dtype=result_dtype(block.dtype), assume_a=options.assume_a, device=options.device)
+def _results_of_block(block: Any, options: CallOptions, block_info: Any = None) -> InverseEx:
+    results = invert_block(block, dtype=result_dtype(block.dtype), assume_a=options.assume_a, device=options.device)
     if options.raises:
         spans = block_info[0]["array-location"] if block_info else [(0, 0)] * block.ndim
         origin = tuple(None if math.isnan(start) else int(start) for start, _ in spans[:-2])
-        raise_failed(account.info, options.assume_a, origin)
-    return account
+        raise_failed(results.info, options.assume_a, origin)
+    return results
 
 
 def _inverse_of_block(block: Any, options: CallOptions, block_info: Any = None) -> Any:
-    return _account_of_block(block, options, block_info).inverse
-
-
-def _part(account: Any, name: str) -> Any:
-    return getattr(account, name)
+    return _results_of_block(block, options, block_info).inverse

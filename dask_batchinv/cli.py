@@ -17,7 +17,7 @@ from dask_batchinv._version import __version__
 from dask_batchinv.job.driver.cluster import ClusterOptions, connect, count_gpus, local_workers
 from dask_batchinv.job.driver.run import run_job
 from dask_batchinv.job.driver.verify import verify
-from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, plan_for, prepare
 from dask_batchinv.job.report import display
@@ -63,7 +63,7 @@ _job_options = _options(
                  help="How many matrices may have no inverse before the exit code is 3; 'any' for no limit."),
     click.option("--device", type=click.Choice(get_args(Device)), default="auto", show_default=True,
                  help="Where to invert."),
-    click.option("--missing", type=click.Choice(["error", "fill"]), default="error", show_default=True,
+    click.option("--missing", type=click.Choice(get_args(Missing)), default="error", show_default=True,
                  help="A chunk that is not in the source is damage, or stands for matrices of its fill value."),
     click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
     click.option("--overwrite", is_flag=True,
@@ -158,14 +158,8 @@ def status(target: str, as_json: bool) -> None:
 @main.command("verify")
 @click.argument("target")
 @click.option("--source", metavar="SOURCE", help="Also multiply every matrix of SOURCE with its inverse.")
-@click.option(
-    "--sample",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="SHARE",
-    help="With --source: multiply the matrices of this share of the tiles.",
-)
+@click.option("--sample", type=float, default=1.0, show_default=True, metavar="SHARE",
+              help="With --source: multiply the matrices of this share of the tiles.")  # fmt: skip
 @_cluster_options
 @_json_option
 def verify_command(target: str, source: str | None, sample: float, as_json: bool, **arguments: Any) -> None:
@@ -219,7 +213,7 @@ def _exit_codes() -> Iterator[None]:
         click.echo(f"Error: {redact(str(error))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo("Interrupted. What is done is recorded: the same command does the rest.", err=True)
+        click.echo("Interrupted. Finished tiles are recorded: run the same command again for the rest.", err=True)
         sys.exit(INTERRUPTED)
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
 import zarr.abc.store
 import zarr.storage
+
+from dask_batchinv.outcome import RefusedError
 
 _SECRET = re.compile(
     r"(?i)((?:key|secret|token|sig|signature|password|passwd|pwd|credential|auth|sas)[^=&\s]*=)[^&\s]+"
@@ -32,6 +36,17 @@ def redact(text: str) -> str:
     's3://***@host/b?token=***&x=1'
     """
     return _SECRET.sub(r"\1***", _USER.sub("***@", text))
+
+
+@contextmanager
+def raised_as(kind: type[Exception], what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a file system may raise into an error of ours, without credentials; refusals stay as they are."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise kind(redact(f"{what}: {type(error).__name__}: {error}{advice}")) from error
 
 
 @dataclass(frozen=True)

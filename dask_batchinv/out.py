@@ -46,9 +46,10 @@ def fill(out: Any, result: da.Array) -> Any:
     if isinstance(out, (str, os.PathLike)):
         if any(math.isnan(size) for size in result.shape):
             raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
-        chunks = regular_chunks(result.chunks)
-        created = create_array(out, result.shape, chunks, result.dtype)
-        location = Location.parse(out)
+        location, chunks = Location.parse(out), tuple(max(1, *sizes) for sizes in result.chunks)
+        created = zarr.create_array(
+            location.store(), shape=result.shape, chunks=chunks, dtype=result.dtype, **array_options(result.dtype)
+        )
         try:
             refuse_overlap(created, result)
             _write(created, result, location)
@@ -69,7 +70,7 @@ def fill(out: Any, result: da.Array) -> Any:
 
 
 def _write(out: zarr.Array[Any], result: da.Array, location: Location | None = None) -> None:
-    """Write `result` into a Zarr array, which is at `place` if a failure removes it."""
+    """Write `result` into a Zarr array, which is at `location` if a failure removes it."""
     if is_in_memory(out):
         out[...] = result.compute()
         return
@@ -84,15 +85,10 @@ def _write(out: zarr.Array[Any], result: da.Array, location: Location | None = N
 def _write_block(block: Any, out: zarr.Array[Any], location: Location | None, block_info: Any = None) -> Any:
     if block_info:
         # When one task fails, Dask lets those go on that run: they must not write where no array is any more.
-        if location is not None and not has_array(location):
+        if location is not None and location.read_json("zarr.json") is None:
             raise FileNotFoundError(f"the array at {location.name} was removed because another block failed")
         out[tuple(slice(*span) for span in block_info[0]["array-location"])] = block
     return np.ones((1,) * block.ndim, bool)
-
-
-def regular_chunks(chunks: Chunks) -> tuple[int, ...]:
-    """Return the chunk shape nearest to Dask `chunks` that a Zarr array can have."""
-    return tuple(max(1, *sizes) for sizes in chunks)
 
 
 def safe_chunks(chunks: Chunks, unit: tuple[int, ...]) -> Chunks:
@@ -112,32 +108,8 @@ def _safe_sizes(sizes: tuple[int, ...], step: int) -> tuple[int, ...]:
     return (size,) * whole + ((rest,) if rest else ())
 
 
-def create_array(
-    path: str | os.PathLike[str], shape: tuple[int, ...], chunks: tuple[int, ...], dtype: npt.DTypeLike
-) -> zarr.Array[Any]:
-    """Create a Zarr array for inverses: checksummed, uncompressed, every chunk written.
-
-    Raises
-    ------
-    zarr.errors.ContainsArrayError
-        If there is one already.
-    """
-    return zarr.create_array(
-        Location.parse(path).store(),
-        shape=shape,
-        chunks=chunks,
-        dtype=dtype,
-        **array_options(dtype),
-    )
-
-
-def has_array(location: Location) -> bool:
-    """Tell whether there is an array."""
-    return location.read_json("zarr.json") is not None
-
-
 def remove_array(location: Location) -> None:
-    """Remove an array that tasks may still be writing to, if they look at `has_array` before each block.
+    """Remove an array that tasks may still be writing to, if they look for its metadata before each block.
 
     Raises
     ------
@@ -186,7 +158,7 @@ def refuse_overlap(out: Any, result: da.Array) -> None:
 
 def is_in_memory(array: zarr.Array[Any]) -> bool:
     """Tell whether an array lives in this process alone, so that no other can write to it."""
-    store = innermost(array)
+    store = innermost(array.store)
     return isinstance(store, zarr.storage.MemoryStore) or (
         isinstance(store, zarr.storage.FsspecStore) and _protocol(store) == "memory"
     )
@@ -199,7 +171,7 @@ def _protocol(store: zarr.storage.FsspecStore) -> str:
 
 def _location(array: zarr.Array[Any]) -> object:
     """Return what two arrays have in common if and only if they are one."""
-    store = innermost(array)
+    store = innermost(array.store)
     if isinstance(store, zarr.storage.LocalStore):
         return os.path.realpath(os.path.join(store.root, array.path))
     if isinstance(store, zarr.storage.FsspecStore):

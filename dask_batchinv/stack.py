@@ -9,13 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 AssumeA = Literal[
-    "general",
-    "symmetric",
-    "hermitian",
-    "positive definite",
-    "upper triangular",
-    "lower triangular",
-    "diagonal",
+    "general", "symmetric", "hermitian", "positive definite", "upper triangular", "lower triangular", "diagonal"
 ]
 Device = Literal["auto", "cpu", "gpu"]
 OnError = Literal["raise", "nan"]

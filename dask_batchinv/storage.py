@@ -49,9 +49,8 @@ def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:
     return tuple(array.shards or array.chunks)
 
 
-def innermost(array: zarr.Array[Any]) -> Any:
-    """Return the store of an array without what is wrapped around it."""
-    store: Any = array.store
+def innermost(store: Any) -> Any:
+    """Return a store without what is wrapped around it."""
     while isinstance(store, zarr.storage.WrapperStore):
         store = store._store
     return store

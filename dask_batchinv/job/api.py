@@ -13,7 +13,7 @@ from dask_batchinv.job.driver.verify import verify
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
-from dask_batchinv.job.report.progress import OnProgress
+from dask_batchinv.job.report.run_record import OnProgress
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.stack import AssumeA, Device
 

@@ -9,6 +9,7 @@ from typing import Literal
 import dask.config
 from dask.utils import parse_bytes
 
+from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
@@ -46,6 +47,7 @@ class JobOptions:
         try:
             parse_choice("assume_a", self.assume_a, AssumeA)
             parse_choice("missing", self.missing, Missing)
+            parse_device(self.device)
         except ValueError as error:
             raise RefusedError(str(error)) from error
         if not 0 <= self.min_rcond <= 1:

@@ -20,6 +20,8 @@ Rows = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 DEVICES = ("cpu", "gpu")
+#: LAPACK's own tests accept a residual of 30 n eps ‖A‖₁ ‖X‖₁.
+LARGEST_RATIO = 30.0
 #: What a row of the ledger says of its tile, in int64; only `TileRow` and `smallest_of` know how.
 COLUMNS = (
     "done", "matrices", *FAILURE_KINDS, "ill_conditioned", "smallest_rcond_bits", "milliseconds", "attempts", "device",
@@ -105,7 +107,7 @@ def smallest_of(rows: Rows) -> float | None:
 
 
 def as_results(number: int, work: Callable[[], list[TileResult[T]]]) -> list[TileResult[T]]:
-    """Return what `work` makes of a tile; an exception becomes the error of the result."""
+    """Return the results of `work` for a tile; an exception becomes the error of the result."""
     try:
         return work()
     except Exception as error:  # a failure is data here: the driver decides what it means

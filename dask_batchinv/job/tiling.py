@@ -13,26 +13,37 @@ def cuts(size: int, step: int) -> int:
     return -(-size // step)
 
 
-def batch_axes(ndim: int, core: tuple[int, int]) -> tuple[int, ...]:
-    """Return the axes that are not core."""
-    return tuple(axis for axis in range(ndim) if axis not in core)
-
-
 @dataclass(frozen=True)
-class Tiling:
-    """How a stack is cut into tiles."""
+class StackShape:
+    """The shape of a stack."""
 
     shape: tuple[int, ...]
-    """Shape of the stack, in the order stored."""
+    """Its shape, in the order stored."""
     core: tuple[int, int]
     """Axes of rows and columns."""
-    tile: tuple[int, ...]
-    """Shape of a tile (those at the end may be smaller): also the chunk shape of the target."""
+
+    @property
+    def n(self) -> int:
+        """Rows of one matrix."""
+        return self.shape[self.core[0]]
 
     @cached_property
     def batch(self) -> tuple[int, ...]:
         """Axes that are not core."""
-        return batch_axes(len(self.shape), self.core)
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.core)
+
+    @property
+    def n_matrices(self) -> int:
+        """Matrices in all."""
+        return math.prod(self.shape[axis] for axis in self.batch)
+
+
+@dataclass(frozen=True)
+class Tiling(StackShape):
+    """How a stack is cut into tiles."""
+
+    tile: tuple[int, ...]
+    """Shape of a tile (those at the end may be smaller): also the chunk shape of the target."""
 
     @cached_property
     def grid(self) -> tuple[int, ...]:
@@ -43,11 +54,6 @@ class Tiling:
     def n_tiles(self) -> int:
         """Tiles in all."""
         return math.prod(self.grid)
-
-    @property
-    def n_matrices(self) -> int:
-        """Matrices in all."""
-        return math.prod(self.shape[axis] for axis in self.batch)
 
     def axes(self, core: bool) -> tuple[int, ...]:
         """Return the axes of an array with the core dimensions, or without."""

@@ -51,13 +51,8 @@ class Kernel:
     """The kernel itself: ``invert(a, out, info, rcond)``."""
     scratch_nbytes: Callable[[int, npt.DTypeLike], int]
     """``scratch_nbytes(n, dtype)``: its working memory in bytes."""
-    compile_nbytes: Callable[[int, npt.DTypeLike], int]
+    compile_nbytes: Callable[[int, npt.DTypeLike], int] = lambda n, dtype: 0
     """``compile_nbytes(n, dtype)``: what it takes in bytes before its first use in a process."""
-
-
-def no_nbytes(n: int, dtype: npt.DTypeLike) -> int:
-    """Return 0: this kernel needs no memory to compile."""
-    return 0
 
 
 def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
@@ -75,7 +70,6 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
             device="gpu",
             invert=partial(staging.invert, assume_a=assume_a),
             scratch_nbytes=staging.scratch_nbytes,
-            compile_nbytes=no_nbytes,
         )
     if assume_a in cpu.STRUCTURES:
         return Kernel(
@@ -90,7 +84,6 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
         device="cpu",
         invert=partial(lapack.invert, structure=assume_a),
         scratch_nbytes=lapack.scratch_nbytes,
-        compile_nbytes=no_nbytes,
     )
 
 

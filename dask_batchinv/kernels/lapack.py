@@ -21,6 +21,8 @@ from dask_batchinv.stack import AssumeA
 
 Array = npt.NDArray[Any]
 
+#: What the routines for a dtype begin with.
+LETTERS = {"f": "s", "d": "d", "F": "c", "D": "z"}
 #: Bytes of matrices worked on at a time: they stay in the cache, and bound the scratch memory.
 GROUP_NBYTES = 2**18
 #: Copies of a group that are alive at once: the part read, its absolute values, the inverse, temporaries.
@@ -176,7 +178,7 @@ def _first_zero_pivot(a: Array) -> int:
 
 def _each(factor: str, finish: str | None, s: Array, out: Array, **upper: int) -> Array:
     """Loop over a stack with two LAPACK routines, the second of which takes what the first returns."""
-    letter = {"f": "s", "d": "d", "F": "c", "D": "z"}[s.dtype.char]
+    letter = LETTERS[s.dtype.char]
     first = getattr(sl, letter + factor)
     second = getattr(sl, letter + finish) if finish else None
     pivot = np.zeros(len(s), np.int32)

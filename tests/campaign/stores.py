@@ -133,7 +133,7 @@ def schedules(work: Work, examples: int, chance: random.Random) -> Iterator[Row]
         Client(cluster, set_as_default=False) as client,
         dask.config.set(quick),
         mock.patch("dask_batchinv.job.driver.retry.BACK_OFF_SECONDS", 0.005),
-        mock.patch("dask_batchinv.job.driver.run.BACK_OFF_SECONDS", 0.005),
+        mock.patch("dask_batchinv.job.driver.run.FLUSH_BACK_OFF_SECONDS", 0.005),
     ):
         once()
     row.faults = total.pop("faults")

@@ -65,22 +65,22 @@ def test_every_matrix_has_a_kernel():
             layouts = [choose_launch(n, dtype, structure).layout for n in range(1, 1025)]
             assert list(dict.fromkeys(layouts)) == order
             for n in range(1, 1025):
-                plan = choose_launch(n, dtype, structure)
+                chosen = choose_launch(n, dtype, structure)
                 # What every card has since 2017.
-                assert plan.shared_nbytes <= launch.SHARED_NBYTES
-                assert plan.threads % 32 == 0
-                assert 32 <= plan.threads <= 1024
+                assert chosen.shared_nbytes <= launch.SHARED_NBYTES
+                assert chosen.threads % 32 == 0
+                assert 32 <= chosen.threads <= 1024
                 # Lanes of a warp hold their row in registers, of which a thread has 255.
-                assert plan.layout != "per_warp" or n * np.dtype(dtype).itemsize // 4 <= 128
+                assert chosen.layout != "per_warp" or n * np.dtype(dtype).itemsize // 4 <= 128
 
 
 @pytest.mark.parametrize("n", [2, 16, 64, 300])
 def test_any_number_of_matrices(n):
-    plan = choose_launch(n, "float64", "general")
-    assert plan.blocks(1) == 1
+    chosen = choose_launch(n, "float64", "general")
+    assert chosen.blocks(1) == 1
     for m in (10**6, 2**31, 2**40):
         # No more blocks than CUDA has in a row, and all matrices are somebody's turn.
-        assert plan.blocks(m) == min(-(-m // plan.matrices), 2**31 - 1)
+        assert chosen.blocks(m) == min(-(-m // chosen.matrices), 2**31 - 1)
 
 
 def test_batches_fit_the_memory_that_is_free():

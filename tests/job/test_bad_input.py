@@ -11,15 +11,7 @@ import xarray as xr
 import zarr
 from distributed import Client
 
-from dask_batchinv import (
-    ClusterError,
-    DeviceError,
-    PlanError,
-    RefusedError,
-    SourceError,
-    TargetError,
-    invert_store,
-)
+from dask_batchinv import ClusterError, DeviceError, PlanError, RefusedError, SourceError, TargetError, invert_store
 from tests.support.stacks import conditioned
 
 

@@ -154,7 +154,7 @@ def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp
         running.send_signal(sign)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130, out + err
-    assert "the same command does the rest" in err
+    assert "run the same command again for the rest" in err
     assert "Traceback" not in err
     before = json.loads(cli("status", target, "--json")[0])
     assert not before["complete"]

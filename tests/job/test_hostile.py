@@ -123,10 +123,7 @@ FORMAT_3 = {
     "name-is-a-list": ({"codecs": [{"name": ["bytes"]}]}, SAFE),
     "two-serializers": ({"codecs": [BYTES, BYTES]}, "cannot be opened"),
     "compressor-first": ({"codecs": [{"name": "zstd", "configuration": {}}, BYTES]}, "cannot be opened"),
-    "astype-huge": (
-        {"codecs": [numcodec("astype", encode_dtype="<f8", decode_dtype="S99999999"), BYTES]},
-        SENSE,
-    ),
+    "astype-huge": ({"codecs": [numcodec("astype", encode_dtype="<f8", decode_dtype="S99999999"), BYTES]}, SENSE),
     "text": ({"data_type": "string"}, DTYPE),
     "raw": ({"data_type": "r64"}, DTYPE),
     "extension-dtype": ({"data_type": {"name": "fixed_length_utf32", "configuration": {"length_bytes": 4}}}, DTYPE),

@@ -12,8 +12,8 @@ from dask_batchinv.job.plan.plan import (
     IDLE_WORKER_NBYTES,
     LARGEST_TILE,
     USABLE,
-    Layout,
     Limits,
+    StackLayout,
     make_plan,
     project_memory,
 )
@@ -24,7 +24,7 @@ UNLIMITED = Limits(memory=None, threads=1, scratch=0, read_concurrency=10)
 
 def layout(shape, unit, core=None, **options):
     core = core or (len(shape) - 2, len(shape) - 1)
-    return Layout(
+    return StackLayout(
         shape,
         core,
         unit,

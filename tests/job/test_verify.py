@@ -43,7 +43,7 @@ def change(path, name, index, value):
 @pytest.mark.parametrize(
     ("name", "index", "value", "problem"),
     [
-        ("inverse", (13, 0, 0), 7.0, r"1 matrices are not the inverse.*first \(13,\)"),
+        ("inverse", (13, 0, 0), 7.0, r"1 matrices are not the inverses.*first \(13,\)"),
         ("inverse", (13, 0, 0), np.nan, r"not finite, but info says good; first \(13,\)"),
         ("inverse", (11, 0, 0), 1.0, r"not NaN, but info says failed; first \(11,\)"),
         ("info", (12,), -(2**31), "never computed"),

@@ -29,7 +29,7 @@ from dask_batchinv.stack import Device
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
-#: Threads of an local worker with a GPU: enough that reading and writing go on meanwhile.
+#: Threads of a local worker with a GPU: enough that reading and writing go on meanwhile.
 GPU_THREADS = 4
 CONNECT_SECONDS = 5
 WORKER_SECONDS = 30
@@ -57,13 +57,8 @@ class ClusterOptions:
     """Where the job computes: the local cluster has one process for a GPU."""
 
     def __post_init__(self) -> None:
-        mine = {
-            "workers": self.workers,
-            "threads-per-worker": self.threads_per_worker,
-            "memory-limit": self.memory_limit,
-            "dashboard": self.dashboard,
-        }
-        given = [name for name, value in mine.items() if value is not None]
+        own = ("workers", "threads_per_worker", "memory_limit", "dashboard")
+        given = [name.replace("_", "-") for name in own if getattr(self, name) is not None]
         if self.client is not None and self.scheduler is not None:
             raise ClusterError("pass a client or the address of a scheduler, not both")
         if given and not self.is_local:
@@ -149,9 +144,9 @@ def _check_address(address: str, *, insecure: bool) -> None:
             )
         if scheme in ("tcp", "tls"):
             socket.create_connection(parse_host_port(location), timeout=CONNECT_SECONDS).close()
+    except ClusterError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ClusterError):
-            raise
         raise ClusterError(f"no scheduler at {address}: {error}") from error
 
 
@@ -222,7 +217,7 @@ def check_reach(client: Client, source: Source | None, target: Location) -> None
                 f"{location.name} lives in the memory of this process, where worker processes cannot reach it: "
                 "use a path or a shared store, or a Client with processes=False"
             )
-    if blind := {address: why for address, why in client.run(_blind, source, target).items() if why}:
+    if blind := {address: why for address, why in client.run(_unreachable_reason, source, target).items() if why}:
         address, why = next(iter(blind.items()))
         raise ClusterError(
             f"{len(blind)} worker(s) cannot reach the stores, first {address}: {why}. "
@@ -230,7 +225,7 @@ def check_reach(client: Client, source: Source | None, target: Location) -> None
         )
 
 
-def _blind(source: Source | None, target: Location) -> str | None:
+def _unreachable_reason(source: Source | None, target: Location) -> str | None:
     """Run on a worker: say what it cannot see."""
     try:
         if source is not None and source.open().shape != source.shape:

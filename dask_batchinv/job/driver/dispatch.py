@@ -20,13 +20,13 @@ from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.client import CancelledError
 from distributed.comm import CommClosedError
 
-from dask_batchinv.job.driver.executor import HEARTBEAT, Heartbeat, Work, default_attempts
+from dask_batchinv.job.driver.executor import HEARTBEAT, Heartbeat, Work
 from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
 from dask_batchinv.job.results import TileResult
 from dask_batchinv.location import redact
 
 T = TypeVar("T")
-Outcomes = Iterator[TileResult[Any] | Heartbeat]
+Results = Iterator[TileResult[Any] | Heartbeat]
 
 #: Spans per thread of a worker: one at work, one that keeps it from waiting for us.
 PER_THREAD = 2
@@ -54,7 +54,7 @@ class Dispatcher:
     """The cluster."""
 
     def run(
-        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int | None = None
+        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int
     ) -> Iterator[TileResult[T] | Heartbeat]:
         """Yield the results of all tiles, and a heartbeat every second.
 
@@ -66,7 +66,7 @@ class Dispatcher:
         ClusterLostError
             If the scheduler is lost, or there are no workers for as long as the patience.
         """
-        retries = Retries(spans, attempts or default_attempts())
+        retries = Retries(spans, attempts)
         in_flight = _InFlight(self.client, work, task, retries)
         try:
             while not in_flight.idle or in_flight.isolate():
@@ -121,7 +121,7 @@ class _InFlight:
                 return
             self._submit(span, address)
 
-    def collect(self) -> Outcomes:
+    def collect(self) -> Results:
         """Wait up to a second for tiles to finish, and yield those that are not to be tried again."""
         wait = LOOK_SECONDS
         if (ready_at := self._retries.ready_at) is not None:
@@ -177,7 +177,7 @@ class _InFlight:
             self._workers[address].spans -= 1
         return span
 
-    def _results_of(self, future: Future) -> Outcomes:
+    def _results_of(self, future: Future) -> Results:
         if future.status in ("pending", "lost"):  # the worker has died with the result: that will be seen
             return
         span, now = self._take(future), time.monotonic()
@@ -197,7 +197,7 @@ class _InFlight:
         self._slowest = max(self._slowest, *(result.milliseconds / 1000 for result in results), 0.0)
         yield from self._retries.on_results(span, results, now)
 
-    def _look(self) -> Outcomes:
+    def _look(self) -> Results:
         """See which workers have come and gone; and if nothing has moved for too long, make it move."""
         self._looked = time.monotonic()
         found = self._ask_for_threads()
@@ -211,10 +211,10 @@ class _InFlight:
         if self.idle or still < max(self._patience, SLOWEST_TIMES * self._slowest):
             return
         if not self._workers:
-            raise ClusterLostError(f"there were no workers for {still:.0f} s")
+            raise ClusterLostError(f"no workers for {still:.0f} s")
         stalled = [address for address, worker in self._workers.items() if worker.spans]
         for address in stalled:
-            yield from self._take_back(address, deaths=SUSPICIOUS_DEATHS, cause=f"there was no end after {still:.0f} s")
+            yield from self._take_back(address, deaths=SUSPICIOUS_DEATHS, cause=f"no result after {still:.0f} s")
         with suppress(Exception):
             self._client.restart_workers(stalled, timeout=RESTART_SECONDS, raise_for_error=False)
         self._moved = time.monotonic()
@@ -225,7 +225,7 @@ class _InFlight:
         if isinstance(cluster, LocalCluster) and len(self._workers) < len(cluster.worker_spec):
             cluster.scale(len(cluster.worker_spec))
 
-    def _take_back(self, address: str, *, deaths: int, cause: str) -> Outcomes:
+    def _take_back(self, address: str, *, deaths: int, cause: str) -> Results:
         """Requeue the spans of a worker that is gone."""
         held = [future for future, (_, where) in self._running.items() if where == address]
         self._client.cancel(held, force=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
-import dask.config
-
 from dask_batchinv.job.driver.retry import Retries
 from dask_batchinv.job.results import TileResult
 
@@ -26,28 +24,22 @@ class Executor(Protocol):
     """Runs tiles."""
 
     def run(
-        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int | None = None
+        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int
     ) -> Iterator[TileResult[T] | Heartbeat]:
         """Yield what ``work(task, span)`` returns for the tiles of all `spans`, each once.
 
-        A tile that fails is tried again, `attempts` times in all; by default the Dask configuration
-        ``batchinv.job.attempts`` says how often. After a result that ``stops`` nothing new is begun.
+        A tile that fails is tried again, `attempts` times in all. After a result that ``stops`` nothing new is begun.
         """
-
-
-def default_attempts() -> int:
-    """Return how often a tile that fails is tried."""
-    return int(dask.config.get("batchinv.job.attempts"))
 
 
 class Serial:
     """Runs tiles one after the other in this process: what other executors do, without what makes it hard."""
 
     def run(
-        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int | None = None
+        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int
     ) -> Iterator[TileResult[T] | Heartbeat]:
         """Yield the results of all tiles."""
-        retries = Retries(spans, attempts or default_attempts())
+        retries = Retries(spans, attempts)
         while not retries.exhausted:
             span = retries.next_ready(now=float("inf"))  # without waiting
             assert span is not None

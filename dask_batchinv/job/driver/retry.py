@@ -90,7 +90,7 @@ class Retries:
         self._deaths[span] += deaths
         if span == self._isolated and self._deaths[span] >= FATAL_DEATHS:
             del self._deaths[span]
-            text = f"{cause} with this tile alone on it, after others that had it among more: it is left out"
+            text = f"{cause} with this tile alone on it, as others had before with more tiles: it is left out"
             yield TileResult(span.start, None, text, attempts=self._tried.pop(span.start, 0) + 1)
         elif span == self._isolated or self._deaths[span] < SUSPICIOUS_DEATHS:
             self.requeue(span, now)

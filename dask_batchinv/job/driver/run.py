@@ -1,13 +1,14 @@
-"""One run of a job: decide, create, read back, invert, finish, each once; and what is done is recorded."""
+"""One run of a job: create, read back, invert, finish; and what is done is recorded."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
+import dask.config
 import numpy as np
 
 from dask_batchinv.job.driver.cluster import ClusterOptions, check_reach, check_versions, connect, count_gpus
@@ -18,8 +19,7 @@ from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.plan.prepare import Job, plan_for
 from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
-from dask_batchinv.job.report.progress import OnProgress, Progress, ignore
-from dask_batchinv.job.report.run_record import RunRecord, RunTotals
+from dask_batchinv.job.report.run_record import OnProgress, Progress, RunRecord, RunTotals, ignore
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, LockLostError, locked, remove_stale_lock
@@ -27,15 +27,17 @@ from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.versions import versions
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
-from dask_batchinv.location import redact
+from dask_batchinv.location import raised_as, redact
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.stack import result_dtype
 
+#: What to do about a store that fails.
+AGAIN = "; run the command again"
 #: Seconds between two writes of the ledger, at least.
 FLUSH_SECONDS = 1.0
 #: How often the ledger is written at the end of a run before that is given up, and seconds between, doubled each time.
 FINAL_ATTEMPTS = 5
-BACK_OFF_SECONDS = 0.25
+FLUSH_BACK_OFF_SECONDS = 0.25
 #: Tiles of at most so many bytes are read back at a time.
 READ_BACK_NBYTES = 2**26
 
@@ -76,20 +78,20 @@ class Run:
         """Bring the target to its end, and return the report."""
         job = self.job
         with ExitStack() as held:
-            lock: Lock | None = None
             if job.action == "check":  # nothing is locked or written where nothing is wrong
                 ledger = Ledger(job.target, read_only=True)
-            else:
-                lock, target, ledger = self._begin(held)
-            if job.action != "create" and not job.options.trust_ledger:
                 self._read_back(ledger)
-            if lock is None:
                 if ledger.done.all():
                     remove_stale_lock(job.target)
                     return self.report(ledger)
-                lock, target, ledger = self._begin(held)
-            self._invert(target, ledger, lock)
-            self._finish(ledger, lock)
+            lock, target, ledger = self._begin(held)
+            if job.action == "continue":
+                self._read_back(ledger)
+            try:
+                self._invert(target, ledger, lock)
+                self._finish(ledger, lock)
+            except LockLostError as error:  # nothing is written any more: the target is another run's
+                self.totals.stopped = str(error)
             return self.report(ledger)
 
     def _begin(self, held: ExitStack) -> tuple[Lock, Target, Ledger]:
@@ -97,20 +99,13 @@ class Run:
         job, tiling = self.job, self.plan.tiling
         lock = held.enter_context(locked(job.target))
         if job.action == "create":
-            coordinates, dtype = job.source.read_coordinates(), result_dtype(job.source.dtype)
-            targets.create(
-                job.target,
-                job.fingerprint,
-                tiling,
-                dtype,
-                job.source.dims,
-                coordinates,
-                overwrite=job.options.overwrite,
-            )
+            source, dtype = job.source, result_dtype(job.source.dtype)
+            contents = (job.fingerprint, tiling, dtype, source.dims, source.read_coordinates())
+            targets.create(job.target, *contents, overwrite=job.options.overwrite)
         target = targets.inspect(job.target)  # again: another run may have been at work until now
         if not target.is_there or target.fingerprint != job.fingerprint or target.tile != tiling.tile:
             raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")
-        with _as_os_error(f"the {LEDGER} of {job.target.name} cannot be opened"):
+        with raised_as(OSError, f"the {LEDGER} of {job.target.name} cannot be opened", AGAIN):
             ledger = Ledger(job.target, durable=job.options.durable)
         for result in self.totals.damaged:
             ledger.forget(result.number)
@@ -118,6 +113,8 @@ class Run:
 
     def _read_back(self, ledger: Ledger) -> None:
         """Read back what earlier runs have recorded, and forget those tiles that are not what was written."""
+        if self.job.options.trust_ledger:
+            return
         start, totals = time.monotonic(), self.totals
         recorded, matrices = int(ledger.done.sum()), ledger.total("matrices")
         task = ReadBackTask(uuid.uuid4().hex, self.job.target, self.plan.tiling)
@@ -140,14 +137,15 @@ class Run:
         """Do the tiles that are not recorded, and record them."""
         try:
             if target.state is State.COMPLETE and not ledger.done.all():
-                with _as_os_error(f"{self.job.target.name} cannot be written"):
+                with raised_as(OSError, f"{self.job.target.name} cannot be written", AGAIN):
                     targets.mark_incomplete(self.job.target)
             if self.totals.stopped is None:
                 self._invert_tiles(target.generation, ledger, lock)
-        except (ClusterLostError, LockLostError) as error:
+        except ClusterLostError as error:
             self.totals.stopped = str(error)
         finally:
             # Also when interrupted: what is recorded is not done again.
+            lock.check()
             self._flush(ledger, FINAL_ATTEMPTS)
 
     def _invert_tiles(self, generation: str, ledger: Ledger, lock: Lock) -> None:
@@ -156,7 +154,8 @@ class Run:
         before = done = ledger.total("matrices")
         without_inverse = sum(ledger.failed.values())
         spans = tiling.spans(map(int, np.flatnonzero(~ledger.done)), self.plan.tiles_per_task)
-        for result in self.executor.run(invert_tiles, self.task(generation), spans):
+        attempts = int(dask.config.get("batchinv.job.attempts"))
+        for result in self.executor.run(invert_tiles, self.task(generation), spans, attempts=attempts):
             lock.check()
             if not isinstance(result, Heartbeat):
                 totals.add(result)
@@ -187,18 +186,17 @@ class Run:
             except Exception as error:  # whatever a file system may raise
                 cause = redact(f"the ledger cannot be written: {type(error).__name__}: {error}")
             if attempt < attempts - 1:
-                time.sleep(BACK_OFF_SECONDS * 2**attempt)
+                time.sleep(FLUSH_BACK_OFF_SECONDS * 2**attempt)
         if attempts > 1:
             self.totals.stopped = self.totals.stopped or cause
 
     def _finish(self, ledger: Ledger, lock: Lock) -> None:
         """Keep the record of the run, and mark the target as complete if it is."""
         target, stopped = self.job.target, self.totals.stopped is not None
-        with _as_os_error(f"{target.name} cannot be finished"):
+        lock.check()
+        with raised_as(OSError, f"{target.name} cannot be finished", AGAIN):
             targets.remove_partial_chunks(target)
-            # Of a run that was stopped the report matters more: the disk may be full, or the target another's by now.
-            with suppress(Exception) if stopped else nullcontext():
-                lock.check()
+            with suppress(Exception) if stopped else nullcontext():  # of a full disk, the report matters more
                 record_run(target, self._record().to_json())
             if ledger.done.all() and not stopped:
                 targets.finish(target, durable=self.job.options.durable)
@@ -222,12 +220,3 @@ def spans_to_read_back(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], tile
         for start in range(0, len(part), longest):
             some = part[start : start + longest]
             yield range(int(some[0]), int(some[-1]) + 1)
-
-
-@contextmanager
-def _as_os_error(what: str) -> Iterator[None]:
-    """Turn whatever a file system may raise into an OSError, without credentials."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(redact(f"{what}: {type(error).__name__}: {error}; run the command again")) from error

@@ -62,8 +62,8 @@ def verify(
 def _same_source(path: str | os.PathLike[str], fingerprint: Fingerprint) -> Source:
     source = open_source(path, fingerprint["variable"], fingerprint["dims"])
     if source.digest != fingerprint["source metadata"]:
-        raise TargetError(f"the target was made from {fingerprint['source']}, whose metadata are not those of "
-                          f"{source.location.name}")  # fmt: skip
+        raise TargetError(f"the target was made from {fingerprint['source']}, but the metadata of "
+                          f"{source.location.name} differ")  # fmt: skip
     return source
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from dask.utils import format_bytes
 
-from dask_batchinv.job.tiling import Tiling, batch_axes, cuts
+from dask_batchinv.job.tiling import StackShape, Tiling, cuts
 from dask_batchinv.outcome import PlanError
 
 #: Resident memory of a worker process that holds no data: measured 135 MiB before and 150 MiB after its first tile.
@@ -29,13 +28,9 @@ USABLE = 0.8
 
 
 @dataclass(frozen=True)
-class Layout:
+class StackLayout(StackShape):
     """What the plan needs to know of the source and the target."""
 
-    shape: tuple[int, ...]
-    """Shape of the stack, in the order stored."""
-    core: tuple[int, int]
-    """Axes of rows and columns."""
     read_unit: tuple[int, ...]
     """Shape of what must be decoded whole."""
     itemsize_in: int
@@ -46,16 +41,6 @@ class Layout:
     """Bytes of a matrix in the outputs without core dimensions."""
     needs_copy: bool
     """Whether a block must be copied to another dtype or order before it can be inverted."""
-
-    @property
-    def n(self) -> int:
-        """Rows of one matrix."""
-        return self.shape[self.core[0]]
-
-    @cached_property
-    def batch(self) -> tuple[int, ...]:
-        """Axes that are not core."""
-        return batch_axes(len(self.shape), self.core)
 
 
 @dataclass(frozen=True)
@@ -116,9 +101,8 @@ class Plan:
         """Return the plan for people."""
         limit = "unlimited" if self.limits.memory is None else format_bytes(self.limits.memory)
         tiling = self.tiling
-        n = tiling.shape[tiling.core[0]]
         lines = [
-            f"matrices            {tiling.n_matrices:,} of {n} x {n}",
+            f"matrices            {tiling.n_matrices:,} of {tiling.n} x {tiling.n}",
             f"tiles               {tiling.n_tiles:,} of shape {tiling.tile}",
             f"to read             {format_bytes(self.nbytes_in)}"
             + (f", decoded {self.read_amplification:.1f} times" if self.read_amplification > 1.05 else ""),
@@ -144,7 +128,7 @@ class Plan:
         }
 
 
-def make_plan(layout: Layout, limits: Limits, *, tile_nbytes: int, tile: tuple[int, ...] | None = None) -> Plan:
+def make_plan(layout: StackLayout, limits: Limits, *, tile_nbytes: int, tile: tuple[int, ...] | None = None) -> Plan:
     """Choose the tiles of a job.
 
     A tile begins as one read unit of the source, core dimensions whole, and grows by whole read units up to
@@ -176,19 +160,18 @@ def make_plan(layout: Layout, limits: Limits, *, tile_nbytes: int, tile: tuple[i
         if smaller is None:
             raise PlanError(_does_not_fit(layout, limits, shape, need))
         shape = smaller
-    n_matrices = math.prod(layout.shape[axis] for axis in layout.batch)
     return Plan(
         tiling=Tiling(layout.shape, layout.core, shape),
         projected_nbytes=need,
         limits=limits,
         nbytes_in=math.prod(layout.shape) * layout.itemsize_in,
-        nbytes_out=math.prod(layout.shape) * layout.itemsize_out + n_matrices * layout.nbytes_per_matrix,
+        nbytes_out=math.prod(layout.shape) * layout.itemsize_out + layout.n_matrices * layout.nbytes_per_matrix,
         read_amplification=_read_amplification(layout, shape),
         tiles_per_task=count_per_task(layout, shape),
     )
 
 
-def count_per_task(layout: Layout, tile: tuple[int, ...]) -> int:
+def count_per_task(layout: StackLayout, tile: tuple[int, ...]) -> int:
     """Return how many tiles are done at a time."""
     if not layout.batch:
         return 1
@@ -197,7 +180,7 @@ def count_per_task(layout: Layout, tile: tuple[int, ...]) -> int:
     return max(1, min(SPAN_NBYTES // nbytes, LARGEST_SPAN, cuts(layout.shape[along], tile[along])))
 
 
-def project_memory(layout: Layout, limits: Limits, tile: tuple[int, ...]) -> int:
+def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...]) -> int:
     """Return the peak memory of a worker, in bytes: a plain sum of everything alive at once.
 
     The task lets go of its input before it writes, so the peak is that of the worst of three moments.
@@ -222,7 +205,7 @@ def project_memory(layout: Layout, limits: Limits, tile: tuple[int, ...]) -> int
     return IDLE_WORKER_NBYTES + limits.compile_nbytes + limits.threads * task
 
 
-def _tile_of(layout: Layout, nbytes: int) -> tuple[int, ...]:
+def _tile_of(layout: StackLayout, nbytes: int) -> tuple[int, ...]:
     """Return the tile of at least one read unit, and of more up to `nbytes`."""
     tile = [max(1, min(size, unit)) for size, unit in zip(layout.shape, layout.read_unit, strict=True)]
     for axis in layout.core:
@@ -236,7 +219,7 @@ def _tile_of(layout: Layout, nbytes: int) -> tuple[int, ...]:
     return tuple(tile)
 
 
-def _shrunk(layout: Layout, tile: tuple[int, ...]) -> tuple[int, ...] | None:
+def _shrunk(layout: StackLayout, tile: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return a tile of about half the size, or None if it is one matrix already."""
     for axis in layout.batch:  # the slowest axis first, for the same reason
         size, unit = tile[axis], layout.read_unit[axis]
@@ -254,7 +237,7 @@ def _divisor_near(size: int, wanted: int) -> int:
     return wanted
 
 
-def _read_amplification(layout: Layout, tile: tuple[int, ...]) -> float:
+def _read_amplification(layout: StackLayout, tile: tuple[int, ...]) -> float:
     """Return how many times the average read unit is decoded."""
     times = 1.0
     for axis in layout.batch:
@@ -265,7 +248,7 @@ def _read_amplification(layout: Layout, tile: tuple[int, ...]) -> float:
     return times
 
 
-def _does_not_fit(layout: Layout, limits: Limits, tile: tuple[int, ...], need: int) -> str:
+def _does_not_fit(layout: StackLayout, limits: Limits, tile: tuple[int, ...], need: int) -> str:
     assert limits.memory is not None
     unit = math.prod(layout.read_unit) * layout.itemsize_in
     return (

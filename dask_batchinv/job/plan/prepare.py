@@ -9,10 +9,10 @@ import zarr
 
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import nbytes_per_matrix
-from dask_batchinv.job.plan.plan import Layout, Limits, Plan, Workers, make_plan
+from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.state import Action, Fingerprint, Target, decide, differences
+from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences
 from dask_batchinv.job.versions import COMPUTING, versions
 from dask_batchinv.kernels import Kernel, choose_kernel
 from dask_batchinv.location import Location
@@ -56,6 +56,8 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
     found = targets.inspect(location)
     changed = differences(found.fingerprint, fingerprint)
     action = decide(found.state, same_job=not changed, overwrite=options.overwrite)
+    if action == "refuse" and found.state is State.OTHER_FORMAT:
+        raise TargetError(f"{targets.other_format(location, found)}, or pass --overwrite to replace it")
     if action == "refuse":
         raise TargetError(
             f"{location.name} belongs to another job: {'; '.join(changed)}. Choose another target, or pass --overwrite "
@@ -94,7 +96,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
     """Return the plan of a job for given workers, or raise PlanError."""
     source = job.source
     dtype = result_dtype(source.dtype)
-    layout = Layout(
+    layout = StackLayout(
         shape=source.shape,
         core=source.core,
         read_unit=source.read_unit,

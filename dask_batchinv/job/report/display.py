@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dask_batchinv.job.report.progress import OnProgress, Progress
+from dask_batchinv.job.report.run_record import OnProgress, Progress
 
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0
@@ -45,7 +45,7 @@ def _move(bar: Any, now: Progress) -> None:
 def _troubles(now: Progress) -> str:
     if now.activity == "checking":
         return f"{now.failed_tiles:,} tiles damaged"
-    tiles = f", {now.failed_tiles:,} tiles given up" if now.failed_tiles else ""
+    tiles = f", {now.failed_tiles:,} tiles failed" if now.failed_tiles else ""
     return f"{now.failed:,} without an inverse{tiles}"
 
 

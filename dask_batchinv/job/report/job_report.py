@@ -50,7 +50,7 @@ class JobReport(RunRecord, Account):
                      f"{self.retries:,} tried again")  # fmt: skip
         if self.tiles_proven or self.damaged_tiles:
             lines.append(f"read back        {self.tiles_proven:,} tiles of earlier runs are as they were written, "
-                         f"{len(self.damaged_tiles):,} were damaged and done again")  # fmt: skip
+                         f"{len(self.damaged_tiles):,} were damaged")  # fmt: skip
             lines += named_tiles(self.damaged_tiles)
         if self.failed_tiles:
             lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
@@ -88,7 +88,7 @@ class JobFailedError(RuntimeError):
         if report.exit_code == 1:
             first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
             missing = report.tiles - report.tiles_done
-            return (f"{missing} of {report.tiles} tiles could not be done, first cause: {first}. Fix the cause and "
+            return (f"{missing} of {report.tiles} tiles failed, first cause: {first}. Fix the cause and "
                     f"make the same call again: it will do the remaining tiles.\n{report}")  # fmt: skip
         return (f"{report.n_failed} matrices have no inverse, {report.max_failed} were allowed. The target is "
                 f"complete, with NaN in their place; pass max_failed to allow them.\n{report}")  # fmt: skip

@@ -1,10 +1,11 @@
-"""The record of a run: counted while it runs, and kept in the target."""
+"""What a run does: its progress, and its record, which is kept in the target."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.report.tiles import FailedTile
@@ -21,7 +22,7 @@ class RunRecord:
     tiles_proven: int
     """Tiles of earlier runs that this one has read back and found as they were written."""
     damaged_tiles: tuple[FailedTile, ...]
-    """Tiles of earlier runs that were not, and were done again."""
+    """Tiles of earlier runs that were not; they are done again unless the run is stopped."""
     failed_tiles: tuple[FailedTile, ...]
     """Tiles that could not be done."""
     stopped: str | None
@@ -103,5 +104,32 @@ class RunTotals:
         if any("MissingChunkError" in (result.error or "") for result in self.failed):
             notes.append("if chunks that are not stored stand for matrices of the fill value, pass --missing fill")
         if not source_checked:
-            notes.append("unchecked: the source has no checksums, so that damage to it cannot be noticed")
+            notes.append("unchecked: the source has no checksums, so damage to it cannot be detected")
         return notes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    activity: Literal["checking", "inverting"]
+    """What it does: read back what earlier runs have done, or the rest."""
+    matrices: int
+    """Matrices in the stack; while checking, those that are recorded."""
+    matrices_done: int
+    """Matrices accounted for, by earlier runs too."""
+    matrices_before: int
+    """Of these, by earlier runs."""
+    failed: int
+    """Matrices without an inverse."""
+    failed_tiles: int
+    """Tiles given up; while checking, those that are damaged."""
+    seconds: float
+    """Time since this run began."""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def ignore(progress: Progress) -> None:
+    """Discard progress."""

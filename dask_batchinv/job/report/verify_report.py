@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dask_batchinv.job.report.tiles import FailedTile, named_tiles
-from dask_batchinv.job.worker.verify_tiles import LARGEST_RATIO
+from dask_batchinv.job.results import LARGEST_RATIO
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{'verified' if self.ok else 'NOT RIGHT'}: {self.target}",
+            f"{'verified' if self.ok else 'FAILED'}: {self.target}",
             f"complete         {'yes' if self.complete else 'no: run the job again to finish it'}",
             f"tiles            {self.tiles_read:,} of {self.tiles:,} read, checksums right",
             f"matrices         {self.matrices:,}, {sum(self.failed.values()):,} without an inverse",

@@ -31,6 +31,8 @@ from zarr.abc.store import RangeByteRequest
 from zarr.codecs import ShardingCodec
 from zarr.registry import get_codec_class
 
+from dask_batchinv.storage import innermost
+
 #: Codecs whose output can be larger than their input.
 COMPRESSORS = frozenset(["blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd"])
 #: Codecs that add four bytes.
@@ -79,9 +81,7 @@ class BoundedStore(zarr.storage.WrapperStore[zarr.abc.store.Store]):
     def __init__(self, store: zarr.abc.store.Store, whole: int, part: int):
         super().__init__(store)
         self._whole, self._part = whole, part
-        inner: Any = store
-        while isinstance(inner, zarr.storage.WrapperStore):
-            inner = inner._store
+        inner = innermost(store)
         self._root = str(inner.root) if isinstance(inner, zarr.storage.LocalStore) else None
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dask_batchinv.job.source.bounded_decoding import COMPRESSORS
+from dask_batchinv.job.source.bounded_decoding import CHECKSUMS, COMPRESSORS
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.stack import KEPT
@@ -29,7 +29,7 @@ _ALLOWED_V3 = frozenset(
     + [f"numcodecs.{name}" for name in _NUMCODECS]
 )
 _INDEX_CODECS = frozenset(["bytes", "crc32c"])
-_CHECKSUMS = frozenset(["adler32", "crc32", "crc32c", "fletcher32", "gzip", "jenkins_lookup3", "zlib"])
+_CHECKSUMS = CHECKSUMS | {"gzip", "zlib"}
 #: What a codec's configuration calls the dtypes that it makes.
 _CODEC_DTYPES = ("dtype", "astype", "encode_dtype", "decode_dtype")
 #: Labels may be text and times, which the stack may not.

@@ -32,7 +32,7 @@ from dask_batchinv.job.source.metadata import (
     read_node,
     stored_names,
 )
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location, raised_as, redact
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import StrictStore, unspecified
 
@@ -99,16 +99,13 @@ class Source:
         """Read the coordinates, undecoded, into memory; None if there are none. SourceError if that fails."""
         if not self.coordinates or self.group is None:
             return None
-        try:
+        failing = raised_as(SourceError, f"the coordinates of {self.group.name} cannot be read")
+        with failing, unspecified(), dask.config.set(scheduler="threads"):
             others = [name for name in array_names(self.group) if name not in self.coordinates]
-            with unspecified(), dask.config.set(scheduler="threads"):
-                found = xr.open_zarr(
-                    self.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
-                    mask_and_scale=False, decode_times=False,
-                ).load()  # fmt: skip
-        except Exception as error:  # whatever a file system or a codec may raise
-            text = f"the coordinates of {self.group.name} cannot be read: {type(error).__name__}: {error}"
-            raise SourceError(redact(text)) from error
+            found = xr.open_zarr(
+                self.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
+                mask_and_scale=False, decode_times=False,
+            ).load()  # fmt: skip
         # What the source had for codecs and chunks is not for the target.
         bare: xr.Dataset = found.drop_encoding().drop_attrs(deep=False)
         return bare

@@ -111,7 +111,7 @@ def write_chunks(array: zarr.Array[Any], chunks: dict[str, Chunk]) -> None:
 
 def sync_chunk(array: zarr.Array[Any], key: str) -> None:
     """Have the operating system put a chunk, and the names that lead to it, on the disk; if it is on one."""
-    store = innermost(array)
+    store = innermost(array.store)
     if not isinstance(store, zarr.storage.LocalStore):
         return
     path = os.path.join(store.root, key)

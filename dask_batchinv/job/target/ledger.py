@@ -6,6 +6,7 @@ is. A chunk that is damaged all the same is taken as "nothing recorded", and its
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from dask_batchinv.outcome import FAILURE_KINDS
 from dask_batchinv.storage import array_options
 
 ROWS_PER_CHUNK = 4096
-#: Of so many runs, the last ones, there is a record.
-_RUNS = 100
+#: Of so many runs, the last ones, there is a record, in a file that Zarr does not know: its metadata are consolidated.
+_RUNS, _RECORDS = 100, "runs.json"
 
 
 def create(group: zarr.Group, n_tiles: int) -> None:
@@ -45,15 +46,16 @@ def _open(target: Location, *, read_only: bool) -> zarr.Array[Any]:
 
 def runs_of(target: Location) -> list[dict[str, Any]]:
     """Return the records of the last runs that wrote to a target, the first of them first."""
-    group = zarr.open_group((target / LEDGER).store(read_only=True), mode="r")
-    runs: Any = group.attrs.get("runs", [])
-    return list(runs)
+    try:
+        found: list[dict[str, Any]] = ((target / LEDGER).read_json(_RECORDS) or {}).get("runs", [])
+    except ValueError:  # half written
+        found = []
+    return found
 
 
 def record_run(target: Location, record: dict[str, Any]) -> None:
     """Append the record of a run."""
-    group = zarr.open_group((target / LEDGER).store(), mode="r+")
-    group.update_attributes({"runs": [*runs_of(target), record][-_RUNS:]})
+    (target / LEDGER).write(_RECORDS, json.dumps({"runs": [*runs_of(target), record][-_RUNS:]}).encode())
 
 
 class Ledger:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location, raised_as
 from dask_batchinv.outcome import TargetError
 
 #: Its name in the target, only while a run is at work there, or one was killed.
@@ -120,7 +120,7 @@ def _busy(target: Location, holder: str) -> TargetError:
 
 
 class _Lease(Lock):
-    """A key in the target with a number that grows."""
+    """A lease: a key in the target, renewed with a counter."""
 
     def __init__(self, target: Location):
         self._target = target
@@ -132,16 +132,11 @@ class _Lease(Lock):
     def check(self) -> None:
         """Raise LockLostError if another run has taken over."""
         if self._lost:
-            raise LockLostError(f"another run has taken {self._target.name} over")
+            raise LockLostError(f"another run has taken over {self._target.name}")
 
     def __enter__(self) -> _Lease:
-        try:
+        with raised_as(TargetError, f"the target {self._target.name} cannot be written"):
             self._acquire()
-        except TargetError:
-            raise
-        except Exception as error:  # whatever a file system may raise
-            text = f"the target {self._target.name} cannot be written: {type(error).__name__}: {error}"
-            raise TargetError(redact(text)) from error
         self._renewing.start()
         return self
 

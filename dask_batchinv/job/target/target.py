@@ -19,7 +19,7 @@ from dask_batchinv.job.target.chunks import open_array, sync_path
 from dask_batchinv.job.target.lock import LOCK
 from dask_batchinv.job.target.state import Fingerprint, State, Target, decide
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location, raised_as
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.stack import AssumeA
 from dask_batchinv.storage import array_options, unspecified
@@ -52,13 +52,8 @@ def inspect(location: Location) -> Target:
     TargetError
         If something is there that is not ours, or the location cannot be read.
     """
-    try:
+    with raised_as(TargetError, f"the target {location.name} cannot be read"):
         return _inspect(location)
-    except TargetError:
-        raise
-    except Exception as error:  # whatever a file system may raise
-        text = f"the target {location.name} cannot be read: {type(error).__name__}: {error}"
-        raise TargetError(redact(text)) from error
 
 
 def _inspect(location: Location) -> Target:
@@ -96,9 +91,19 @@ def existing(path: str | os.PathLike[str]) -> tuple[Location, Target]:
     """Return where a target is, and what is known of it; TargetError if none of ours is there to be read."""
     location = parse_location(path)
     target = inspect(location)
+    if target.state is State.OTHER_FORMAT:
+        raise TargetError(other_format(location, target))
     if not target.is_there:
         raise TargetError(f"there is no target of dask_batchinv at {location.name}")
     return location, target
+
+
+def other_format(location: Location, target: Target) -> str:
+    """Return what to say of a target that another version has written."""
+    theirs = target.fingerprint["format"]
+    return (
+        f"{location.name} was written by another version (format {theirs}, this one writes {FORMAT}): use that version"
+    )
 
 
 def generation_of(location: Location) -> str | None:
@@ -112,7 +117,7 @@ def refuse_links(location: Location) -> None:
     """Raise TargetError if a part of a target is a link that leads out of it."""
     for name in MEMBERS:
         if not location.contains(location / name):
-            raise TargetError(f"{name} in {location.name} is a link to elsewhere: put the array itself there")
+            raise TargetError(f"{name} in {location.name} is a link to elsewhere: replace it by the array itself")
 
 
 def tiling_of(location: Location, target: Target) -> Tiling:
@@ -167,7 +172,7 @@ def create(
         "ready": False,
         "names": [*MEMBERS, *_names(coordinates)],
     }
-    try:
+    with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
         group = zarr.create_group(location.store(), attributes={"complete": False, MARK: mark})
         _create_outputs(group, tiling, dtype, dims, coordinates, fingerprint["assume_a"])
         if coordinates is not None:
@@ -176,11 +181,6 @@ def create(
         with unspecified():
             zarr.consolidate_metadata(location.store())
         set_attributes(location, {MARK: mark | {"ready": True}})
-    except Exception as error:  # whatever a file system may raise
-        text = (
-            f"the target {location.name} could not be created: {type(error).__name__}: {error}; run the command again"
-        )
-        raise OSError(redact(text)) from error
 
 
 def _names(coordinates: xr.Dataset | None) -> list[str]:
@@ -192,7 +192,7 @@ def _clear(location: Location, old: Target) -> None:
     ours = {"zarr.json", LOCK, *old.members}
     if others := [name for name in location.children() if name not in ours and not _PARTIAL.search(name)]:
         raise TargetError(
-            f"{location.name} holds what dask_batchinv did not put there ({', '.join(others[:5])}): move that first"
+            f"{location.name} contains what dask_batchinv did not put there ({', '.join(others[:5])}): move that first"
         )
     if old.is_there:
         # A break from here on must not leave something that looks finished.

@@ -131,7 +131,7 @@ def _split(tiling: Tiling, output: Output, values: Array, numbers: range) -> dic
 
 def _write(task: TileTask, output: Output, parts: dict[int, Array], whole: Chunk | None) -> dict[int, int]:
     """Write an output of several tiles; return the checksums of its chunks, -1 for tiles that are empty."""
-    array = _open_target(task.run, task.target, output.name)
+    array = open_output(task.run, task.target, output.name)
     if not array.size:
         return dict.fromkeys(parts, -1)
     ready = whole if output.name == "inverse" else None
@@ -151,5 +151,6 @@ def _open_source(run: str, source: Source, missing: Missing) -> zarr.Array[Any]:
 
 
 @lru_cache(maxsize=24)
-def _open_target(run: str, target: Location, name: str) -> zarr.Array[Any]:
-    return open_array(target / name)
+def open_output(run: str, target: Location, name: str, *, read_only: bool = False) -> zarr.Array[Any]:
+    """Return an array of a target, kept open for a run."""
+    return open_array(target / name, read_only=read_only)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import partial
 
 import numpy as np
-import zarr
 
 from dask_batchinv.job.outputs import OUTPUTS
-from dask_batchinv.job.results import Array, TileResult, TileRow, as_results
+from dask_batchinv.job.results import LARGEST_RATIO, Array, TileResult, TileRow, as_results
 from dask_batchinv.job.source.source import Source
-from dask_batchinv.job.target.chunks import checksum, open_array
+from dask_batchinv.job.target.chunks import checksum
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.job.worker.invert_tiles import read_stack
+from dask_batchinv.job.worker.invert_tiles import open_output, read_stack
 from dask_batchinv.kernels import read_part
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA
 
-#: LAPACK's own tests accept a residual of 30 n eps ‖A‖₁ ‖X‖₁.
-LARGEST_RATIO = 30.0
 #: The multiples of the golden ratio, taken modulo 1, are spread evenly.
 _GOLDEN = (5**0.5 - 1) / 2
 #: Bytes of matrices multiplied at a time.
@@ -63,19 +59,14 @@ def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTi
     return [result for number in numbers for result in as_results(number, partial(_verify_tile, task, number))]
 
 
-@lru_cache(maxsize=12)
-def _open_target(run: str, target: Location, name: str) -> zarr.Array[Any]:
-    return open_array(target / name, read_only=True)
-
-
 def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]]:
     region, parts, checksums = task.tiling.region(number), {}, {}
     for output in OUTPUTS:
-        array = _open_target(task.run, task.target, output.name)
+        array = open_output(task.run, task.target, output.name, read_only=True)
         parts[output.name] = np.asarray(array[task.tiling.region(number, core=output.core)])
         checksums[output.name] = checksum(array, task.tiling.chunk_key(number, core=output.core))
     info, rcond = parts["info"].reshape(-1), parts["rcond"].reshape(-1)
-    n = task.tiling.shape[task.tiling.core[0]]
+    n = task.tiling.n
     inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(info.size, n, n)
     _check_account(inverse, info, rcond, region)
     ratios = np.empty(0)
@@ -86,7 +77,7 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
         ratios = residual_ratios(read_part(stack[good], task.assume_a), inverse[good])
         large = np.zeros(len(info), bool)
         large[good] = ~(ratios <= LARGEST_RATIO)
-        _refuse(large, region, f"not the inverse: its residual is over {LARGEST_RATIO:g} n eps |A| |X|")
+        _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
     verified = VerifiedTile(TileRow.of(info, rcond, checksums), len(ratios), float(ratios.max(initial=0.0)))
     return [TileResult(number, verified)]
 

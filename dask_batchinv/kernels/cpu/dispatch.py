@@ -40,7 +40,7 @@ from dask_batchinv.stack import AssumeA
 Array = npt.NDArray[Any]
 
 _ALIGNMENT = 64
-#: Bytes of inverses from which on they are written past the caches.
+#: Bytes of inverses from which on they are written with non-temporal stores.
 NONTEMPORAL_NBYTES = 2**23
 
 
@@ -66,7 +66,7 @@ class Layout:
     def takes(self, spec: KernelSpec) -> bool:
         """Tell whether a kernel is written in this layout."""
         # Where rows of matrices are a high power of two apart, a group of them maps to the same cache sets.
-        crowded = self.workspace is _PER_LANE and spec.n % 32 == 0
+        crowded = self.name != "within" and spec.n % 32 == 0
         return self.structure == spec.structure and 0 < spec.n <= self.largest[spec.dtype.char] and not crowded
 
 

@@ -56,7 +56,7 @@ def write(algorithm: Algorithm, spec: KernelSpec) -> str:
         first = group * spec.lanes
         e.store(e.resize(info, e.int32), e.at(e.info, first, e.int32), align=4)
         rcond = scaling.rcond_of(e, inverted.norm, norm_of_inverse)
-        e.store(scaling.account(e, rcond, info, finite), e.at(e.rcond, first))
+        e.store(scaling.rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, first))
     streaming.finish()
     return e.finish()
 

@@ -77,7 +77,7 @@ class _Sums:
 
 
 class _Block:
-    """Sums of products for some rows and columns, by their numbers within the tile."""
+    """Sums of products for some rows and columns, by their numbers within the block."""
 
     def __init__(self, g: Group, numbers: dict[tuple[int, int], Number]):
         self.g = g
@@ -96,8 +96,8 @@ class _Block:
                     variable.set(part)
 
 
-def _tiles(g: Group, first: Value, body: Callable[[Value, range], None], *, backwards: bool = False) -> None:
-    """Run the body for tiles from a column on, with their first column and the numbers of their columns within."""
+def _blocks(g: Group, first: Value, body: Callable[[Value, range], None], *, backwards: bool = False) -> None:
+    """Run the body for blocks from a column on, with their first column and the numbers of their columns within."""
     e, width = g.e, _WIDTH[g.parts]
     count = (e.integer(g.n) - first) / width
     rest = e.integer(g.n) - first - count * width
@@ -159,7 +159,7 @@ class _Factorization:
             inverses.append(self._inverse_of(numbers[1, 1].plus_product(beside.conjugate(), over), a + 1))
             g.keep(over, g.entry(a, a + 1))
             g.keep(beside.conjugate(), g.entry(a + 1, a))
-            _tiles(g, a + 2, lambda start, columns: self._others(a, start, columns, inverses, beside))
+            _blocks(g, a + 2, lambda start, columns: self._others(a, start, columns, inverses, beside))
         self.sums.end()
 
     def _others(self, a: Value, start: Value, columns: range, inverses: list[Value], beside: Number) -> None:
@@ -219,7 +219,7 @@ def _invert_triangle(g: Group, between_steps: Callable[[Value], None]) -> None:
                 upper = numbers[0, j].plus_product(_at(g, a, a + 1), numbers[1, j])
                 g.keep(upper, g.entry(a, start + j))
 
-        _tiles(g, a + 2, others, backwards=True)
+        _blocks(g, a + 2, others, backwards=True)
 
 
 def _multiply(g: Group, between_steps: Callable[[Value], None]) -> Value:
@@ -253,7 +253,7 @@ def _multiply(g: Group, between_steps: Callable[[Value], None]) -> Value:
                 g.keep(number, g.entry(a + i, start + j))
                 g.keep(number.conjugate(), g.entry(start + j, a + i))
 
-        _tiles(g, a + 2, others)
+        _blocks(g, a + 2, others)
         sums.end()
     if n % 2:
         sums.begin(e.integer(n - 1), 1)

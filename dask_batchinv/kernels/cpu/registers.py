@@ -67,7 +67,7 @@ def write(algorithm: Algorithm, spec: KernelSpec) -> str:
         with e.when(e.any(~info.get().eq(0))):
             for variable in variables:
                 variable.set(e.select(info.get().eq(0), variable.get(), float("nan")))
-            rcond.set(scaling.account(e, rcond.get(), info.get(), finite))
+            rcond.set(scaling.rcond_or_failure(e, rcond.get(), info.get(), finite))
         store_stack(e, [variable.get() for variable in variables], streaming.target(group))
         first = group * lanes
         e.store(e.resize(info.get(), e.int32), e.at(e.info, first, e.int32), align=4)

@@ -50,7 +50,7 @@ def invert(e: Emitter, a: Matrix, between_steps: Callable[[], None]) -> Value:
 
 
 def _factorize(e: Emitter, a: Matrix, between_steps: Callable[[], None]) -> tuple[Value, list[Value]]:
-    """Put U in place of A; return what `invert` does, and the inverses of D."""
+    """Put U in place of A; return the first failing minor, and the inverses of D."""
     n, failed, inverses = len(a), e.integers(0), []
     for k in range(n):
         between_steps()
@@ -81,6 +81,5 @@ def mirror(a: Matrix) -> None:
 
 
 write = partial(
-    registers.write,
-    registers.Algorithm(reads=is_read, complete=mirror, invert=invert, n_steps=lambda n: 3 * n - 1),
+    registers.write, registers.Algorithm(reads=is_read, complete=mirror, invert=invert, n_steps=lambda n: 3 * n - 1)
 )

@@ -120,6 +120,6 @@ def rcond_of(e: Emitter, norm: Value, norm_of_inverse: Value) -> Value:
     return e.like(norm, eps) / (norm * eps * norm_of_inverse)
 
 
-def account(e: Emitter, rcond: Value, info: Value, finite: Value) -> Value:
+def rcond_or_failure(e: Emitter, rcond: Value, info: Value, finite: Value) -> Value:
     """Return what ``rcond`` is to be: 0 for singular matrices, NaN for those with infinities or NaN."""
     return e.select(finite, e.select(info > 0, e.like(rcond, 0.0), rcond), e.like(rcond, float("nan")))

@@ -115,7 +115,7 @@ def _measure(a: WorkspaceMatrix, index: Value) -> None:
 
 
 def _read(a: WorkspaceMatrix, index: Value) -> None:
-    """Bring a matrix to unit size, sum up its columns, and turn it."""
+    """Bring a matrix to unit size, sum up its columns, and transpose it."""
     e, s = a.e, a.s
     source = e.at(e.a, index * s.size)
     first, second = a.scale()

@@ -113,7 +113,7 @@ def _read(a: WorkspaceMatrix, index: Value) -> None:
 
 
 def _sum_up(a: WorkspaceMatrix, *, finish: bool = False) -> None:
-    """Sum up the columns of a matrix whose upper triangle is there; to finish, make it whole, and minus what it is."""
+    """Sum up the columns of a matrix whose upper triangle is there; to finish, make it whole, and negate it."""
     e, s = a.e, a.s
     with e.loop(0, s.vectors) as v:
         e.store(e.numbers(0.0), e.at(a.saved, v * e.lanes), align=e.nbytes)

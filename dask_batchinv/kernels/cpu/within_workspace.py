@@ -28,20 +28,16 @@ _FIRST_LEVEL_NBYTES = 2**14
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(KernelSpec):
     """Sizes of the matrices and of their scratch."""
 
-    n: int
-    itemsize: int
-    parts: int
-    lanes: int
     together: int
     """Matrices in work together."""
 
     @classmethod
     def of(cls, spec: KernelSpec, together: int) -> Shape:
         """Return the sizes for a kernel."""
-        return cls(spec.n, spec.itemsize, spec.parts, spec.lanes, together)
+        return cls(**vars(spec), together=together)
 
     @property
     def workspace(self) -> Workspace:
@@ -68,11 +64,6 @@ class Shape:
         """Bytes of one matrix with its tables, in whole cache lines."""
         reals = self.length * self.stride + 3 * PANEL * self.stride + self.length
         return -(-(reals * self.itemsize + (2 * self.length + 2 * self.vectors + _STATES) * 8) // 64) * 64
-
-    @property
-    def size(self) -> int:
-        """Reals of a matrix."""
-        return self.n * self.n * self.parts
 
 
 FIRST, SECOND, FINITE, NORM = range(4)
@@ -276,12 +267,9 @@ def report(a: WorkspaceMatrix, index: Value, failing: Callable[[Value], Value]) 
     info = scaling.info_of(e, pivot, finite, ~scaling.is_finite(e, largest))
     e.store(e.resize(info, e.int32), e.at(e.info, index, e.int32), align=4)
     rcond = scaling.rcond_of(e, e.load(a.norm, e.real), norm)
-    e.store(scaling.account(e, rcond, info, finite), e.at(e.rcond, index))
+    e.store(scaling.rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, index))
     target = e.at(e.inverse, index * s.size)
     with e.when(~info.eq(0)):
         each_block(
-            e,
-            s.size,
-            e.lanes,
-            lambda start, count: e.store_first(e.numbers(float("nan")), e.at(target, start), count),
+            e, s.size, e.lanes, lambda start, count: e.store_first(e.numbers(float("nan")), e.at(target, start), count)
         )

@@ -14,6 +14,7 @@ import numpy as np
 from dask_batchinv.kernels.code_cache import cached
 from dask_batchinv.kernels.cuda import launch
 from dask_batchinv.kernels.cuda.launch import Launch
+from dask_batchinv.kernels.lapack import LETTERS
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA
 
@@ -117,7 +118,7 @@ def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array) 
     finite, shift, ignored = (cupy.empty(m, np.int32) for _ in range(3))
     norm, pivots = cupy.empty_like(rcond), cupy.empty((m, n), np.int32)
     _call(chosen, "prepare", m, n, a, work, finite, shift, norm)
-    letter = {"f": "s", "d": "d", "F": "c", "D": "z"}[a.dtype.char]
+    letter = LETTERS[a.dtype.char]
     factor, invert_factors = (getattr(cublas, f"{letter}{routine}Batched") for routine in ("getrf", "getri"))
     of_work, of_inverse = (x.data.ptr + cupy.arange(m, dtype=np.uint64) * (n * n * x.itemsize) for x in (work, inverse))
     handle = cupy.cuda.Device().cublas_handle

@@ -1,1 +1,1 @@
-"""How vector code is written as Python, and compiled: nothing here knows of matrices."""
+"""How vector code is written as Python, and compiled; of matrices it knows the arguments of a kernel, no more."""
