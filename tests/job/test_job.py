@@ -228,7 +228,7 @@ def test_a_damaged_chunk_is_named_and_the_rest_is_done(tmp_path, make_source, cl
         chunk = source / "2.0.0"
     whole = shutil.copytree(source, tmp_path / "whole")
     damaged(chunk, kind)
-    with pytest.raises(JobFailedError, match=r"1 of 4 tiles could not be done, first cause") as caught:
+    with pytest.raises(JobFailedError, match=r"1 of 4 tiles failed, first cause") as caught:
         invert_store(source, tmp_path / "t", client=client, tile_size=720)
     report = pickle.loads(pickle.dumps(caught.value)).report
     assert report.exit_code == 1

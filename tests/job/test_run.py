@@ -2,7 +2,7 @@
 
 import pytest
 
-from dask_batchinv import invert_store
+from dask_batchinv import invert_store, verify_store
 from dask_batchinv.job.driver.executor import Serial
 from dask_batchinv.job.driver.run import Run
 from dask_batchinv.job.options import JobOptions
@@ -126,3 +126,34 @@ def test_a_run_that_has_lost_its_lock_writes_nothing_more(tmp_path, source, monk
     assert report.stopped == "another run has taken over"
     assert report.exit_code == 1
     assert {n: c for n, c in before["tree"].items() if "lock" not in n} == tree(tmp_path / "t")
+
+
+def test_damage_that_was_found_before_an_interruption_is_not_forgotten(tmp_path, source, client):
+    def stop(activity, matrices, tiles):
+        def on_progress(now):
+            if now.activity == activity and now.matrices_done >= matrices and now.failed_tiles >= tiles:
+                raise KeyboardInterrupt
+
+        return on_progress
+
+    target = tmp_path / "t"
+    with pytest.raises(KeyboardInterrupt):
+        serially(source, target, stop("inverting", 40, 0))
+    for chunk in ("inverse/c.1.0.0", "rcond/c.2"):
+        (target / chunk).write_bytes(b"damaged")
+    with pytest.raises(KeyboardInterrupt):
+        serially(source, target, stop("checking", 0, 2))
+    assert serially(source, target, trust_ledger=True).complete
+    assert verify_store(target, client=client).ok
+
+
+def test_a_target_that_is_moved_away_meanwhile_is_not_begun_again(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("dask_batchinv.job.plan.plan.LARGEST_SPAN", 1)
+
+    def move(now):
+        if now.matrices_done and (tmp_path / "t").exists():
+            (tmp_path / "t").rename(tmp_path / "moved")
+
+    report = serially(source, tmp_path / "t", move)
+    assert "was removed or replaced" in report.stopped
+    assert not (tmp_path / "t").exists()

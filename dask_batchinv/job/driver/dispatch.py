@@ -192,8 +192,8 @@ class _InFlight:
             self._retries.requeue(span, now)
             return
         except Exception as error:  # not of the tiles' own making
-            text = redact(f"{type(error).__name__}: {error}")
-            results = [TileResult(number, None, text) for number in span]
+            yield from self._retries.on_failure(span, redact(f"{type(error).__name__}: {error}"), now)
+            return
         self._slowest = max(self._slowest, *(result.milliseconds / 1000 for result in results), 0.0)
         yield from self._retries.on_results(span, results, now)
 

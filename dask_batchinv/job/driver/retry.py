@@ -76,6 +76,13 @@ class Retries:
     def on_results(self, span: range, results: Iterable[TileResult[Any]], now: float) -> Iterator[TileResult[Any]]:
         """Note the results of a span; yield those that are final, with how often their tiles were tried."""
         self._deaths.pop(span, None)
+        yield from self._judge(results, now)
+
+    def on_failure(self, span: range, error: str, now: float) -> Iterator[TileResult[Any]]:
+        """Note that a span failed as a whole, not by its tiles' own making; yield those results that are final."""
+        yield from self._judge([TileResult(number, None, error) for number in span], now)
+
+    def _judge(self, results: Iterable[TileResult[Any]], now: float) -> Iterator[TileResult[Any]]:
         for result in results:
             tried = self._tried.pop(result.number, 0) + 1
             if result.error is not None and not result.stops and tried < self._attempts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
 import dask.config
@@ -85,11 +85,9 @@ class Run:
                     remove_stale_lock(job.target)
                     return self.report(ledger)
             lock, target, ledger = self._begin(held)
-            if job.action == "continue":
-                self._read_back(ledger)
             try:
                 self._invert(target, ledger, lock)
-                self._finish(ledger, lock)
+                self._finish(target, ledger, lock)
             except LockLostError as error:  # nothing is written any more: the target is another run's
                 self.totals.stopped = str(error)
             return self.report(ledger)
@@ -134,8 +132,10 @@ class Run:
             totals.stopped = str(error)
 
     def _invert(self, target: Target, ledger: Ledger, lock: Lock) -> None:
-        """Do the tiles that are not recorded, and record them."""
+        """Do the tiles that are not recorded, or not as they were written, and record them."""
         try:
+            if self.job.action == "continue":
+                self._read_back(ledger)
             if target.state is State.COMPLETE and not ledger.done.all():
                 with raised_as(OSError, f"{self.job.target.name} cannot be written", AGAIN):
                     targets.mark_incomplete(self.job.target)
@@ -144,7 +144,7 @@ class Run:
         except ClusterLostError as error:
             self.totals.stopped = str(error)
         finally:
-            # Also when interrupted: what is recorded is not done again.
+            # Also when interrupted: what is recorded is not done again, and damage that was found not forgotten.
             lock.check()
             self._flush(ledger, FINAL_ATTEMPTS)
 
@@ -190,16 +190,17 @@ class Run:
         if attempts > 1:
             self.totals.stopped = self.totals.stopped or cause
 
-    def _finish(self, ledger: Ledger, lock: Lock) -> None:
+    def _finish(self, target: Target, ledger: Ledger, lock: Lock) -> None:
         """Keep the record of the run, and mark the target as complete if it is."""
-        target, stopped = self.job.target, self.totals.stopped is not None
+        location = self.job.target
         lock.check()
-        with raised_as(OSError, f"{target.name} cannot be finished", AGAIN):
-            targets.remove_partial_chunks(target)
-            with suppress(Exception) if stopped else nullcontext():  # of a full disk, the report matters more
-                record_run(target, self._record().to_json())
-            if ledger.done.all() and not stopped:
-                targets.finish(target, durable=self.job.options.durable)
+        with raised_as(OSError, f"{location.name} cannot be finished", AGAIN):
+            targets.remove_partial_chunks(location)
+            with suppress(Exception):  # the disk may be full: the report matters more
+                if targets.generation_of(location) == target.generation:  # else it was moved or replaced
+                    record_run(location, self._record().to_json())
+            if ledger.done.all() and self.totals.stopped is None:
+                targets.finish(location, durable=self.job.options.durable)
 
     def report(self, ledger: Ledger) -> JobReport:
         """Return what the ledger knows, and what this run did."""

@@ -63,7 +63,7 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
             f"{location.name} belongs to another job: {'; '.join(changed)}. Choose another target, or pass --overwrite "
             "to replace it"
         )
-    if action != "create":
+    if found.state is not State.ABSENT and not changed:
         targets.refuse_links(location)
     return Job(opened, location, options, kernel, fingerprint, found, action)
 

@@ -12,6 +12,9 @@ from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult
 from dask_batchinv.outcome import NAMED
 
+#: So much is kept of why a tile failed.
+_CAUSE_LENGTH = 500
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
@@ -50,7 +53,9 @@ class RunRecord:
         """Return what is kept in the target: of its tiles the numbers, and the first ones by name."""
         tiles = {"damaged_tiles": self.damaged_tiles, "failed_tiles": self.failed_tiles}
         counts = {f"n_{name}": len(some) for name, some in tiles.items()}
-        return asdict(self) | counts | {name: [asdict(tile) for tile in some[:NAMED]] for name, some in tiles.items()}
+        named = {name: [asdict(tile) | {"cause": tile.cause[:_CAUSE_LENGTH]} for tile in some[:NAMED]]
+                 for name, some in tiles.items()}  # fmt: skip
+        return asdict(self) | counts | named
 
 
 @dataclass
