@@ -1,14 +1,18 @@
 """The order of events of a run: by the serial executor, which is the specification, and what is left in the target."""
 
+import json
+
 import pytest
 
 from dask_batchinv import invert_store, verify_store
 from dask_batchinv.job.driver.executor import Serial
 from dask_batchinv.job.driver.run import Run
 from dask_batchinv.job.options import JobOptions
-from dask_batchinv.job.plan.plan import Workers
+from dask_batchinv.job.plan.plan import Limits, StackLayout, Workers, make_plan
 from dask_batchinv.job.plan.prepare import plan_for, prepare
 from dask_batchinv.job.report.account import Account, account_of
+from dask_batchinv.job.report.run_record import RunTotals
+from dask_batchinv.job.results import TileResult
 from dask_batchinv.job.target.ledger import runs_of
 from dask_batchinv.job.target.lock import Lock, LockLostError
 from dask_batchinv.job.target.state import State, decide
@@ -157,3 +161,14 @@ def test_a_target_that_is_moved_away_meanwhile_is_not_begun_again(tmp_path, sour
     report = serially(source, tmp_path / "t", move)
     assert "was removed or replaced" in report.stopped
     assert not (tmp_path / "t").exists()
+
+
+def test_the_record_of_a_run_stays_small():
+    results = [TileResult(number, None, "broken " * 1000) for number in range(20_000)]
+    totals = RunTotals(failed=results, damaged=results)
+    plan = make_plan(
+        StackLayout((20_000, 2, 2), (1, 2), (1, 2, 2), 8, 8, 12, False), Limits(None, 1, 0, 10), tile_nbytes=32
+    )
+    record = totals.record(plan, ONE, source_checked=True).to_json()
+    assert len(json.dumps(record)) < 20_000
+    assert (record["n_failed_tiles"], record["n_damaged_tiles"]) == (20_000, 20_000)
