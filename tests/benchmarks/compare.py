@@ -70,7 +70,10 @@ def pairs(checkouts: tuple[Path, Path], cell: tuple[str, int, str], rounds: int,
     servers = [Server(checkout) for checkout in checkouts]
     for server in servers:
         assert server.ask(",".join(map(str, (*cell, nbytes)))) == "ready"
-    times = [[float(server.ask("time")) for server in servers] for _ in range(rounds)]
+    times = []
+    for number in range(rounds):
+        turn = 1 - 2 * (number % 2)  # neither is always the first
+        times.append([float(server.ask("time")) for server in servers[::turn]][::turn])
     for server in servers:
         server.close()
     return times
