@@ -51,7 +51,7 @@ def digest(structure: str, n: int, dtype: str) -> str:
     a = stack(structure, n, dtype)
     out, info = np.empty_like(a), np.empty(MATRICES, np.int32)
     rcond = np.empty(MATRICES, a.real.dtype)
-    choose_kernel(structure, "cpu").invert(a, out, info, rcond)  # type: ignore[arg-type]
+    choose_kernel(structure, "cpu").invert(a, out, info, rcond)
     parts = out.tobytes() + info.tobytes(), rcond.tobytes()
     return " ".join(hashlib.sha256(part).hexdigest()[:16] for part in parts)
 
