@@ -8,6 +8,7 @@ from dask_batchinv.kernels import InverseEx
 from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.outcome import (
     ClusterError,
+    IllConditionedWarning,
     Info,
     PlanError,
     RefusedError,
@@ -19,6 +20,7 @@ from dask_batchinv.outcome import (
 __all__ = [
     "ClusterError",
     "DeviceError",
+    "IllConditionedWarning",
     "Info",
     "InverseEx",
     "JobFailedError",
@@ -34,3 +36,7 @@ __all__ = [
     "invert_store",
     "verify_store",
 ]
+
+for _name in __all__:
+    if isinstance(_thing := globals()[_name], type):
+        _thing.__module__ = __name__  # what tracebacks and documentation call it: where users find it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
@@ -12,64 +11,57 @@ import dask.array as da
 import numpy as np
 import zarr
 
-from dask_batchinv.kernels import InverseEx, invert_block
-from dask_batchinv.kernels.device import is_gpu_array, parse_device
-from dask_batchinv.out import check_out, fill, shares_memory
-from dask_batchinv.outcome import raise_failed
-from dask_batchinv.stack import (
-    AssumeA,
-    Device,
-    OnError,
-    check_shape,
-    parse_choice,
-    real_dtype,
-    result_dtype,
-    whole_matrices,
-)
-from dask_batchinv.storage import write_unit
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """The options of one call, checked."""
-
-    assume_a: AssumeA
-    device: Device
-    raises: bool
-
-    @classmethod
-    def parse(cls, assume_a: AssumeA, device: Device, on_error: OnError) -> CallOptions:
-        """Return the options, or raise ValueError for a word that is not known."""
-        return cls(
-            parse_choice("assume_a", assume_a, AssumeA),
-            parse_device(device),
-            parse_choice("on_error", on_error, OnError) == "raise",
-        )
+from dask_batchinv import torch_tensors
+from dask_batchinv.attributes import refuse_packed
+from dask_batchinv.containers import check_meta, open_container, open_masked, plain_block
+from dask_batchinv.kernels import InverseEx
+from dask_batchinv.kernels.device import is_gpu_array
+from dask_batchinv.options import CallOptions
+from dask_batchinv.out import check_out, fill, is_plain, shares_memory
+from dask_batchinv.outcome import Place
+from dask_batchinv.stack import AssumeAWord, Device, OnError, check_shape, real_dtype, result_dtype, whole_matrices
+from dask_batchinv.storage import fill_means_missing, write_unit
 
 
 def inverse(
-    a: Any, *, out: Any = None, assume_a: AssumeA = "general", on_error: OnError = "raise", device: Device = "auto"
+    a: Any,
+    *,
+    out: Any = None,
+    assume_a: AssumeAWord = "general",
+    lower: bool = False,
+    on_error: OnError = "raise",
+    check_errors: bool | None = None,
+    min_rcond: float = 0.0,
+    device: Device = "auto",
 ) -> Any:
     """Return the inverse of every matrix in a stack.
 
     Parameters
     ----------
     a : array of shape ``(*, n, n)``
-        A Dask array or `zarr.Array` (the result is a lazy Dask array), an Xarray object (see
-        `Dataset.linalg.inv`), a CuPy array (the result is one), or anything that `numpy.asarray` takes (the result is
-        a NumPy array). A Dask array of CuPy blocks gives one of CuPy blocks. float32,
-        float64, complex64 and complex128 are kept; bool and integers become float64, float16 float32. `a` is
+        What goes in decides what comes out. A Dask array or `zarr.Array` gives a lazy Dask array; NumPy and CuPy
+        arrays, torch tensors (differentiable), masked arrays, quantities of pint and astropy, JAX arrays, DataFrames
+        and Xarray objects (see `Dataset.linalg.inv`) give their like; nested lists give NumPy arrays. float32, float64,
+        complex64 and complex128 are kept; bool and integers become float64, float16 and bfloat16 float32. `a` is
         never modified.
-    out : numpy.ndarray, zarr.Array, str or path, optional
+    out : numpy.ndarray, torch.Tensor, zarr.Array, str or path, optional
         Where to put the result. The work then runs at once, and `out` is filled and returned; at a str or path
-        a new Zarr array is created. Not for Xarray objects.
+        a new Zarr array is created. If matrices fail and that raises, an `out` that is filled from a lazy array is
+        filled in part.
     assume_a : str
-        What is known of the matrices, in SciPy's words: "general", "symmetric", "hermitian", "positive
-        definite", "upper triangular", "lower triangular", "diagonal". Only the part that the word names is
-        read: the upper triangle for the symmetric, Hermitian and positive definite ones, whose inverses are
+        What is known of the matrices, in SciPy's words: "general" ("gen"), "symmetric" ("sym"), "hermitian" ("her"),
+        "positive definite" ("pos"), "upper triangular", "lower triangular", "diagonal". Only the part that the word
+        names is read: the upper triangle for the symmetric, Hermitian and positive definite ones, whose inverses are
         exactly symmetric or Hermitian.
-    on_error : {"raise", "nan"}
-        What happens when matrices have no inverse: an error that names them, or NaN in their place.
+    lower : bool
+        Of symmetric, Hermitian and positive definite matrices read the lower triangle; ignored for others.
+    on_error : {"raise", "skipna", "nan"}
+        What happens when matrices have no inverse: an error that names them, or NaN in their place. "skipna" gives NaN
+        for matrices that have a NaN, as missing numbers do, and an error for all else.
+    check_errors : bool, optional
+        The same in torch's word: True for "raise", False for "nan".
+    min_rcond : float
+        A matrix whose ``rcond`` is smaller counts as one that has no inverse.
     device : {"auto", "cpu", "gpu"}
         Where to compute; "auto" follows the Dask configuration ``batchinv.device``, and without one takes the GPU for
         CuPy arrays and in processes that have one, else the CPU. Lazy input: in the process that computes a block.
@@ -83,12 +75,18 @@ def inverse(
     numpy.linalg.LinAlgError
         If `a` is not a stack of square matrices. Lazy input: at the call, not when it is computed.
     TypeError
-        If the dtype has no inverse here. Likewise at the call.
+        If the dtype has no inverse here, or `a` is of a kind that would lose its mask, units or labels. Likewise at the
+        call; when it is computed, if a block of a Dask array is not what was declared.
     SingularMatrixError
-        With ``on_error="raise"``, if a matrix is singular, not finite, or its inverse overflows. Lazy input:
-        when it is computed.
+        Unless ``on_error="nan"``, if a matrix is singular, not finite, its inverse overflows, or its ``rcond`` is below
+        `min_rcond`. Lazy input: when it is computed.
     DeviceError
         If `device` cannot be used. Lazy input: when it is computed.
+
+    Warns
+    -----
+    IllConditionedWarning
+        Once per call, or per block, if matrices are singular to working precision: ``rcond`` is below eps.
 
     See Also
     --------
@@ -104,20 +102,34 @@ def inverse(
            [[0.  , 1.  ],
             [1.  , 0.  ]]])
     """
-    return invert_any(a, CallOptions.parse(assume_a, device, on_error), out)
+    options = CallOptions.parse(
+        assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
+        device=device,
+    )  # fmt: skip
+    if not torch_tensors.is_tensor(out):
+        return invert_any(a, options, out)
+    if torch_tensors.is_tensor(a):
+        a = torch_tensors.numbers_of(a)
+    invert_any(a, options, torch_tensors.memory_of_out(out))
+    return out
 
 
 def inverse_ex(
-    a: Any, *, check_errors: bool = False, assume_a: AssumeA = "general", device: Device = "auto"
+    a: Any,
+    *,
+    check_errors: bool | None = None,
+    on_error: OnError = "nan",
+    assume_a: AssumeAWord = "general",
+    lower: bool = False,
+    min_rcond: float = 0.0,
+    device: Device = "auto",
 ) -> InverseEx:
     """Return the inverses of a stack, and for each matrix what happened and how well conditioned it is.
 
     Parameters
     ----------
-    a, assume_a, device
-        As in `inverse`. Of Xarray objects only DataArrays.
-    check_errors : bool
-        Raise `SingularMatrixError` as `inverse` does, instead of reporting in ``info`` alone.
+    a, assume_a, lower, on_error, check_errors, min_rcond, device
+        As in `inverse`, but errors are reported in ``info`` alone unless asked for. Of Xarray objects only DataArrays.
 
     Returns
     -------
@@ -129,63 +141,87 @@ def inverse_ex(
     numpy.linalg.LinAlgError, TypeError, DeviceError
         As in `inverse`.
 
+    Warns
+    -----
+    IllConditionedWarning
+        As in `inverse`.
+
     Examples
     --------
     >>> import numpy as np
     >>> inverse_ex(np.array([[[1.0, 2.0], [2.0, 4.0]], [[1.0, 0.0], [0.0, 2.0]]])).info
     array([2, 0], dtype=int32)
     """
-    return invert_any_ex(a, CallOptions.parse(assume_a, device, "raise" if check_errors else "nan"))
+    return invert_any_ex(
+        a,
+        CallOptions.parse(
+            assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
+            device=device,
+        ),
+    )  # fmt: skip
 
 
-# --- arrays in memory -----------------------------------------------------------------------------------------
+# --- arrays in memory, and what holds arrays -------------------------------------------------------------------
 
 
 @singledispatch
 def invert_any(a: Any, options: CallOptions, out: Any) -> Any:
-    """`inverse` for one kind of input; here whatever `numpy.asarray` takes."""
-    a = _in_memory(a)
-    if is_gpu_array(a) and out is not None and not is_gpu_array(out):
-        raise TypeError(f"a is on the GPU, but out is {type(out).__name__}: pass a CuPy array, or cupy.asnumpy(a)")
-    if is_gpu_array(out) and not is_gpu_array(a):
-        raise TypeError("out is on the GPU, but a is not: pass cupy.asarray(a), or an out in main memory")
-    if isinstance(out, np.ndarray) or is_gpu_array(out):
-        check_out(out, a)
-        if shares_memory(a, out):
-            raise ValueError("out overlaps the input: pass an array of its own memory")
-    elif out is not None:
-        return invert_any(da.from_array(a), options, out)
-    result, info, _ = invert_block(a, dtype=result_dtype(a.dtype), assume_a=options.assume_a, device=options.device)
-    if options.raises:
-        raise_failed(info, options.assume_a)
-    if out is None:
-        return result
-    out[...] = result
-    return out
+    """`inverse` for one kind of input; here for those of the table of containers."""
+    if type(a) is np.ndarray or is_gpu_array(a):
+        return _invert_in_memory(a, options, out)
+    if (found := open_container(a, options)) is None:
+        return _invert_in_memory(np.asarray(a), options, out)
+    container, opened = found
+    if out is not None and not container.takes_out:
+        raise TypeError(f"out= does not take what comes of {type(a).__name__}: leave it out, and use what is returned")
+    if opened.missing is not None:
+        return opened.closed(_account(opened.stack, options, opened.missing)).inverse
+    result = invert_any(opened.stack, options, out)
+    return result if out is not None else opened.close("inverse", result)
 
 
 @singledispatch
 def invert_any_ex(a: Any, options: CallOptions) -> InverseEx:
-    """`inverse_ex` for one kind of input; here whatever `numpy.asarray` takes."""
-    a = _in_memory(a)
-    result = invert_block(a, dtype=result_dtype(a.dtype), assume_a=options.assume_a, device=options.device)
-    if options.raises:
-        raise_failed(result.info, options.assume_a)
-    return result
+    """`inverse_ex` for one kind of input; here for those of the table of containers."""
+    if type(a) is np.ndarray or is_gpu_array(a):
+        return _account(a, options)
+    if (found := open_container(a, options)) is None:
+        return _account(np.asarray(a), options)
+    _, opened = found
+    if opened.missing is not None:
+        return opened.closed(_account(opened.stack, options, opened.missing))
+    return opened.closed(invert_any_ex(opened.stack, options))
 
 
-def _in_memory(a: Any) -> Any:
-    _refuse_masked(a)
-    if not is_gpu_array(a):
-        a = np.asarray(a)
+def _invert_in_memory(a: Any, options: CallOptions, out: Any) -> Any:
+    _check(a)
+    if out is None:
+        return _account(a, options).inverse
+    if is_gpu_array(a) and not is_gpu_array(out):
+        raise TypeError(f"a is on the GPU, but out is {type(out).__name__}: pass a CuPy array, or cupy.asnumpy(a)")
+    if is_gpu_array(out) and not is_gpu_array(a):
+        raise TypeError("out is on the GPU, but a is not: pass cupy.asarray(a), or an out in main memory")
+    if not is_plain(out) and not is_gpu_array(out):
+        return fill(out, invert_any(da.from_array(a), options, None))
+    check_out(out, a)
+    if shares_memory(a, out):
+        raise ValueError("out overlaps the input: pass an array of its own memory")
+    # An error leaves `out` as it was.
+    straight = options.on_error == "nan" and out.flags.c_contiguous and (is_gpu_array(out) or out.flags.carray)
+    result = _account(a, options, out=out if straight else None).inverse
+    if not straight:
+        out[...] = result
+    return out
+
+
+def _account(a: Any, options: CallOptions, missing: Any = None, out: Any = None) -> InverseEx:
+    _check(a)
+    return options.invert(a, Place(), masked=missing, out=out)
+
+
+def _check(a: Any) -> None:
     check_shape(a.shape)
     result_dtype(a.dtype)
-    return a
-
-
-def _refuse_masked(a: Any) -> None:
-    if isinstance(a, np.ma.MaskedArray):
-        raise TypeError("masked arrays have no inverse here: fill them first, with .filled(numpy.nan) for example")
 
 
 # --- lazy arrays ----------------------------------------------------------------------------------------------
@@ -194,7 +230,9 @@ def _refuse_masked(a: Any) -> None:
 @invert_any.register
 def _(a: da.Array, options: CallOptions, out: Any) -> Any:
     a, dtype = _whole(a), result_dtype(a.dtype)
-    result = a.map_blocks(_inverse_of_block, options, dtype=dtype, meta=a._meta.astype(dtype))
+    if out is not None and isinstance(a._meta, np.ma.MaskedArray):
+        raise TypeError("out= takes no masked blocks: leave it out, or fill them first")
+    result = a.map_blocks(_inverse_of_block, options=options, declared=a._meta, dtype=dtype, meta=a._meta.astype(dtype))
     return result if out is None else fill(out, result)
 
 
@@ -207,7 +245,9 @@ def _(a: da.Array, options: CallOptions) -> InverseEx:
     # Each block of `results` is one InverseEx. da.apply_gufunc would do the same, but fails with array query
     # planning (dask 2026.8).
     nothing = np.empty(batch_like.shape, object)  # CuPy has no objects
-    results = a.map_blocks(_results_of_block, options, dtype=object, drop_axis=core, meta=nothing)
+    results = a.map_blocks(
+        _results_of_block, options=options, declared=a._meta, dtype=object, drop_axis=core, meta=nothing
+    )
     n = a.chunks[-1]
     return InverseEx(
         results.map_blocks(
@@ -229,15 +269,20 @@ def _(a: zarr.Array[Any], options: CallOptions) -> InverseEx:
 
 
 def _lazy(a: zarr.Array[Any]) -> da.Array:
+    attributes = dict(a.attrs)
+    refuse_packed(
+        attributes | ({"_FillValue": a.fill_value} if fill_means_missing(a, attributes) else {}),
+        f"the array {a.path or a.store_path}",
+        "open it with xarray.open_zarr, which decodes it, and use .linalg.inv(); or run a job, which decodes it too",
+    )
     # Not da.from_zarr, which does not exist under array query planning (dask 2026.8).
     return da.from_array(a, chunks=write_unit(a))
 
 
 def _whole(a: da.Array) -> da.Array:
     """Return a stack checked, and with no matrix split over chunks."""
-    _refuse_masked(a._meta)
-    check_shape(a.shape)
-    result_dtype(a.dtype)
+    check_meta(a._meta)
+    _check(a)
     wanted = whole_matrices(a.chunks, a.dtype.itemsize)
     if wanted is None:
         return a
@@ -246,14 +291,32 @@ def _whole(a: da.Array) -> da.Array:
     return a.rechunk(chunks, block_size_limit=limit or None, threshold=sys.maxsize)
 
 
-def _results_of_block(block: Any, options: CallOptions, block_info: Any = None) -> InverseEx:
-    results = invert_block(block, dtype=result_dtype(block.dtype), assume_a=options.assume_a, device=options.device)
-    if options.raises:
-        spans = block_info[0]["array-location"] if block_info else [(0, 0)] * block.ndim
-        origin = tuple(None if math.isnan(start) else int(start) for start, _ in spans[:-2])
-        raise_failed(results.info, options.assume_a, origin)
-    return results
+def _results_of_block(block: Any, options: CallOptions, declared: Any, block_info: Any = None) -> InverseEx:
+    where = block_info[0] if block_info else {}
+    spans = where.get("array-location") or [(math.nan, math.nan)] * block.ndim
+    place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in spans[:-2]))
+    try:
+        return _checked_results(block, options, declared, tuple(stop - start for start, stop in spans), place)
+    except TypeError as error:
+        raise TypeError(f"block {where.get('chunk-location', ())}: {error}") from error
 
 
-def _inverse_of_block(block: Any, options: CallOptions, block_info: Any = None) -> Any:
-    return _results_of_block(block, options, block_info).inverse
+def _checked_results(
+    block: Any, options: CallOptions, declared: Any, shape: tuple[float, ...], place: Place
+) -> InverseEx:
+    if isinstance(declared, np.ma.MaskedArray) and isinstance(block, np.ma.MaskedArray):
+        opened = open_masked(block, options)
+        return opened.closed(options.invert(opened.stack, place, masked=opened.missing))
+    block = plain_block(block)
+    if result_dtype(block.dtype) != result_dtype(declared.dtype):
+        raise TypeError(
+            f"dtype {declared.dtype} was declared, but the block has {block.dtype}: correct dtype= or meta= where the "
+            "Dask array is made, or convert the blocks there"
+        )
+    if any(size != own for size, own in zip(shape, block.shape, strict=True) if not math.isnan(size)):
+        raise TypeError(f"shape {shape} was declared, but the block has {block.shape}: correct chunks= there")
+    return options.invert(block, place)
+
+
+def _inverse_of_block(block: Any, options: CallOptions, declared: Any, block_info: Any = None) -> Any:
+    return _results_of_block(block, options, declared, block_info).inverse

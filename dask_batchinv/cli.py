@@ -25,7 +25,7 @@ from dask_batchinv.job.report.account import account_of
 from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.location import redact
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.stack import AssumeA, Device
+from dask_batchinv.stack import SHORT_WORDS, AssumeA, Device
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -54,9 +54,12 @@ _job_options = _options(
     click.argument("source"),
     click.argument("target"),
     click.option("--variable", metavar="NAME", help="The stack in a group (Xarray dataset) that has several arrays."),
-    click.option("--dims", metavar="ROW,COL", help="Names of the core dimensions. Default: the last two."),
-    click.option("--assume-a", type=click.Choice(get_args(AssumeA)), default="general", show_default=True,
-                 help="What is known of the matrices."),
+    click.option("--dims", metavar="ROW,COL",
+                 help="Names of the core dimensions. Default: the last two, where no others could be meant."),
+    click.option("--assume-a", type=click.Choice([*get_args(AssumeA), *SHORT_WORDS]), default="general",
+                 show_default=True, help="What is known of the matrices."),
+    click.option("--lower", is_flag=True,
+                 help="Read symmetric and Hermitian matrices from their lower triangles, not their upper ones."),
     click.option("--min-rcond", type=float, default=0.0, metavar="X",
                  help="Matrices whose reciprocal condition number is below X count as failed."),
     click.option("--max-failed", default="0", show_default=True, metavar="N",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import dask
 import dask.array as da
+import dask.local
+import dask.threaded
+import distributed
 import numpy as np
 import numpy.typing as npt
 import zarr
 import zarr.storage
+from dask.base import get_scheduler
 
 from dask_batchinv.kernels.device import is_gpu_array
 from dask_batchinv.location import Location, redact
@@ -37,11 +43,10 @@ def fill(out: Any, result: da.Array) -> Any:
     """Compute `result` into `out`."""
     if is_gpu_array(result._meta):
         raise TypeError("out takes no blocks from the GPU: append .map_blocks(cupy.asnumpy) to the input")
-    if isinstance(out, np.ndarray):
+    if is_plain(out):
         check_out(out, result)
         refuse_overlap(out, result)
-        # Not da.store: on a cluster of processes it would fill copies of `out`.
-        out[...] = result.compute()
+        _write_to_memory(out, result)
         return out
     if isinstance(out, (str, os.PathLike)):
         if any(math.isnan(size) for size in result.shape):
@@ -62,11 +67,57 @@ def fill(out: Any, result: da.Array) -> Any:
             raise
         return created
     if not isinstance(out, zarr.Array):
-        raise TypeError(f"out must be a NumPy array, a zarr.Array or a store location, got {type(out).__name__}")
+        raise TypeError(
+            f"out must be a NumPy array, a torch tensor, a zarr.Array or a store location, got {type(out).__name__}"
+        )
     check_out(out, result)
     refuse_overlap(out, result)
     _write(out, result)
     return out
+
+
+def is_plain(out: Any) -> bool:
+    """Tell whether an array is NumPy's own, in memory or in a file, and holds nothing but its numbers."""
+    return type(out) in (np.ndarray, np.memmap)
+
+
+def _write_to_memory(out: npt.NDArray[Any], result: da.Array) -> None:
+    """Write `result` into an array of this process, block by block, so that the whole is never held beside it."""
+    regions = list(_regions(result.chunks))
+    scheduler = get_scheduler(collections=[result]) or dask.threaded.get
+    if scheduler in (dask.threaded.get, dask.local.get_sync):
+        # In this process, where tasks can write themselves.
+        written = result.map_blocks(
+            _write_block, _Held(out), None, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
+            meta=np.empty((0,) * result.ndim, bool),
+        )  # fmt: skip
+        written.compute()
+        return
+    blocks = list(result.to_delayed().ravel())
+    client = getattr(scheduler, "__self__", None)
+    if not isinstance(client, distributed.Client):
+        for region, block in zip(regions, dask.compute(*blocks), strict=True):
+            out[region] = block
+        return
+    where = dict(zip(client.compute(blocks), regions, strict=True))
+    for future, block in distributed.as_completed(list(where), with_results=True):
+        out[where.pop(future)] = block
+
+
+class _Held:
+    """An array that tasks write to, hidden from Dask, which would make a copy for each."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __setitem__(self, region: Any, block: Any) -> None:
+        self.array[region] = block
+
+
+def _regions(chunks: Chunks) -> Iterator[tuple[slice, ...]]:
+    """Yield where each block is, in the order of `to_delayed().ravel()`."""
+    bounds = [[0, *np.cumsum(sizes).tolist()] for sizes in chunks]
+    return itertools.product(*([slice(*pair) for pair in itertools.pairwise(ends)] for ends in bounds))
 
 
 def _write(out: zarr.Array[Any], result: da.Array, location: Location | None = None) -> None:
@@ -82,7 +133,7 @@ def _write(out: zarr.Array[Any], result: da.Array, location: Location | None = N
     written.compute()
 
 
-def _write_block(block: Any, out: zarr.Array[Any], location: Location | None, block_info: Any = None) -> Any:
+def _write_block(block: Any, out: Any, location: Location | None, block_info: Any = None) -> Any:
     if block_info:
         # When one task fails, Dask lets those go on that run: they must not write where no array is any more.
         if location is not None and location.read_json("zarr.json") is None:

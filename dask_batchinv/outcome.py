@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import LinAlgWarning
 
 from dask_batchinv.stack import AssumeA
 
@@ -43,8 +46,8 @@ class Failure:
     """What several matrices are."""
     explanation: str
     """What one matrix is, where k is its ``info``."""
-    cause: str = ""
-    """Where it usually comes from."""
+    advice: str = ""
+    """Where it usually comes from, or what to do: a sentence for the error."""
 
     def includes(self, info: Any) -> Any:
         """Tell whether a code, or each of an array, is of this kind."""
@@ -59,10 +62,16 @@ _SINGULAR = Failure(
     "Singular matrices often have two equal rows, or were filled with 0 where data are masked. ",
 )
 _NOT_DEFINITE = Failure(
-    "singular", None, "not positive definite", "not positive definite (leading minor of order {k})", _SINGULAR.cause
+    "singular", None, "not positive definite", "not positive definite (leading minor of order {k})", _SINGULAR.advice
 )
 _OTHERS = (
-    Failure("not_finite", Info.NOT_FINITE, "with NaN or infinity", "the matrix has a NaN or an infinity"),
+    Failure(
+        "not_finite",
+        Info.NOT_FINITE,
+        "with NaN or infinity",
+        "the matrix has a NaN or an infinity",
+        'on_error="skipna" lets matrices with NaN pass. ',
+    ),
     Failure("overflow", Info.OVERFLOW, "whose inverse overflows", "the inverse overflows the dtype"),
     Failure("below_min_rcond", Info.BELOW_MIN_RCOND, "with rcond below the minimum", "rcond is below min_rcond"),
 )
@@ -81,10 +90,10 @@ def describe_codes(assume_a: AssumeA) -> str:
     Examples
     --------
     >>> describe_codes("general")[:80]
-    '0 good; k > 0 singular (pivot k is exactly zero); -1 the matrix has a NaN or an '
+    '0 inverted: no pivot was exactly zero; k > 0 singular (pivot k is exactly zero);'
     """
     codes = [(f"{f.code:d}" if f.code else "k > 0", f.explanation.format(k="k")) for f in failures_of(assume_a)]
-    return "; ".join(["0 good", *(f"{code} {words}" for code, words in codes)])
+    return "; ".join(["0 inverted: no pivot was exactly zero", *(f"{code} {words}" for code, words in codes)])
 
 
 def explain(info: int, assume_a: AssumeA) -> str:
@@ -140,9 +149,9 @@ class SingularMatrixError(np.linalg.LinAlgError):
         more = "" if self.count == len(self.indices) else f"; and {self.count - len(self.indices)} more"
         noun = "matrix" if self.total == 1 else "matrices"
         verb = "has" if self.count == 1 else "have"
-        causes = dict.fromkeys(_failure(k, self.assume_a).cause for k in self.info)
+        advice = dict.fromkeys(_failure(k, self.assume_a).advice for k in self.info)
         return (
-            f"{self.count} of {self.total} {noun}{self.where} {verb} no inverse: {named}{more}. {''.join(causes)}"
+            f"{self.count} of {self.total} {noun}{self.where} {verb} no inverse: {named}{more}. {''.join(advice)}"
             'Pass on_error="nan" to get NaN for these and inverses for the rest, or use inverse_ex.'
         )
 
@@ -151,33 +160,78 @@ class SingularMatrixError(np.linalg.LinAlgError):
         return type(self), (self.count, self.total, self.indices, self.info, self.assume_a, self.where)
 
 
-def raise_failed(info: npt.NDArray[np.int32], assume_a: AssumeA, origin: tuple[int | None, ...] | None = None) -> None:
-    """Raise `SingularMatrixError` if any code in `info` is not 0.
+class IllConditionedWarning(LinAlgWarning):  # type: ignore[misc]  # SciPy ships no types
+    """The inverses of some matrices may have no right digit: their ``rcond`` is below eps, the rounding unit."""
 
-    Parameters
-    ----------
-    info : array of shape ``(*,)``
-        Codes of a stack, or of one block of it.
-    assume_a : str
-        Structure of the matrices.
-    origin : tuple of int or None, optional
-        Where the block begins in the whole stack; None for a dimension along which that is unknown, because the
-        chunk sizes are.
-    """
+
+@dataclass(frozen=True)
+class Place:
+    """Where the matrices stand that an error or a warning speaks of."""
+
+    origin: tuple[int | None, ...] | None = None
+    """Where their block begins in the whole stack, None for an axis along which that is unknown, because the chunk
+    sizes are; or None if they are the whole stack."""
+
+    def __str__(self) -> str:
+        if self.origin is None:
+            return ""
+        unknown = [axis for axis, start in enumerate(self.origin) if start is None]
+        note = f" (chunk sizes are unknown along axis {unknown}: indices there count from the block's start)"
+        return " of this block" + (note if unknown else "")
+
+    def first(self, chosen: npt.NDArray[np.bool_]) -> list[tuple[Index, Index]]:
+        """Return the first of the chosen matrices, by their indices in the block and in the whole stack."""
+        origin = self.origin or (0,) * chosen.ndim
+        found = [tuple(map(int, row)) for row in np.argwhere(chosen)[:NAMED]]
+        return [(row, tuple(i + (o or 0) for i, o in zip(row, origin, strict=True))) for row in found]
+
+
+def raise_failed(
+    info: npt.NDArray[np.int32], assume_a: AssumeA, place: Place, excused: npt.NDArray[np.bool_] | None = None
+) -> None:
+    """Raise `SingularMatrixError` if any code in `info`, shape ``(*,)``, is not 0, but for the matrices `excused`."""
     if not (info != int(Info.GOOD)).any():
         return
-    if not isinstance(info, np.ndarray):  # CuPy's
-        info = info.get()
-    failed = np.argwhere(info != int(Info.GOOD))
-    where = "" if origin is None else " of this block"
-    origin = origin or (0,) * info.ndim
-    if None in origin:
-        unknown = [axis for axis, start in enumerate(origin) if start is None]
-        where += f" (chunk sizes are unknown along axis {unknown}: indices there count from the block's start)"
-    first = failed[:NAMED]
-    indices = [tuple(int(i) + (o or 0) for i, o in zip(row, origin, strict=True)) for row in first]
-    codes = [int(info[tuple(row)]) for row in first]
-    raise SingularMatrixError(len(failed), info.size, indices, codes, assume_a, where)
+    info = in_main_memory(info)
+    failed = np.asarray(info != int(Info.GOOD)) & (True if excused is None else ~excused)
+    if not failed.any():
+        return
+    first = place.first(failed)
+    codes = [int(info[row]) for row, _ in first]
+    indices = [index for _, index in first]
+    raise SingularMatrixError(int(np.count_nonzero(failed)), info.size, indices, codes, assume_a, str(place))
+
+
+def warn_ill_conditioned(info: npt.NDArray[np.int32], rcond: npt.NDArray[Any], place: Place) -> None:
+    """Warn of the matrices that have an inverse, though their ``rcond`` is below eps."""
+    poor = (rcond < np.finfo(rcond.dtype).eps) & (info == int(Info.GOOD))
+    if not poor.any():
+        return
+    poor, rcond = in_main_memory(poor), in_main_memory(rcond)
+    named = "; ".join(f"{index}: rcond {rcond[row]:.2g}" for row, index in place.first(poor))
+    count = int(np.count_nonzero(poor))
+    more = f"; and {count - NAMED} more" if count > NAMED else ""
+    noun, verb = ("matrix", "is") if count == 1 else ("matrices", "are")
+    warnings.warn(
+        f"{count} {noun} of {poor.size}{place} {verb} singular to working precision, and the inverse may have no right "
+        f"digit: {named}{more}. Pass min_rcond={np.finfo(rcond.dtype).eps:.1g} to count such matrices as failed",
+        IllConditionedWarning,
+        stacklevel=_levels_to_the_caller(),
+    )
+
+
+def _levels_to_the_caller() -> int:
+    """Return how many calls up the code is that called this package: a warning should point there."""
+    package, level = __name__.partition(".")[0], 1
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (package, "functools"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def in_main_memory(a: Any) -> npt.NDArray[Any]:
+    """Return what NumPy or CuPy has computed as a NumPy array that may be changed."""
+    return np.array(a.get() if hasattr(a, "get") else a)
 
 
 class RefusedError(ValueError):

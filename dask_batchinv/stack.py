@@ -11,8 +11,15 @@ import numpy.typing as npt
 AssumeA = Literal[
     "general", "symmetric", "hermitian", "positive definite", "upper triangular", "lower triangular", "diagonal"
 ]
+#: What users may write: also SciPy's short words.
+AssumeAWord = AssumeA | Literal["gen", "sym", "her", "pos"]
 Device = Literal["auto", "cpu", "gpu"]
-OnError = Literal["raise", "nan"]
+OnError = Literal["raise", "skipna", "nan"]
+
+#: What the short ones stand for.
+SHORT_WORDS: dict[str, AssumeA] = {
+    "gen": "general", "sym": "symmetric", "her": "hermitian", "pos": "positive definite"
+}  # fmt: skip
 
 #: The dtypes that kernels compute in, and what every other numeric kind becomes.
 KEPT = ("float32", "float64", "complex64", "complex128")
@@ -24,6 +31,26 @@ def parse_choice(name: str, value: Any, choices: Any) -> Any:
     if value not in words:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}; got {value!r}")
     return value
+
+
+def parse_assume_a(word: AssumeAWord) -> AssumeA:
+    """Return what `word` says of the structure of matrices, in its long form, or raise ValueError.
+
+    Examples
+    --------
+    >>> parse_assume_a("pos")
+    'positive definite'
+    """
+    word = SHORT_WORDS.get(word, word) if isinstance(word, str) else word
+    found: AssumeA = parse_choice("assume_a", word, AssumeA)
+    return found
+
+
+def parse_min_rcond(min_rcond: float) -> float:
+    """Return `min_rcond` if it is a number from 0 to 1, else raise ValueError."""
+    if not 0 <= min_rcond <= 1:
+        raise ValueError(f"min_rcond must be between 0 and 1, got {min_rcond}")
+    return float(min_rcond)
 
 
 def result_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
@@ -44,7 +71,7 @@ def result_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
         return dtype.newbyteorder("=")
     if dtype.kind in "biu":
         return np.dtype("float64")
-    if dtype.name == "float16":
+    if dtype.name in ("float16", "bfloat16"):
         return np.dtype("float32")
     raise TypeError(
         f"dtype {dtype.name} has no inverse here: expected float32, float64, complex64 or complex128, "

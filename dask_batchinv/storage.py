@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,11 @@ def array_options(dtype: npt.DTypeLike) -> dict[str, Any]:
         "fill_value": np.nan if np.dtype(dtype).kind in "fc" else 0,
         "config": {"write_empty_chunks": True},
     }
+
+
+def fill_means_missing(array: zarr.Array[Any], attributes: Mapping[str, Any]) -> bool:
+    """Tell whether Xarray takes the fill value of an array for "no number": in format 2, with dimension names."""
+    return array.metadata.zarr_format == 2 and "_ARRAY_DIMENSIONS" in attributes and array.fill_value is not None
 
 
 def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:

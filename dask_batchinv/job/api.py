@@ -15,7 +15,7 @@ from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
 from dask_batchinv.job.report.run_record import OnProgress
 from dask_batchinv.job.report.verify_report import VerifyReport
-from dask_batchinv.stack import AssumeA, Device
+from dask_batchinv.stack import AssumeAWord, Device
 
 
 def invert_store(
@@ -24,7 +24,8 @@ def invert_store(
     *,
     variable: str | None = None,
     dims: Sequence[str] | None = None,
-    assume_a: AssumeA = "general",
+    assume_a: AssumeAWord = "general",
+    lower: bool = False,
     min_rcond: float = 0.0,
     max_failed: int | None = 0,
     device: Device = "auto",
@@ -49,17 +50,18 @@ def invert_store(
     Parameters
     ----------
     source : str or path
-        A Zarr array ``(*, n, n)``, or a group with `variable` in it; format 2 or 3, a path or an fsspec URL.
+        A Zarr array ``(*, n, n)``, or a group with `variable` in it; format 2 or 3, a path or an fsspec URL. Packed
+        numbers (``scale_factor``, ``_FillValue``, …) are decoded as Xarray decodes them, missing ones to NaN.
         Credentials come from the environment, as the file system expects them.
     target : str or path
         A Zarr group to create, or to continue: ``inverse`` ``(*, n, n)``, ``info`` and ``rcond`` ``(*,)``, with
-        the dimension names and coordinates of the source. `xarray.open_zarr` opens it at any time; its attribute
-        ``complete`` says whether it is finished.
+        the dimension names, coordinates and attributes that `Dataset.linalg.inv` would give. `xarray.open_zarr` opens
+        it at any time; its attribute ``complete`` says whether it is finished: 1 or 0.
     variable : str, optional
         Name of the stack in a group that has several.
     dims : (row, column), optional
-        Names of the core dimensions; by default the last two.
-    assume_a, device
+        Names of the core dimensions; by default the last two, where nothing else could be meant.
+    assume_a, lower, device
         As in `dask_batchinv.inverse`.
     min_rcond : float
         A matrix whose rcond is smaller gets ``info`` -3 and NaN.
@@ -101,7 +103,8 @@ def invert_store(
         If tiles could not be done, or more than `max_failed` matrices have no inverse; its ``report`` has all.
     """
     options = JobOptions(
-        variable=variable, dims=dims, assume_a=assume_a, min_rcond=min_rcond, max_failed=max_failed, device=device,
+        variable=variable, dims=dims, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
+        assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
         missing=missing, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip
     cluster = ClusterOptions(

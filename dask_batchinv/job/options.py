@@ -11,7 +11,7 @@ from dask.utils import parse_bytes
 
 from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.stack import AssumeA, Device, parse_choice
+from dask_batchinv.stack import AssumeA, Device, parse_assume_a, parse_choice, parse_min_rcond
 
 Missing = Literal["error", "fill"]
 
@@ -26,6 +26,8 @@ class JobOptions:
     """Names of the core dimensions."""
     assume_a: AssumeA = "general"
     """Structure of the matrices."""
+    lower: bool = False
+    """Whether symmetric matrices are read from their lower triangles."""
     min_rcond: float = 0.0
     """Below it a matrix counts as failed."""
     max_failed: int | None = 0
@@ -45,13 +47,12 @@ class JobOptions:
 
     def __post_init__(self) -> None:
         try:
-            parse_choice("assume_a", self.assume_a, AssumeA)
+            object.__setattr__(self, "assume_a", parse_assume_a(self.assume_a))
+            parse_min_rcond(self.min_rcond)
             parse_choice("missing", self.missing, Missing)
             parse_device(self.device)
         except ValueError as error:
             raise RefusedError(str(error)) from error
-        if not 0 <= self.min_rcond <= 1:
-            raise RefusedError(f"min_rcond must be between 0 and 1, got {self.min_rcond}")
         if self.max_failed is not None and self.max_failed < 0:
             raise RefusedError(f"max_failed must be 0 or more, got {self.max_failed}")
         if self.tile_nbytes <= 0:

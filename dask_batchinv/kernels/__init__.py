@@ -27,6 +27,9 @@ from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
 
+#: The structures of which one triangle is read, and says what is in the other.
+MIRRORED = ("symmetric", "hermitian", "positive definite")
+
 
 class InverseEx(NamedTuple):
     """The inverses of a stack with an account of each matrix."""
@@ -34,7 +37,7 @@ class InverseEx(NamedTuple):
     inverse: Any
     """Shape ``(*, n, n)``; all NaN where `info` is not 0."""
     info: Any
-    """Shape ``(*,)``, int32: codes as `Info` has them; 0 good, k > 0 the k-th pivot is zero."""
+    """Shape ``(*,)``, int32: codes as `Info` has them; 0 no pivot is exactly zero, k > 0 the k-th is."""
     rcond: Any
     """Shape ``(*,)``, real: 1 / (‖A‖₁ ‖A⁻¹‖₁); 0 for a singular matrix, NaN for a non-finite one."""
 
@@ -87,9 +90,11 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
     )
 
 
-def read_part(a: Array, assume_a: AssumeA) -> Array:
+def read_part(a: Array, assume_a: AssumeA, *, lower: bool = False) -> Array:
     """Return the matrices that a stack ``(m, n, n)`` stands for: the part that `assume_a` names, filled up."""
-    return lapack.METHODS[assume_a].read(np.ascontiguousarray(a))
+    mirrored = lower and assume_a in MIRRORED
+    part = lapack.METHODS[assume_a].read(np.ascontiguousarray(a.swapaxes(1, 2) if mirrored else a))
+    return part.swapaxes(1, 2) if mirrored else part
 
 
 def invert_block(
@@ -97,6 +102,7 @@ def invert_block(
     *,
     dtype: npt.DTypeLike,
     assume_a: AssumeA = "general",
+    lower: bool = False,
     device: Device = "auto",
     min_rcond: float = 0.0,
     out: Array | None = None,
@@ -111,6 +117,8 @@ def invert_block(
         What to compute in and to return, from `dask_batchinv.stack.result_dtype`.
     assume_a, device
         As in `dask_batchinv.inverse`.
+    lower : bool
+        Read the lower triangles where one is read, not the upper ones.
     min_rcond : float
         Good matrices with a smaller ``rcond`` get ``info`` -3 and NaN.
     out : array, optional
@@ -121,8 +129,13 @@ def invert_block(
     InverseEx
     """
     where = device_for(a, device)
+    mirrored = lower and assume_a in MIRRORED
     with a.device if is_gpu_array(a) else nullcontext():  # the one that it is on
-        return _invert_block(a, np.dtype(dtype), assume_a, where, min_rcond, out)
+        results = _invert_block(a.swapaxes(-2, -1) if mirrored else a, np.dtype(dtype), assume_a, where, min_rcond, out)
+        if mirrored and assume_a != "symmetric" and results.inverse.dtype.kind == "c":
+            # A Hermitian matrix is its transpose conjugated, and so is its inverse.
+            results.inverse.imag *= -1
+    return results
 
 
 def _invert_block(

@@ -241,7 +241,7 @@ def test_check_errors():
 
 
 def test_unknown_words_are_refused():
-    for wrong in ({"assume_a": "pos"}, {"on_error": "ignore"}, {"device": "tpu"}):
+    for wrong in ({"assume_a": "positive"}, {"on_error": "ignore"}, {"device": "tpu"}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be one of"):
             inverse(np.eye(2), **wrong)
 
@@ -309,10 +309,3 @@ def test_device_follows_the_configuration():
         inverse(np.eye(2), device="cpu")
     with dask.config.set({"batchinv.device": "cup"}), pytest.raises(ValueError, match=r"batchinv\.device"):
         inverse(np.eye(2))
-
-
-def test_masked_arrays_are_refused():
-    a = np.ma.masked_less(conditioned(4, 2, 10), 0)
-    for masked in (a, da.from_array(a)):
-        with pytest.raises(TypeError, match="masked arrays have no inverse here: fill them first"):
-            inverse(masked)

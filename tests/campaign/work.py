@@ -106,7 +106,7 @@ class Work:
         stray = [path.name for path in target.rglob("*") if path.name.endswith((".partial", ".lock"))]
         check(not stray, f"files were left: {stray[:5]}")
         attributes = json.loads((target / "zarr.json").read_text())["attributes"]
-        check(attributes["complete"] is True, "the target is not complete")
+        check(attributes["complete"] == 1, "the target is not complete")
         self.check_source()
 
     def check_source(self) -> None:

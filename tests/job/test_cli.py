@@ -95,7 +95,7 @@ def test_quiet(source, tmp_path):
         (["{source}", "{tmp}/mine"], "not a target of dask_batchinv"),
         (["{source}", "{tmp}/t", "--variable", "A"], "is an array, not a group"),
         (["{source}", "{tmp}/t", "--dims", "a"], "two different names"),
-        (["{source}", "{tmp}/t", "--assume-a", "pos"], "'pos' is not one of"),
+        (["{source}", "{tmp}/t", "--assume-a", "positive"], "'positive' is not one of"),
         (["{source}", "{tmp}/t", "--max-failed", "few"], "takes a number or 'any'"),
         (["{source}", "{tmp}/t", "--device", "gpu"], "CuPy cannot be imported|CUDA finds no"),
         (["{source}", "{tmp}/t", "--memory-limit", "1MiB"], "do not fit|does not fit"),

@@ -97,9 +97,12 @@ class Run:
         job, tiling = self.job, self.plan.tiling
         lock = held.enter_context(locked(job.target))
         if job.action == "create":
-            source, dtype = job.source, result_dtype(job.source.dtype)
-            contents = (job.fingerprint, tiling, dtype, source.dims, source.read_coordinates())
-            targets.create(job.target, *contents, overwrite=job.options.overwrite)
+            source = job.source
+            contents = targets.Contents(
+                tiling, result_dtype(source.decoded_dtype), source.target_dims, source.read_coordinates(),
+                source.attributes, job.options.assume_a,
+            )  # fmt: skip
+            targets.create(job.target, job.fingerprint, contents, overwrite=job.options.overwrite)
         target = targets.inspect(job.target)  # again: another run may have been at work until now
         if not target.is_there or target.fingerprint != job.fingerprint or target.tile != tiling.tile:
             raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")

@@ -28,7 +28,8 @@ def verify(
     location, target = targets.existing(path)
     tiling = targets.tiling_of(location, target)
     opened = None if source is None else _same_source(source, target.fingerprint)
-    task = VerifyTask(uuid.uuid4().hex, location, tiling, opened, target.fingerprint["assume_a"], sample)
+    made = target.fingerprint
+    task = VerifyTask(uuid.uuid4().hex, location, tiling, opened, made["assume_a"], made["lower"], sample)
     ledger = Ledger(location, read_only=True)
     verified: list[VerifiedTile] = []
     bad: list[TileResult[VerifiedTile]] = []

@@ -23,6 +23,8 @@ SPAN_NBYTES = 2**20
 LARGEST_SPAN = 256
 #: Temporary arrays of a number for each matrix, while they are counted.
 MASKS_NBYTES = 24
+#: Copies of a decoded tile that are alive at once while Xarray decodes it.
+DECODING_COPIES = 3
 #: Dask stops giving tasks to a worker at 80 % of its limit (distributed.worker.memory.pause).
 USABLE = 0.8
 
@@ -41,6 +43,8 @@ class StackLayout(StackShape):
     """Bytes of a matrix in the outputs without core dimensions."""
     needs_copy: bool
     """Whether a block must be copied to another dtype or order before it can be inverted."""
+    itemsize_decoded: int = 0
+    """Bytes of an element once decoded, where numbers are packed; else 0."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def count_per_task(layout: StackLayout, tile: tuple[int, ...]) -> int:
 def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...]) -> int:
     """Return the peak memory of a worker, in bytes: a plain sum of everything alive at once.
 
-    The task lets go of its input before it writes, so the peak is that of the worst of three moments.
+    The task lets go of its input before it writes, so the peak is that of the worst of four moments.
     """
     if (several := count_per_task(layout, tile)) > 1:
         along = layout.batch[-1]
@@ -197,11 +201,14 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...]) -
     in_flight = units if limits.read_concurrency is None else min(units, limits.read_concurrency)
     # A unit in flight stands in memory encoded and decoded.
     reading = source + in_flight * 2 * math.prod(layout.read_unit) * layout.itemsize_in + units * CHUNK_NBYTES
-    inverting = source + result * (2 if layout.needs_copy else 1) + limits.scratch
+    # Xarray masks, then scales: each makes another copy, and a mask or two.
+    decoding = source + elements * (DECODING_COPIES * layout.itemsize_decoded + 2) if layout.itemsize_decoded else 0
+    stack = elements * (layout.itemsize_decoded or layout.itemsize_in)
+    inverting = stack + result * (2 if layout.needs_copy else 1) + limits.scratch
     # The inverse, and in the order stored with its checksum.
     writing = 2 * result
     per_matrix = (layout.nbytes_per_matrix + MASKS_NBYTES) * elements // max(1, layout.n**2)
-    task = max(reading, inverting, writing) + per_matrix
+    task = max(reading, decoding, inverting, writing) + per_matrix
     return IDLE_WORKER_NBYTES + limits.compile_nbytes + limits.threads * task
 
 

@@ -85,7 +85,9 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "variable": source.variable,
         "source metadata": source.digest,
         "dims": [source.dims[axis] for axis in source.core],
+        "exchanged": source.exchange.value,
         "assume_a": options.assume_a,
+        "lower": options.lower,
         "min_rcond": options.min_rcond,
         "kernel": kernel.name,
         "versions": {name: here[name] for name in COMPUTING},
@@ -95,15 +97,16 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
 def plan_for(job: Job, workers: Workers) -> Plan:
     """Return the plan of a job for given workers, or raise PlanError."""
     source = job.source
-    dtype = result_dtype(source.dtype)
+    dtype = result_dtype(source.decoded_dtype)
     layout = StackLayout(
         shape=source.shape,
         core=source.core,
         read_unit=source.read_unit,
         itemsize_in=source.dtype.itemsize,
+        itemsize_decoded=source.decoded_dtype.itemsize if source.packing else 0,
         itemsize_out=dtype.itemsize,
         nbytes_per_matrix=nbytes_per_matrix(dtype),
-        needs_copy=source.dtype != dtype or source.core != (len(source.shape) - 2, len(source.shape) - 1),
+        needs_copy=source.decoded_dtype != dtype or source.core != (len(source.shape) - 2, len(source.shape) - 1),
     )
     kernels = [job.kernel, *([choose_kernel(job.options.assume_a, "gpu")] if workers.gpus else [])]
     limits = Limits(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dask_batchinv.attributes import packing_of
 from dask_batchinv.job.source.bounded_decoding import CHECKSUMS, COMPRESSORS
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
@@ -106,8 +107,8 @@ def read_node(location: Location, zarr_format: Literal[2, 3] | None = None) -> N
 
 
 def digest_of(node: Node, coordinates: tuple[str, ...]) -> str:
-    """Return the SHA-256 of the metadata of an array, and of which coordinates it has."""
-    canonical = json.dumps([node.meta, coordinates], sort_keys=True)
+    """Return the SHA-256 of the metadata of an array, how it is packed included, and of which coordinates it has."""
+    canonical = json.dumps([node.meta, packing_of(node.attributes), coordinates], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -137,6 +138,12 @@ def _is_number(declared: Any) -> bool:
         return bool(re.fullmatch(r"[<>|][bifcu]\d{1,2}", declared)) and np.dtype(declared).name in _DTYPES
     except TypeError:
         return False
+
+
+def is_floating(node: Node) -> bool:
+    """Tell whether an array is of floating or complex numbers, as far as its metadata can be read."""
+    declared = _declared(node)
+    return _is_number(declared) and np.dtype(declared).kind in "fc"
 
 
 def codecs_of(node: Node) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import base64
-import math
 import os
-import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import dask
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 import zarr
 
+from dask_batchinv.attributes import packing_of
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
 from dask_batchinv.job.source.bounded_decoding import open_bounded
+from dask_batchinv.job.source.coordinates import Coordinates, array_nodes, find, names_of, read_labels
+from dask_batchinv.job.source.decoding import Packing, decode, decoded_dtype, read_packing
 from dask_batchinv.job.source.metadata import (
     Node,
     allowed_codecs,
     check_codecs,
-    check_coordinate,
     check_layout,
     checked_dtype,
     codecs_of,
     digest_of,
     is_checksum,
-    is_name,
+    is_floating,
     read_node,
     stored_names,
 )
-from dask_batchinv.location import Location, raised_as, redact
+from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, told_apart
+from dask_batchinv.location import Location, redact
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.storage import StrictStore, unspecified
+from dask_batchinv.storage import StrictStore
 
 #: An error may say so much.
 _TEXT_LENGTH = 1500
@@ -66,8 +66,16 @@ class Source:
     """Dimension names; made up where the source has none."""
     core: tuple[int, int]
     """Axes of the rows and the columns."""
-    coordinates: tuple[str, ...]
-    """Names of the coordinate variables beside it."""
+    coordinates: tuple[Coordinates, ...]
+    """What says where its matrices are."""
+    exchange: Exchange
+    """What changes places in the inverse."""
+    attributes: dict[str, Any] = field(compare=False)
+    """Those of the array."""
+    packing: Packing = field(compare=False)
+    """By which its numbers are decoded."""
+    decoded_dtype: np.dtype[Any]
+    """dtype of the numbers, once decoded."""
     checksummed: bool
     """Whether its chunks carry a checksum, so that damage is noticed."""
     digest: str
@@ -88,27 +96,41 @@ class Source:
         """
         node = read_node(self.location, self.zarr_format)
         # What is opened must be what was checked, also on a worker hours later.
-        if node is None or digest_of(node, self.coordinates) != self.digest:
+        if node is None or digest_of(node, names_of(self.coordinates)) != self.digest:
             raise SourceError(f"the metadata of {self.location.name} have changed since the job began: start it again")
         store = self.location.store(read_only=True)
         if missing == "error":
             store = StrictStore(store)
         return open_bounded(store, node.meta)
 
+    def read_block(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """Read a region of the array, which was opened for reading, and decode its numbers."""
+        return decode(np.asarray(array[region]), self.packing)
+
+    @property
+    def target_dims(self) -> tuple[str, ...]:
+        """Names of the dimensions of the inverse: its rows are what the columns were."""
+        row, col = (self.dims[axis] for axis in self.core)
+        swapped = {row: col, col: row} if self.exchange is Exchange.NAMES else {}
+        return tuple(swapped.get(dim, dim) for dim in self.dims)
+
     def read_coordinates(self) -> xr.Dataset | None:
-        """Read the coordinates, undecoded, into memory; None if there are none. SourceError if that fails."""
-        if not self.coordinates or self.group is None:
+        """Read the coordinates of the inverse, undecoded, into memory; None if there are none.
+
+        Raises
+        ------
+        SourceError
+            If that fails.
+        """
+        if not self.coordinates:
             return None
-        failing = raised_as(SourceError, f"the coordinates of {self.group.name} cannot be read")
-        with failing, unspecified(), dask.config.set(scheduler="threads"):
-            others = [name for name in array_names(self.group) if name not in self.coordinates]
-            found = xr.open_zarr(
-                self.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
-                mask_and_scale=False, decode_times=False,
-            ).load()  # fmt: skip
-        # What the source had for codecs and chunks is not for the target.
-        bare: xr.Dataset = found.drop_encoding().drop_attrs(deep=False)
-        return bare
+        found = self.coordinates[0].read()
+        for above in self.coordinates[1:]:
+            found = found.assign(above.read().variables)
+        if self.exchange is Exchange.LABELS:
+            row, col = (self.dims[axis] for axis in self.core)
+            found = found.rename({row: col, col: row})
+        return found
 
 
 def open_source(path: str | os.PathLike[str], variable: str | None = None, dims: Sequence[str] | None = None) -> Source:
@@ -149,20 +171,25 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
     check_layout(node, dtype.itemsize)
     stored_names(node)
     array = open_bounded(location.store(read_only=True), node.meta)
-    names, core = _name_dims(node, array.ndim, dims, array.shape)
-    if array.shape[core[0]] != array.shape[core[1]]:
-        raise SourceError(
-            f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {location.name} are not equally long: "
-            f"shape {array.shape}. Name others with --dims row,column"
-        )
-    _check_not_packed(node, location)
+    names = _name_dims(node, array.ndim)
+    if dims is not None:
+        _check_square(location, names, _axes(names, dims), array.shape)
     sizes = dict(zip(names, array.shape, strict=True))
-    coordinates = () if group is None else _coordinates(group, node, sizes, name)
-    if taken := sorted({*names, *coordinates} & set(MEMBERS)):
+    coordinates = () if group is None else find(root, inner, node, sizes, name)
+    if taken := sorted({*names, *names_of(coordinates)} & set(MEMBERS)):
         raise SourceError(
             f"{', '.join(taken)} of {location.name} are names that the target needs itself: rename those "
             "dimensions or coordinates first"
         )
+    packing = read_packing(node, array)
+    decoded = decoded_dtype(dtype, packing)
+    labels = _read_labels(coordinates, sizes)
+    core = _axes(names, _default_dims(node, names, sizes, labels) if dims is None else dims)
+    _check_square(location, names, core, array.shape)
+    row, col = (labels.get(names[axis]) for axis in core)
+    stored = stored_names(node)
+    # One name given twice means one set of labels.
+    twice = stored is not None and stored[core[0]] is not None and stored[core[0]] == stored[core[1]]
     return Source(
         location=location,
         root=root,
@@ -176,8 +203,12 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         dims=names,
         core=core,
         coordinates=coordinates,
+        exchange=Exchange.NOTHING if twice else exchange(row, col),
+        attributes=node.attributes,
+        packing=packing,
+        decoded_dtype=decoded,
         checksummed=any(is_checksum(codec) for codec in codecs_of(node)),
-        digest=digest_of(node, coordinates),
+        digest=digest_of(node, names_of(coordinates)),
     )
 
 
@@ -206,105 +237,73 @@ def _known_variable(group: Location, variable: str | None, dims: Sequence[str] |
         if not variable or {"..", "."} & set(variable.split("/")) or variable.startswith("/"):
             raise SourceError(f"variable {variable!r} is not a name inside the group")
         return variable
-    if dims is None:
-        stacks = [name for name, shape in array_names(group).items() if len(shape) >= 2 and shape[-1] == shape[-2]]
-    else:
-        stacks = [name for name, node in _array_nodes(group) if set(dims) <= set(stored_names(node) or ())]
-    if len(stacks) == 1:
-        return stacks[0]
+    stacks = {name: node for name, node in array_nodes(group) if _may_be_stack(node, dims)}
+    # Masks and counts often have the same dimensions.
+    real = [name for name, node in stacks.items() if is_floating(node) or packing_of(node.attributes)]
+    for chosen in (real, [*stacks]):
+        if len(chosen) == 1:
+            return chosen[0]
     raise SourceError(f"{group.name} is a group: name the stack with --variable; it has {_listed(group)}")
 
 
-def array_names(group: Location) -> dict[str, tuple[int, ...]]:
-    """Return the arrays of a group with their shapes, by name."""
-    return {name: node.shape for name, node in _array_nodes(group)}
-
-
-def _array_nodes(group: Location) -> Iterator[tuple[str, Node]]:
-    for name in group.children():
-        node = read_node(group / name)
-        if node is not None and node.is_array:
-            yield name, node
+def _may_be_stack(node: Node, dims: Sequence[str] | None) -> bool:
+    if dims is not None:
+        return set(dims) <= set(stored_names(node) or ())
+    return len(node.shape) >= 2 and node.shape[-1] == node.shape[-2]
 
 
 def _listed(group: Location) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in array_names(group).items()) or "no arrays"
+    return ", ".join(f"{name} {node.shape}" for name, node in array_nodes(group)) or "no arrays"
 
 
-def _name_dims(
-    node: Node, ndim: int, dims: Sequence[str] | None, shape: tuple[int, ...]
-) -> tuple[tuple[str, ...], tuple[int, int]]:
-    """Return the names of all dimensions and the axes of the core ones."""
+def _name_dims(node: Node, ndim: int) -> tuple[str, ...]:
+    """Return the names of all dimensions, made up where there are none."""
     if ndim < 2:
-        raise SourceError(f"expected a stack of matrices with at least two dimensions, got shape {shape}")
+        raise SourceError(f"expected a stack of matrices with at least two dimensions, got shape {node.shape}")
     known = stored_names(node) or [None] * ndim
     made_up = [*(f"dim_{axis}" for axis in range(ndim - 2)), "row", "col"]
-    names: list[str] = []
-    for name, spare in zip(known, made_up, strict=True):
-        unique = str(name) if name else spare
-        # Covariances are often stored as (*, p, p) with one name twice; Xarray cannot address that.
-        while unique in names:
-            unique += "_2"
-        names.append(unique)
-    if dims is None:
-        core = (ndim - 2, ndim - 1)
-    else:
-        if len(dims) != 2 or dims[0] == dims[1]:
-            raise SourceError(f"--dims takes two different names, row,column; got {','.join(dims)}")
-        if absent := [dim for dim in dims if dim not in names]:
-            raise SourceError(f"there is no dimension {', '.join(absent)}; the source has {', '.join(names)}")
-        core = (names.index(dims[0]), names.index(dims[1]))
-    return tuple(names), core
+    return tuple(map(str, told_apart([name or spare for name, spare in zip(known, made_up, strict=True)])))
 
 
-def _check_not_packed(node: Node, location: Location) -> None:
-    """Refuse packed numbers: Xarray would decode them, and we would not."""
-    packed = {"scale_factor", "add_offset"} & set(node.attributes)
-    for name in ("_FillValue", "missing_value"):
-        if name in node.attributes and not _is_nan(node.attributes[name]):
-            packed.add(name)
-    if node.zarr_format == 2 and "_ARRAY_DIMENSIONS" in node.attributes:
-        # Written by Xarray, which takes the fill value of format 2 for "no number"; 0 is everybody's default.
-        fill = node.meta.get("fill_value")
-        if fill not in (None, 0) and not _is_nan(fill):
-            packed.add("fill_value")
-    if packed:
+def _axes(names: tuple[str, ...], dims: Sequence[Hashable]) -> tuple[int, int]:
+    """Return where the core dimensions are."""
+    if len(dims) != 2:
+        raise SourceError(f"--dims takes two different names, row,column; got {','.join(map(str, dims))}")
+    row, col = map(str, dims)
+    if row == col and told_apart([row, col])[1] in names:  # a name that the source has twice
+        col = str(told_apart([row, col])[1])
+    if absent := [dim for dim in (row, col) if dim not in names]:
+        raise SourceError(f"there is no dimension {', '.join(absent)}; the source has {', '.join(names)}")
+    if row == col:
+        raise SourceError(f"--dims takes two different names, row,column; got {row},{col}")
+    return names.index(row), names.index(col)
+
+
+def _check_square(location: Location, names: tuple[str, ...], core: tuple[int, int], shape: tuple[int, ...]) -> None:
+    if shape[core[0]] != shape[core[1]]:
         raise SourceError(
-            f"{location.name} is packed, its metadata have {', '.join(sorted(packed))}: store it as plain numbers "
-            "first, with xarray.open_zarr and then drop_encoding().to_zarr"
+            f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {location.name} are not equally long: "
+            f"shape {shape}. Name others with --dims row,column"
         )
 
 
-def _is_nan(value: Any) -> bool:
-    """Tell whether a fill value is NaN, which Xarray stores as a number, as text, or as a float64 in base64."""
-    if isinstance(value, list):  # of a complex number
-        return all(map(_is_nan, value))
-    if isinstance(value, str) and value != "NaN":
-        try:
-            (value,) = struct.unpack("<d", base64.b64decode(value, validate=True))
-        except (ValueError, struct.error):
-            return False
-    return value == "NaN" or (isinstance(value, float) and math.isnan(value))
+def _read_labels(coordinates: tuple[Coordinates, ...], sizes: dict[str, int]) -> dict[str, Index | None]:
+    """Read the labels of the dimensions that are as long as another: what is not could not be a row or a column."""
+    lengths = list(sizes.values())
+    return {dim: read_labels(coordinates, dim) for dim, size in sizes.items() if lengths.count(size) > 1}
 
 
-def _coordinates(group: Location, node: Node, sizes: dict[str, int], variable: str) -> tuple[str, ...]:
-    """Return the arrays of the group that are coordinates of the variable, by CF's and Xarray's rules."""
-    root = read_node(group)
-    if root is None:
-        return ()
-    listed = [node.attributes.get("coordinates"), root.attributes.get("coordinates")]
-    wanted = {*sizes, *(name for text in listed if isinstance(text, str) for name in text.split())} - {variable}
-    found = []
-    for name in sorted(filter(is_name, wanted)):  # others would lead out of the group
-        # In the format of the group, for in that Xarray will read it.
-        coordinate = read_node(group / name, root.zarr_format)
-        if coordinate is None or not coordinate.is_array:
-            continue
-        along = stored_names(coordinate) or ()
-        if set(along) <= set(sizes):
-            lengths = tuple(sizes[str(dim)] for dim in along)
-            if len(along) and lengths != coordinate.shape:
-                raise SourceError(f"the coordinate {(group / name).name} is not as long as its dimensions")
-            check_coordinate(coordinate)
-            found.append(name)
-    return tuple(found)
+def _default_dims(
+    node: Node, names: tuple[str, ...], sizes: dict[str, int], labels: dict[str, Index | None]
+) -> tuple[Hashable, Hashable]:
+    """Return the last two dimensions if nothing else could be meant."""
+    stored = stored_names(node)
+    if stored is None or None in stored or "" in stored or names != tuple(stored):
+        return names[-2], names[-1]  # NumPy's rule, where names tell nothing, or one is given twice
+    try:
+        return default_dims(names, sizes, labels)
+    except np.linalg.LinAlgError:
+        return names[-2], names[-1]
+    except AmbiguousDimsError as error:
+        choices = " or ".join(f"--dims {row},{col}" for row, col in error.choices)
+        raise SourceError(f"{node.location.name}: {error.reason}. Pass {choices}") from error

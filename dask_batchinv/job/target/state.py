@@ -37,6 +37,8 @@ class Target:
     """Which creation it stems from."""
     tile: tuple[int, ...] = ()
     """Its tiles, which stay whatever limits a later run has."""
+    core: tuple[int, int] = (-2, -1)
+    """Axes of the rows and columns of its source, in the order of that: names may have changed places since."""
     members: tuple[str, ...] = ()
     """What else than its metadata is in it."""
 

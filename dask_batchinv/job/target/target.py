@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ import xarray as xr
 import zarr
 from zarr.codecs import ZstdCodec
 
-from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS
+from dask_batchinv.attributes import of_inverse
+from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS, Output
 from dask_batchinv.job.target import ledger
 from dask_batchinv.job.target.chunks import open_array, sync_path
 from dask_batchinv.job.target.lock import LOCK
@@ -27,8 +30,10 @@ from dask_batchinv.storage import array_options, unspecified
 #: The attribute that says a group is ours.
 MARK = "dask_batchinv"
 #: Raised when targets of older versions cannot be continued by this one.
-FORMAT = 3
+FORMAT = 4
 
+#: Attributes by which Xarray keeps what is stored otherwise here.
+_OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
 #: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
 #: itself: very small ones then took 1.8 times as long to write, and 3.5 times as long to read from a disk.
 _FLAT: Any = {"name": "default", "separator": "."}
@@ -66,7 +71,7 @@ def _inspect(location: Location) -> Target:
     if meta is None and set(location.children()) <= {LOCK}:
         return Target(State.ABSENT, {})
     attributes = (meta or {}).get("attributes") or {}
-    mark = attributes.get(MARK)
+    mark = _read_mark(attributes)
     # Attributes travel with data that a user makes from a target; the ledger does not.
     copied = isinstance(mark, dict) and mark.get("ready") and (location / LEDGER).read_json("zarr.json") is None
     if not isinstance(mark, dict) or copied:
@@ -83,8 +88,23 @@ def _inspect(location: Location) -> Target:
         fingerprint=mark["fingerprint"],
         generation=mark["generation"],
         tile=tuple(mark["tile"]),
+        core=tuple(mark["core"]),
         members=members,
     )
+
+
+def _read_mark(attributes: dict[str, Any]) -> Any:
+    """Return our mark; a text, for that is what every format of files can hold that data are copied to."""
+    mark = attributes.get(MARK)
+    if isinstance(mark, str):
+        with suppress(ValueError):
+            return json.loads(mark)
+    return mark
+
+
+def _marked(complete: bool, mark: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a target. NetCDF has no truth values."""
+    return {"complete": int(complete), MARK: json.dumps(mark)}
 
 
 def existing(path: str | os.PathLike[str]) -> tuple[Location, Target]:
@@ -109,7 +129,8 @@ def other_format(location: Location, target: Target) -> str:
 def generation_of(location: Location) -> str | None:
     """Return which creation the target stems from that is there now; None if there is none."""
     meta = location.read_json("zarr.json")
-    generation: str | None = ((meta or {}).get("attributes") or {}).get(MARK, {}).get("generation")
+    mark = _read_mark((meta or {}).get("attributes") or {})
+    generation: str | None = mark.get("generation") if isinstance(mark, dict) else None
     return generation
 
 
@@ -123,34 +144,46 @@ def refuse_links(location: Location) -> None:
 def tiling_of(location: Location, target: Target) -> Tiling:
     """Return how a target that is there is cut into tiles."""
     array = open_array(location / "inverse", read_only=True)
-    dims = list(array.metadata.dimension_names)  # type: ignore[union-attr, arg-type]  # ours are format 3 and named
-    row, col = target.fingerprint["dims"]
-    return Tiling(tuple(array.shape), (dims.index(row), dims.index(col)), target.tile)
+    return Tiling(tuple(array.shape), target.core, target.tile)
 
 
-def create(
-    location: Location,
-    fingerprint: Fingerprint,
-    tiling: Tiling,
-    dtype: np.dtype[Any],
-    dims: tuple[str, ...],
-    coordinates: xr.Dataset | None,
-    *,
-    overwrite: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class Contents:
+    """What a target is created with."""
+
+    tiling: Tiling
+    """Shape and tiles of the inverse."""
+    dtype: np.dtype[Any]
+    """Its dtype."""
+    dims: tuple[str, ...]
+    """Names of its dimensions."""
+    coordinates: xr.Dataset | None
+    """Coordinates, undecoded, in memory."""
+    attributes: dict[str, Any]
+    """Attributes of what is inverted."""
+    assume_a: AssumeA
+    """Structure of the matrices."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the coordinates."""
+        return [] if self.coordinates is None else sorted(map(str, self.coordinates.variables))
+
+    def attributes_of(self, output: Output) -> dict[str, Any]:
+        """Return the attributes of an output."""
+        found = output.attributes(self.assume_a)
+        placing = {name: value for name, value in self.attributes.items() if name == "grid_mapping"}
+        if not output.core:
+            return found | placing
+        inherited = {name: value for name, value in of_inverse(self.attributes).items() if name not in _OF_XARRAY}
+        return found | inherited | ({"coordinates": " ".join(self.names)} if self.names else {})
+
+
+def create(location: Location, fingerprint: Fingerprint, contents: Contents, *, overwrite: bool = False) -> None:
     """Create the target, metadata first. The mark is written before anything else, ``ready`` last.
 
     A creation that was interrupted is removed, and with `overwrite` the target of another job, but only if there is
     nothing in it that is not ours.
-
-    Parameters
-    ----------
-    fingerprint
-        What decides its bits.
-    tiling, dtype, dims
-        Shape, tiles, dtype and dimension names of the inverse.
-    coordinates
-        Coordinates, undecoded, in memory.
 
     Raises
     ------
@@ -168,23 +201,20 @@ def create(
         "format": FORMAT,
         "fingerprint": fingerprint,
         "generation": uuid.uuid4().hex,
-        "tile": list(tiling.tile),
+        "tile": list(contents.tiling.tile),
+        "core": list(contents.tiling.core),
         "ready": False,
-        "names": [*MEMBERS, *_names(coordinates)],
+        "names": [*MEMBERS, *contents.names],
     }
     with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
-        group = zarr.create_group(location.store(), attributes={"complete": False, MARK: mark})
-        _create_outputs(group, tiling, dtype, dims, coordinates, fingerprint["assume_a"])
-        if coordinates is not None:
-            _write_coordinates(location, coordinates, dict(group.attrs))
-        ledger.create(group, tiling.n_tiles)
+        group = zarr.create_group(location.store(), attributes=_marked(False, mark))
+        _create_outputs(group, contents)
+        if contents.coordinates is not None:
+            _write_coordinates(location, contents.coordinates, dict(group.attrs))
+        ledger.create(group, contents.tiling.n_tiles)
         with unspecified():
             zarr.consolidate_metadata(location.store())
-        set_attributes(location, {MARK: mark | {"ready": True}})
-
-
-def _names(coordinates: xr.Dataset | None) -> list[str]:
-    return [] if coordinates is None else sorted(map(str, coordinates.variables))
+        set_attributes(location, _marked(False, mark | {"ready": True}))
 
 
 def _clear(location: Location, old: Target) -> None:
@@ -196,29 +226,22 @@ def _clear(location: Location, old: Target) -> None:
         )
     if old.is_there:
         # A break from here on must not leave something that looks finished.
-        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "tile": [], "ready": False, "names": old.members}
-        set_attributes(location, {"complete": False, MARK: mark})
+        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "tile": [], "core": [], "ready": False}
+        set_attributes(location, _marked(False, mark | {"names": old.members}))
     location.remove(last="zarr.json", keep=LOCK)  # so that a break leaves the mark in place
 
 
-def _create_outputs(
-    group: zarr.Group,
-    tiling: Tiling,
-    dtype: np.dtype[Any],
-    dims: tuple[str, ...],
-    coordinates: xr.Dataset | None,
-    assume_a: AssumeA,
-) -> None:
-    beside = {} if coordinates is None else {"coordinates": " ".join(_names(coordinates))}
+def _create_outputs(group: zarr.Group, contents: Contents) -> None:
+    tiling = contents.tiling
     for output in OUTPUTS:
-        axes, own = tiling.axes(output.core), output.dtype(dtype)
+        axes, own = tiling.axes(output.core), output.dtype(contents.dtype)
         group.create_array(
             output.name,
             shape=tuple(tiling.shape[axis] for axis in axes),
             chunks=tuple(tiling.tile[axis] for axis in axes),
             dtype=own,
-            dimension_names=[dims[axis] for axis in axes],
-            attributes=output.attributes(assume_a) | (beside if output.core else {}),
+            dimension_names=[contents.dims[axis] for axis in axes],
+            attributes=contents.attributes_of(output),
             chunk_key_encoding=_FLAT,
             **array_options(own) | {"fill_value": output.fill},
         )
@@ -241,7 +264,7 @@ def set_attributes(location: Location, attributes: dict[str, Any]) -> None:
 
 def mark_incomplete(location: Location) -> None:
     """Mark a target as incomplete again."""
-    set_attributes(location, {"complete": False})
+    set_attributes(location, {"complete": 0})
 
 
 def remove_partial_chunks(location: Location) -> None:
@@ -256,7 +279,7 @@ def remove_partial_chunks(location: Location) -> None:
 
 def finish(location: Location, *, durable: bool) -> None:
     """Mark the target as complete: the last write of a job."""
-    set_attributes(location, {"complete": True})
+    set_attributes(location, {"complete": 1})
     if durable and location.is_local:
         sync_path(os.path.join(location.url, "zarr.json"))
         sync_path(location.url)

@@ -96,6 +96,7 @@ def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Ch
         stack,
         dtype=dtype,
         assume_a=task.options.assume_a,
+        lower=task.options.lower,
         device=device,
         min_rcond=task.options.min_rcond,
         out=whole.values if whole else None,
@@ -109,8 +110,8 @@ def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Ch
 
 def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tiles: int | range) -> Array:
     """Read tiles of the source, core dimensions last."""
-    block = _open_source(run, source, missing)[tiling.region(tiles, core=True)]
-    return np.moveaxis(np.asarray(block), tiling.core, (-2, -1))
+    block = source.read_block(_open_source(run, source, missing), tiling.region(tiles, core=True))
+    return np.moveaxis(block, tiling.core, (-2, -1))
 
 
 def _check_generation(task: TileTask) -> None:

@@ -38,6 +38,8 @@ class VerifyTask:
     """What it must be the inverse of."""
     assume_a: AssumeA
     """Structure of the matrices."""
+    lower: bool
+    """Whether symmetric ones were read from their lower triangles."""
     sample: float
     """The share of tiles whose residuals are computed."""
 
@@ -74,7 +76,7 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
         good = info == int(Info.GOOD)
         # A tile that is done was read, or filled as it was asked for.
         stack = read_stack(task.run, task.source, "fill", task.tiling, number).reshape(info.size, n, n)
-        ratios = residual_ratios(read_part(stack[good], task.assume_a), inverse[good])
+        ratios = residual_ratios(read_part(stack[good], task.assume_a, lower=task.lower), inverse[good])
         large = np.zeros(len(info), bool)
         large[good] = ~(ratios <= LARGEST_RATIO)
         _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")

@@ -1,0 +1,58 @@
+"""Packed numbers, decoded as Xarray decodes them, by its own coders."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+import zarr
+from xarray.backends.zarr import FillValueCoder
+
+from dask_batchinv.attributes import packing_of
+from dask_batchinv.job.source.metadata import Node
+from dask_batchinv.outcome import SourceError
+from dask_batchinv.storage import fill_means_missing
+
+Array = npt.NDArray[Any]
+Packing = dict[str, Any]
+
+
+def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
+    """Return the attributes by which Xarray would decode the numbers of an array; none if they mean what they are."""
+    found = dict(node.attributes)
+    if fill_means_missing(array, node.attributes):
+        found["_FillValue"] = array.fill_value
+    elif isinstance(found.get("_FillValue"), (str, list)):  # as Xarray writes it
+        try:
+            found["_FillValue"] = FillValueCoder.decode(found["_FillValue"], array.dtype)
+        except (TypeError, ValueError) as error:
+            raise SourceError(
+                f"the attribute _FillValue of {node.location.name} is not one of {array.dtype}: {error}"
+            ) from error
+    return packing_of(found)
+
+
+def decode(block: Array, packing: Packing) -> Array:
+    """Return the numbers that a block stands for: missing ones are NaN.
+
+    Examples
+    --------
+    >>> decode(np.array([25, -1], np.int8), {"scale_factor": 0.5, "_FillValue": -1})
+    array([12.5,  nan])
+    """
+    if not packing:
+        return block
+    variable = xr.Variable([f"dim_{axis}" for axis in range(block.ndim)], block, dict(packing))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", xr.SerializationWarning)  # "saved with multiple fill values": all are missing
+        found = xr.decode_cf(xr.Dataset({"block": variable}), decode_times=False, decode_coords=False)
+        decoded: Array = found["block"].values
+    return decoded
+
+
+def decoded_dtype(dtype: np.dtype[Any], packing: Packing) -> np.dtype[Any]:
+    """Return the dtype of the numbers that packed ones of `dtype` stand for."""
+    return decode(np.empty(0, dtype), packing).dtype

@@ -1,0 +1,97 @@
+"""The options of `inverse` and of all that is like it, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dask_batchinv.kernels import InverseEx, invert_block, read_part
+from dask_batchinv.kernels.device import parse_device
+from dask_batchinv.outcome import Info, Place, in_main_memory, raise_failed, warn_ill_conditioned
+from dask_batchinv.stack import (
+    AssumeA,
+    AssumeAWord,
+    Device,
+    OnError,
+    parse_assume_a,
+    parse_choice,
+    parse_min_rcond,
+    result_dtype,
+)
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The options of one call."""
+
+    assume_a: AssumeA
+    """What is known of the matrices."""
+    lower: bool
+    """Whether symmetric ones are read from their lower triangles."""
+    on_error: OnError
+    """What happens when matrices have no inverse."""
+    min_rcond: float
+    """Below it a matrix counts as failed."""
+    device: Device
+    """Where to compute."""
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        assume_a: AssumeAWord,
+        lower: bool,
+        on_error: OnError,
+        check_errors: bool | None,
+        min_rcond: float,
+        device: Device,
+    ) -> CallOptions:
+        """Return the options, or raise ValueError for a word that is not known."""
+        on_error = parse_choice("on_error", on_error, OnError)
+        if check_errors is not None:
+            on_error = "raise" if check_errors else "nan"
+        return cls(parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), parse_device(device))
+
+    def invert(self, block: Any, place: Place, *, out: Any = None, masked: Any = None) -> InverseEx:
+        """Invert a block of plain numbers, shape ``(*, n, n)``, in main memory or on a GPU.
+
+        Parameters
+        ----------
+        block : array
+            The matrices.
+        place : Place
+            Where they stand, for errors and warnings.
+        out : array, optional
+            Where to put the inverses: of their shape and dtype, in C order.
+        masked : array of bool, shape ``(*,)``, optional
+            Matrices that are known to be missing, which raises no error.
+
+        Raises
+        ------
+        SingularMatrixError
+            As ``on_error`` says.
+        """
+        results = invert_block(
+            block, dtype=result_dtype(block.dtype), assume_a=self.assume_a, lower=self.lower, device=self.device,
+            min_rcond=self.min_rcond, out=out,
+        )  # fmt: skip
+        if self.on_error == "skipna":
+            masked = self.has_nan(block, results.info)
+        if self.on_error != "nan":
+            raise_failed(results.info, self.assume_a, place, masked)
+        warn_ill_conditioned(results.info, results.rcond, place)
+        return results
+
+    def has_nan(self, block: Any, info: Any) -> Any:
+        """Tell of which matrices the part that is read has a NaN, where ``info`` says that they are not finite."""
+        found = info == int(Info.NOT_FINITE)
+        suspects = in_main_memory(block[found])  # of a single matrix, a stack of one or none
+        found = in_main_memory(found)
+        found[found] = np.isnan(self.read(suspects)).any((-2, -1))
+        return found
+
+    def read(self, stack: Any) -> Any:
+        """Return the matrices that a stack ``(m, n, n)`` in main memory stands for."""
+        return read_part(stack, self.assume_a, lower=self.lower)
