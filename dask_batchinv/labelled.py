@@ -12,7 +12,7 @@ import xarray as xr
 
 from dask_batchinv import labels
 from dask_batchinv.array import invert_any, invert_any_ex
-from dask_batchinv.attributes import PLACING, of_inverse, refuse_packed
+from dask_batchinv.attributes import PLACING, of_inverse, packing_of, refuse_packed
 from dask_batchinv.kernels import InverseEx
 from dask_batchinv.labels import Dims, Exchange, Pair
 from dask_batchinv.options import CallOptions
@@ -238,8 +238,8 @@ def _has(a: xr.DataArray, core: Pair) -> bool:
 
 def _chosen(ds: xr.Dataset, variables: Iterable[Hashable] | None) -> list[Hashable]:
     """Return the names of the variables that may be stacks."""
-    if variables is None:
-        return [name for name, variable in ds.data_vars.items() if variable.dtype.kind in "fc"]
+    if variables is None:  # integers that stand for other numbers are chosen to be refused
+        return [name for name, a in ds.data_vars.items() if a.dtype.kind in "fc" or packing_of(a.attrs)]
     chosen = _as_list(variables)
     if absent := [name for name in chosen if name not in ds.data_vars]:
         raise ValueError(f"there is no variable {', '.join(map(repr, absent))}; the Dataset has {list(ds.data_vars)}")

@@ -22,7 +22,9 @@ def test_out_must_fit(tmp_path):
             inverse(source, out=np.empty((4, 3, 3)))
         with pytest.raises(TypeError, match="out has dtype float32, but the result has float64"):
             inverse(source, out=np.empty((4, 2, 2), np.float32))
-        with pytest.raises(TypeError, match=r"out must be a NumPy array, a torch tensor, a zarr.Array or a store location, got list"):
+        with pytest.raises(
+            TypeError, match=r"out must be a NumPy array, a torch tensor, a zarr.Array or a store location, got list"
+        ):
             inverse(source, out=[])
     small = zarr.create_array(tmp_path / "small", shape=(3, 2, 2), chunks=(1, 2, 2), dtype="f8")
     with pytest.raises(ValueError, match=r"out has shape \(3, 2, 2\)"):
