@@ -242,12 +242,12 @@ def _(a: da.Array, options: CallOptions) -> InverseEx:
     core = [a.ndim - 2, a.ndim - 1]
     # An empty array of the same kind; for a single matrix a 0-d one, which must hold a number that can be cast.
     batch_like = np.zeros_like(a._meta, shape=(0,) * (a.ndim - 2), dtype=bool)
+    # Blocks are checked first, and by themselves: to drop axes Dask joins blocks, and that may strip what they carry.
+    checked = a.map_blocks(_checked_block, declared=a._meta, dtype=a.dtype, meta=a._meta)
     # Each block of `results` is one InverseEx. da.apply_gufunc would do the same, but fails with array query
     # planning (dask 2026.8).
     nothing = np.empty(batch_like.shape, object)  # CuPy has no objects
-    results = a.map_blocks(
-        _results_of_block, options=options, declared=a._meta, dtype=object, drop_axis=core, meta=nothing
-    )
+    results = checked.map_blocks(_results_of_block, options=options, dtype=object, drop_axis=core, meta=nothing)
     n = a.chunks[-1]
     return InverseEx(
         results.map_blocks(
@@ -291,32 +291,48 @@ def _whole(a: da.Array) -> da.Array:
     return a.rechunk(chunks, block_size_limit=limit or None, threshold=sys.maxsize)
 
 
-def _results_of_block(block: Any, options: CallOptions, declared: Any, block_info: Any = None) -> InverseEx:
-    where = block_info[0] if block_info else {}
-    spans = where.get("array-location") or [(math.nan, math.nan)] * block.ndim
-    place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in spans[:-2]))
-    try:
-        return _checked_results(block, options, declared, tuple(stop - start for start, stop in spans), place)
-    except TypeError as error:
-        raise TypeError(f"block {where.get('chunk-location', ())}: {error}") from error
+def _inverse_of_block(block: Any, options: CallOptions, declared: Any, block_info: Any = None) -> Any:
+    return _results_of_block(_checked_block(block, declared, block_info), options, block_info).inverse
 
 
-def _checked_results(
-    block: Any, options: CallOptions, declared: Any, shape: tuple[float, ...], place: Place
-) -> InverseEx:
-    if isinstance(declared, np.ma.MaskedArray) and isinstance(block, np.ma.MaskedArray):
+def _results_of_block(block: Any, options: CallOptions, block_info: Any = None) -> InverseEx:
+    place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in _spans(block, block_info)[:-2]))
+    if isinstance(block, np.ma.MaskedArray):
         opened = open_masked(block, options)
         return opened.closed(options.invert(opened.stack, place, masked=opened.missing))
-    block = plain_block(block)
+    return options.invert(block, place)
+
+
+def _checked_block(block: Any, declared: Any, block_info: Any = None) -> Any:
+    """Return a block of plain numbers, or a masked one where that was declared.
+
+    Raises
+    ------
+    TypeError
+        If it is not what was declared.
+    """
+    shape = tuple(stop - start for start, stop in _spans(block, block_info))
+    try:
+        if not (isinstance(declared, np.ma.MaskedArray) and isinstance(block, np.ma.MaskedArray)):
+            block = plain_block(block)
+        _check_declared(block, declared, shape)
+    except TypeError as error:
+        where = f"block {block_info[0].get('chunk-location', ())}" if block_info else "a block"
+        raise TypeError(f"{where}: {error}") from error
+    return block
+
+
+def _check_declared(block: Any, declared: Any, shape: tuple[float, ...]) -> None:
     if result_dtype(block.dtype) != result_dtype(declared.dtype):
         raise TypeError(
             f"dtype {declared.dtype} was declared, but the block has {block.dtype}: correct dtype= or meta= where the "
             "Dask array is made, or convert the blocks there"
         )
-    if any(size != own for size, own in zip(shape, block.shape, strict=True) if not math.isnan(size)):
+    known = len(shape) == block.ndim
+    if not known or any(size != own for size, own in zip(shape, block.shape, strict=True) if not math.isnan(size)):
         raise TypeError(f"shape {shape} was declared, but the block has {block.shape}: correct chunks= there")
-    return options.invert(block, place)
 
 
-def _inverse_of_block(block: Any, options: CallOptions, declared: Any, block_info: Any = None) -> Any:
-    return _results_of_block(block, options, declared, block_info).inverse
+def _spans(block: Any, block_info: Any) -> list[tuple[float, float]]:
+    """Return where a block begins and ends in the whole stack, NaN where that is unknown."""
+    return (block_info and block_info[0].get("array-location")) or [(math.nan, math.nan)] * block.ndim
