@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,15 +101,18 @@ def _write_to_memory(out: npt.NDArray[Any], result: da.Array) -> None:
             out[region] = block
         return
     where = dict(zip(client.compute(blocks), regions, strict=True))
-    for future, block in distributed.as_completed(list(where), with_results=True):
+    for future, block in distributed.as_completed(list(where), loop=client.loop, with_results=True):
         out[where.pop(future)] = block
 
 
 class _Held:
-    """An array that tasks write to, hidden from Dask, which would make a copy for each."""
+    """An array that tasks write to, hidden from Dask, which would look at all its bytes to give it a name."""
 
     def __init__(self, array: Any):
         self.array = array
+
+    def __dask_tokenize__(self) -> str:
+        return uuid.uuid4().hex
 
     def __setitem__(self, region: Any, block: Any) -> None:
         self.array[region] = block

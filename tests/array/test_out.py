@@ -1,6 +1,7 @@
 """`out=`: where results may be written, and what happens there when something fails."""
 
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import dask
@@ -171,3 +172,56 @@ def test_a_flipped_bit_in_a_new_store_is_noticed(tmp_path):
     chunk.write_bytes(content)
     with pytest.raises(ValueError, match=r"(?i)checksum"):
         zarr.open_array(tmp_path / "x", mode="r")[...]
+
+
+def peak_of(call):
+    """Return how many bytes a call allocates at its peak, beyond what is there already."""
+    call()  # what is compiled and cached is not of the call
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "nan"])
+@pytest.mark.parametrize("kind", ["array", "memmap"])
+def test_lazy_input_is_written_block_by_block(tmp_path, kind, on_error):
+    block = 2**22
+    lazy = da.ones((16, 8192, 8, 8), chunks=(1, -1, -1, -1)) * 0.1 + da.eye(8, chunks=8)
+    assert lazy.nbytes == 16 * block
+    out = np.empty(lazy.shape) if kind == "array" else np.memmap(tmp_path / "x", "f8", "w+", shape=lazy.shape)
+    with dask.config.set(scheduler="sync"):
+        assert peak_of(lambda: inverse(lazy, out=out, on_error=on_error)) < 5 * block
+        assert peak_of(lambda: inverse(lazy, on_error=on_error).compute()) > 16 * block
+        assert_same_bits(np.asarray(out), inverse(lazy).compute())
+
+
+def test_in_memory_it_is_written_straight_in_where_nothing_raises():
+    a = conditioned(4096, 8, 10)
+    out = np.empty_like(a)
+    without = peak_of(lambda: inverse(a))
+    assert without > a.nbytes
+    assert peak_of(lambda: inverse(a, out=out, on_error="nan")) < a.nbytes / 4
+    assert peak_of(lambda: inverse(a, out=out)) <= 1.1 * without
+    for other in (np.empty((4096, 8, 16))[..., ::2], np.empty(a.shape, ">f8").view("f8").byteswap()):
+        assert_same_bits(inverse(a, out=other, on_error="nan"), out)
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "sync", "processes", "cluster", "cluster by configuration"])
+def test_every_scheduler_fills_an_array_of_this_process(scheduler, processes):
+    a = conditioned(12, 3, 10).reshape(3, 4, 3, 3)
+    lazy, out = da.from_array(a, chunks=(2, 3, 3, 3)), np.empty_like(a)
+    setting = {"cluster": processes, "cluster by configuration": processes.get}.get(scheduler, scheduler)
+    with dask.config.set(scheduler=setting):
+        assert inverse(lazy, out=out) is out
+    assert_same_bits(out, inverse(a))
+
+
+def test_a_cluster_sends_no_more_than_it_must(processes):
+    lazy = da.from_array(np.stack([np.eye(2)] * 3 + [np.zeros((2, 2))]), chunks=(1, 2, 2))
+    out = np.zeros((4, 2, 2))
+    with dask.config.set(scheduler=processes), pytest.raises(SingularMatrixError) as caught:
+        inverse(lazy, out=out)
+    assert caught.value.indices == ((3,),)
