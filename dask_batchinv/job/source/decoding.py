@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from typing import Any
 
@@ -28,7 +29,7 @@ def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
     elif isinstance(found.get("_FillValue"), (str, list)):  # as Xarray writes it
         try:
             found["_FillValue"] = FillValueCoder.decode(found["_FillValue"], array.dtype)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, struct.error) as error:
             raise SourceError(
                 f"the attribute _FillValue of {node.location.name} is not one of {array.dtype}: {error}"
             ) from error
