@@ -204,10 +204,12 @@ def raise_failed(
 
 def warn_ill_conditioned(info: npt.NDArray[np.int32], rcond: npt.NDArray[Any], place: Place) -> None:
     """Warn of the matrices that have an inverse, though their ``rcond`` is below eps."""
-    poor = (rcond < np.finfo(rcond.dtype).eps) & (info == int(Info.GOOD))
+    poor = rcond < np.finfo(rcond.dtype).eps
     if not poor.any():
         return
-    poor, rcond = in_main_memory(poor), in_main_memory(rcond)
+    poor, rcond = in_main_memory(poor & (info == int(Info.GOOD))), in_main_memory(rcond)
+    if not poor.any():
+        return
     named = "; ".join(f"{index}: rcond {rcond[row]:.2g}" for row, index in place.first(poor))
     count = int(np.count_nonzero(poor))
     more = f"; and {count - NAMED} more" if count > NAMED else ""

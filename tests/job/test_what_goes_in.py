@@ -1,5 +1,7 @@
 """Jobs give what the accessor gives: packed numbers, labels, coordinates, attributes. Targets can be written on."""
 
+import tracemalloc
+
 import dask
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import xarray as xr
 import zarr
 
 from dask_batchinv import SourceError, inverse, invert_store, verify_store
+from dask_batchinv.job.plan.plan import IDLE_WORKER_NBYTES, Limits, StackLayout, project_memory
+from dask_batchinv.job.source.decoding import decode
 from dask_batchinv.job.source.source import open_source
 from tests.support.stacks import assert_same_bits, conditioned
 
@@ -110,6 +114,31 @@ def test_a_missing_chunk_of_packed_numbers_is_missing(tmp_path, ds, client):
     (tmp_path / "s" / "cov" / "c" / "2" / "0" / "0").unlink()
     report = invert_store(tmp_path / "s", tmp_path / "t", client=client, missing="fill", max_failed=None)
     assert report.failed["not_finite"] == 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packing"),
+    [
+        ("i2", {"scale_factor": 0.5, "add_offset": 1.0, "_FillValue": -1}),
+        ("i1", {"scale_factor": 0.5, "_FillValue": -1, "_Unsigned": "true"}),
+        ("f4", {"_FillValue": -9.0, "missing_value": -9.0}),
+        ("c16", {"_FillValue": -9.0}),
+    ],
+)
+def test_decoding_takes_the_memory_that_is_planned(dtype, packing):
+    a = np.random.default_rng(0).integers(-9, 100, (1000, 10, 10)).astype(dtype)
+    decoded = decode(a[:1], packing)
+    tracemalloc.start()
+    try:
+        decode(a, packing)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    layout = StackLayout(
+        a.shape, (1, 2), a.shape, a.itemsize, 8, 12, needs_copy=False, itemsize_decoded=decoded.itemsize
+    )
+    limits = Limits(memory=None, threads=1, scratch=0, read_concurrency=None)
+    assert a.nbytes + peak <= project_memory(layout, limits, a.shape) - IDLE_WORKER_NBYTES
 
 
 def test_other_packing_is_another_source(tmp_path, ds):

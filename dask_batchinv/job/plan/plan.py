@@ -23,8 +23,8 @@ SPAN_NBYTES = 2**20
 LARGEST_SPAN = 256
 #: Temporary arrays of a number for each matrix, while they are counted.
 MASKS_NBYTES = 24
-#: Copies of a decoded tile that are alive at once while Xarray decodes it.
-DECODING_COPIES = 3
+#: Copies of a decoded tile that are alive at once while Xarray decodes it, and bytes of masks per number: measured.
+DECODING_COPIES, DECODING_MASKS = 2, 2
 #: Dask stops giving tasks to a worker at 80 % of its limit (distributed.worker.memory.pause).
 USABLE = 0.8
 
@@ -201,14 +201,13 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...]) -
     in_flight = units if limits.read_concurrency is None else min(units, limits.read_concurrency)
     # A unit in flight stands in memory encoded and decoded.
     reading = source + in_flight * 2 * math.prod(layout.read_unit) * layout.itemsize_in + units * CHUNK_NBYTES
-    # Xarray masks, then scales: each makes another copy, and a mask or two.
-    decoding = source + elements * (DECODING_COPIES * layout.itemsize_decoded + 2) if layout.itemsize_decoded else 0
+    decoding = source + elements * (DECODING_COPIES * layout.itemsize_decoded + DECODING_MASKS)
     stack = elements * (layout.itemsize_decoded or layout.itemsize_in)
     inverting = stack + result * (2 if layout.needs_copy else 1) + limits.scratch
     # The inverse, and in the order stored with its checksum.
     writing = 2 * result
     per_matrix = (layout.nbytes_per_matrix + MASKS_NBYTES) * elements // max(1, layout.n**2)
-    task = max(reading, decoding, inverting, writing) + per_matrix
+    task = max(reading, decoding if layout.itemsize_decoded else 0, inverting, writing) + per_matrix
     return IDLE_WORKER_NBYTES + limits.compile_nbytes + limits.threads * task
 
 
