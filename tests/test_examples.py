@@ -1,9 +1,11 @@
 """What README and the examples show is what happens."""
 
 import doctest
+import re
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import dask
@@ -23,6 +25,24 @@ def test_readme(tmp_path, monkeypatch):
         found = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=flags)
     assert found.attempted > 10
     assert found.failed == 0
+
+
+TABLE = (ROOT / "docs" / "containers.md").read_text() if (ROOT / "docs").exists() else ""
+FIRST, *SECTIONS = re.split(r"(?m)^## ", TABLE)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
+def test_the_page_on_containers(section):
+    for package in re.findall(r"(?m)^>>> (?:import|from) (\w+)", section):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL | doctest.NORMALIZE_WHITESPACE
+    page = doctest.DocTestParser().get_doctest(FIRST + section, {}, "containers.md", None, 0)
+    with dask.config.set(scheduler="sync"), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        runner = doctest.DocTestRunner(optionflags=flags)
+        runner.run(page)
+    assert runner.tries > 5 or "```" not in section
+    assert runner.failures == 0
 
 
 def test_diffusion_mri(tmp_path):

@@ -97,6 +97,13 @@ def test_public_names_are_all_and_documented():
         assert f"`{name}" in readme or f"{name}(" in readme or f".{name}" in readme, f"README does not mention {name}"
 
 
+def test_public_names_are_found_where_users_find_them():
+    for name in dask_batchinv.__all__:
+        thing = getattr(dask_batchinv, name)
+        assert thing.__module__ == "dask_batchinv" or not isinstance(thing, type), name
+    assert (PACKAGE / "py.typed").exists()  # the types are for users' type checkers, too
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_doctests(module):
     found = importlib.import_module(f"dask_batchinv.{module}".rstrip("."))
