@@ -76,8 +76,9 @@ class _Stack:
     @classmethod
     def of(cls, a: xr.DataArray, dims: Dims | None) -> _Stack:
         names, indexes = labels.told_apart(a.dims), labels_of(a)
+        stored = dict(zip(names, a.dims, strict=True))
         twice = names != a.dims
-        indexes |= {new: indexes.get(old) for new, old in zip(names, a.dims, strict=True)}
+        indexes |= {new: indexes.get(old) for new, old in stored.items()}
         if dims is not None:
             wanted = labels.parse_dims(dims)
             wanted = (wanted[0], names[-1]) if twice and wanted == a.dims[-2:] else wanted
@@ -87,7 +88,8 @@ class _Stack:
             along = {name: a.coords[name] for name in a.coords if len(set(a.coords[name].dims)) == a.coords[name].ndim}
             a = xr.DataArray(xr.Variable(names, a.variable.data, a.attrs, a.encoding), along, name=a.name)
         row, col = labels.default_dims(names, a.sizes, indexes) if dims is None else wanted
-        return cls(a, (row, col), Exchange.NOTHING if twice else labels.exchange(indexes.get(row), indexes.get(col)))
+        one_name = stored[row] == stored[col]
+        return cls(a, (row, col), Exchange.NOTHING if one_name else labels.exchange(indexes.get(row), indexes.get(col)))
 
     def numbers(self) -> Any:
         """Return the stack without labels, core dimensions last."""

@@ -114,7 +114,9 @@ def read_labels(parts: tuple[Coordinates, ...], dim: str) -> Index | None:
     """Read the labels of a dimension; None if it has none."""
     for part in parts:
         if dim in part.names:
-            return part.read(only=dim)[dim].to_index()
+            stored = part.read(only=dim)
+            with raised_as(SourceError, f"the labels of {dim} in {part.group.name} cannot be decoded"):
+                return xr.decode_cf(stored)[dim].to_index()
     return None
 
 
