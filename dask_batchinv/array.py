@@ -109,7 +109,7 @@ def inverse(
     if not torch_tensors.is_tensor(out):
         return invert_any(a, options, out)
     if torch_tensors.is_tensor(a):
-        a = torch_tensors.numbers_of(a)
+        a = torch_tensors.numbers_for_out(a)
     invert_any(a, options, torch_tensors.memory_of_out(out))
     return out
 

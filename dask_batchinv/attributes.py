@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -37,10 +38,17 @@ def of_inverse(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
     }
     units = found.pop("units", None)
     if isinstance(units, str):
-        found = {"units": units if units in ("", "1") else f"1/({units})"} | found
+        found = {"units": _inverse_units(units)} | found
     if isinstance(found.get("long_name"), str):
         found["long_name"] = f"inverse of {found['long_name']}"
     return found
+
+
+def _inverse_units(units: str) -> str:
+    if units in ("", "1", "dimensionless"):
+        return units
+    once = re.fullmatch(r"1/\(([^()]*)\)", units)
+    return once[1] if once else f"1/({units})"
 
 
 def packing_of(attributes: Mapping[Any, Any]) -> dict[str, Any]:
@@ -57,7 +65,12 @@ def packing_of(attributes: Mapping[Any, Any]) -> dict[str, Any]:
 
 def refuse_packed(attributes: Mapping[Any, Any], what: str, way_out: str) -> None:
     """Raise TypeError if numbers mean others than they are."""
-    if packed := packing_of(attributes):
+    packed = packing_of(attributes)
+    # GDAL's readers name these of data that are not packed.
+    for name, neutral in {"scale_factor": 1, "add_offset": 0}.items():
+        if name in packed and np.ndim(packed[name]) == 0 and packed[name] == neutral:
+            del packed[name]
+    if packed:
         raise TypeError(f"{what} is packed, its attributes have {', '.join(packed)}: {way_out}")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_batchinv import torch_tensors
-from dask_batchinv.attributes import refuse_packed
+from dask_batchinv.attributes import of_inverse, refuse_packed
 from dask_batchinv.kernels import InverseEx
 from dask_batchinv.kernels.device import is_gpu_array
 from dask_batchinv.options import CallOptions
@@ -95,6 +95,9 @@ def _open_astropy_masked(a: Any, options: CallOptions) -> Opened:
 
 def _open_quantity(a: Any, options: CallOptions) -> Opened:
     units = a.units**-1
+    # pint itself says so of degrees above a zero, or decibels; or it converts them, which we do not.
+    if (1 / type(a)(1.0, a.units)).units != units:
+        raise TypeError(f"there are no matrices in {a.units}, whose zero is not 0: convert them, with .to_base_units()")
     return Opened(a.magnitude, lambda part, value: type(a)(value, units) if part == "inverse" else value)
 
 
@@ -122,17 +125,29 @@ def _open_data_frame(a: Any, options: CallOptions) -> Opened:
     import pandas as pd
 
     # Columns of pandas's own dtypes say what they are of NumPy's, and hold what is missing besides.
-    dtypes = {name: getattr(dtype, "numpy_dtype", dtype) for name, dtype in a.dtypes.items()}
-    if wrong := [name for name, dtype in dtypes.items() if getattr(dtype, "kind", "O") not in "biufc"]:
-        raise TypeError(f"the columns {wrong} of the DataFrame are not numbers: leave them out, or convert them")
-    dtype = np.result_type(*dtypes.values()) if dtypes else np.dtype("f8")
+    dtypes = [getattr(dtype, "numpy_dtype", dtype) for dtype in a.dtypes]  # a name may be there twice
+    if wrong := [name for name, dtype in zip(a.columns, dtypes, strict=True) if not _is_number(dtype)]:
+        raise TypeError(
+            f"the columns {wrong} of the DataFrame are not numbers, or sparse: leave them out, or convert them"
+        )
+    dtype = np.result_type(*dtypes) if dtypes else np.dtype("f8")
     if a.isna().any(axis=None):
         dtype = result_dtype(dtype)
     stack = a.to_numpy(dtype=dtype, **({"na_value": np.nan} if dtype.kind in "fc" else {}))
-    # The rows of the inverse are what the columns were.
-    return Opened(
-        stack, lambda part, value: pd.DataFrame(value, index=a.columns, columns=a.index) if part == "inverse" else value
-    )
+
+    def close(part: str, value: Any) -> Any:
+        if part != "inverse":
+            return value
+        # The rows of the inverse are what the columns were.
+        frame = pd.DataFrame(value, index=a.columns, columns=a.index)
+        frame.attrs = of_inverse(a.attrs)
+        return frame
+
+    return Opened(stack, close)
+
+
+def _is_number(dtype: Any) -> bool:
+    return isinstance(dtype, np.dtype) and dtype.kind in "biufc"
 
 
 def _open_netcdf(a: Any, options: CallOptions) -> Opened:
@@ -195,7 +210,8 @@ REFUSED = (
     (("sparse:SparseArray",), "sparse, and inverses are dense: pass a.todense(), or of Dask blocks "
      "a.map_blocks(lambda block: block.todense())"),
     (("cubed:Array",), "an array of cubed: pass a.compute(), or the Zarr array that it was made from"),
-    (("h5py:Dataset",), "a dataset in a file: pass dask.array.from_array(a), or a[...] for one in memory"),
+    (("h5py:Dataset", "h5netcdf:Variable"), "a variable in a file: open that with xarray.open_dataset, which decodes "
+     "packed numbers; or pass a[...] if they are what they are"),
     (("dask.dataframe:DataFrame",), "a Dask DataFrame: pass a.to_dask_array(lengths=True)"),
     (("dask.delayed:Delayed",), "delayed: pass dask.array.from_delayed(a, shape, dtype)"),
     (("pandas:Series",), "a Series: pass the array or the DataFrame with the matrix"),

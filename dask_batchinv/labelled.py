@@ -88,6 +88,11 @@ class _Stack:
             along = {name: a.coords[name] for name in a.coords if len(set(a.coords[name].dims)) == a.coords[name].ndim}
             a = xr.DataArray(xr.Variable(names, a.variable.data, a.attrs, a.encoding), along, name=a.name)
         row, col = labels.default_dims(names, a.sizes, indexes) if dims is None else wanted
+        if a.sizes[row] != a.sizes[col]:
+            raise np.linalg.LinAlgError(
+                f"expected a stack of square matrices (*, n, n), but {row!r} has length {a.sizes[row]} and {col!r} "
+                f"{a.sizes[col]}"
+            )
         one_name = stored[row] == stored[col]
         return cls(a, (row, col), Exchange.NOTHING if one_name else labels.exchange(indexes.get(row), indexes.get(col)))
 
@@ -95,9 +100,9 @@ class _Stack:
         """Return the stack without labels, core dimensions last."""
         refuse_packed(
             self.array.attrs,
-            f"{self.array.name if self.array.name is not None else 'the array'}",
-            "it was opened with mask_and_scale=False or the like; open it as Xarray does by itself, or decode it with "
-            "xarray.decode_cf. If its numbers are decoded already, remove the attributes",
+            "the array" if self.array.name is None else str(self.array.name),
+            "it was opened without being decoded: open it with mask_and_scale=True (not rioxarray's default), or "
+            "use xarray.decode_cf. If its numbers are decoded already, remove the attributes",
         )
         return self.array.variable.transpose(..., *self.core).data
 
@@ -144,16 +149,19 @@ def labels_of(a: xr.DataArray | xr.Dataset) -> dict[Hashable, labels.Index]:
     """Return the labels of the dimensions that have some."""
     found = {}
     for dim in a.dims:
-        if dim in a.indexes:
-            found[dim] = a.indexes[dim]
-        elif dim in a.coords:  # without an index
-            found[dim] = a.coords[dim].to_index()
+        # A dimension may be labelled by an index of another name.
+        others = [name for name in a.xindexes if a.coords[name].dims == (dim,)]
+        if dim in a.coords or len(others) == 1:
+            coordinate = a.coords[dim if dim in a.coords else others[0]].variable
+            # Not every index is one of pandas; that of pint has units.
+            numbers = getattr(coordinate.data, "magnitude", None)
+            found[dim] = (coordinate if numbers is None else xr.Variable(coordinate.dims, numbers)).to_index()
     return found
 
 
 def _check_dims(a: xr.DataArray, names: tuple[Hashable, ...], wanted: Pair) -> None:
     if wanted[0] == wanted[1]:
-        raise ValueError(f"dims must name two different dimensions, (row, column); got {wanted!r}")
+        raise labels.not_different(wanted)
     if missing := [dim for dim in wanted if dim not in names]:
         raise ValueError(f"dims {missing} are not among the dimensions {a.dims}")
 
@@ -209,10 +217,15 @@ def dataset_inv(
                 stacks[name] = _Stack.of(ds[name], core)
         elif variables is not None:
             raise ValueError(f"the variable {name!r} has not both dimensions {core}; it has {ds[name].dims}")
+    if not stacks and row == col:
+        raise labels.not_different(core)
     if not stacks:
         raise ValueError(
             f"no floating or complex variable has both dimensions {core}; the Dataset has {tuple(ds.dims)}"
         )
+    for name, stack in stacks.items():
+        if taken := [dim for dim in stack.array.dims if dim not in ds[name].dims and dim in {*ds.dims, *ds.variables}]:
+            raise ValueError(f"{name!r} has a dimension twice, and {taken[0]!r} is taken: rename that first")
     labels_stay |= any(name not in stacks and {row, col} & set(ds[name].dims) for name in ds.data_vars)
     labels_stay |= {stack.exchange for stack in stacks.values()} != {Exchange.LABELS}
     inverted = {}
@@ -235,7 +248,7 @@ def _naming(where: str) -> Iterator[None]:
 
 
 def _has(a: xr.DataArray, core: Pair) -> bool:
-    return set(core) <= set(labels.told_apart(a.dims)) or core == a.dims[-2:]
+    return set(labels.told_apart(core)) <= set(labels.told_apart(a.dims))
 
 
 def _chosen(ds: xr.Dataset, variables: Iterable[Hashable] | None) -> list[Hashable]:
@@ -300,6 +313,8 @@ def tree_inv(
                 )
             inverted += 1
         nodes["/" if node is tree else node.relative_to(tree)] = own
+    if absent := [name for name in wanted or () if not any(name in own.data_vars for own in nodes.values())]:
+        raise ValueError(f"no node of the DataTree has a variable {', '.join(map(repr, absent))}: pass bare names")
     if not inverted:
         raise ValueError("no node of the DataTree has a variable that could be a stack: pass dims= or variables=")
     return xr.DataTree.from_dict(nodes, name=tree.name)

@@ -114,8 +114,13 @@ class AmbiguousDimsError(ValueError):
 def parse_dims(dims: Dims) -> Pair:
     """Return `dims` if it is two names, else raise ValueError."""
     if isinstance(dims, str) or len(dims) != 2:
-        raise ValueError(f"dims must name two different dimensions, (row, column); got {dims!r}")
+        raise not_different(dims)
     return dims[0], dims[1]
+
+
+def not_different(dims: Dims) -> ValueError:
+    """Return the error for `dims` that are not two different names."""
+    return ValueError(f"dims must name two different dimensions, (row, column); got {dims!r}")
 
 
 def told_apart(dims: Dims) -> tuple[Hashable, ...]:

@@ -31,20 +31,29 @@ def opened(a: Any, assume_a: AssumeA, *, lower: bool) -> tuple[Any, Callable[[st
     import torch
 
     a = _widened(a)
-    gradient = a.requires_grad and torch.is_grad_enabled()
+    numbers = _memory_of(a)
 
     def close(part: str, value: Any) -> Any:
         tensor = torch.from_dlpack(value) if is_gpu_array(value) else torch.from_numpy(value)
-        if part == "inverse" and gradient:
-            tensor = _differentiable().apply(_read(a, assume_a, lower), tensor)
+        if part == "inverse" and _has_derivative(a):
+            tensor = _differentiable().apply(_read(a, assume_a, lower), [tensor])
         return tensor
 
-    return _memory_of(a), close
+    return numbers, close
 
 
-def numbers_of(a: Any) -> Any:
-    """Return the numbers of a tensor as NumPy's or CuPy's array, without its gradient."""
-    return _memory_of(_widened(a.detach()))
+def numbers_for_out(a: Any) -> Any:
+    """Return the numbers of a tensor as NumPy's or CuPy's array; TypeError if a derivative would be lost."""
+    if _has_derivative(a):
+        raise TypeError("out= has no derivative, but the input requires one: use what is returned, or pass a.detach()")
+    return _memory_of(_widened(a))
+
+
+def _has_derivative(a: Any) -> bool:
+    import torch
+    from torch.autograd import forward_ad
+
+    return (a.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(a).tangent is not None
 
 
 def memory_of_out(out: Any) -> Any:
@@ -72,8 +81,18 @@ def _widened(a: Any) -> Any:
 def _memory_of(a: Any) -> Any:
     import torch
 
-    if type(a) not in (torch.Tensor, torch.nn.Parameter) or a.layout is not torch.strided or a.is_quantized:
-        raise TypeError(f"expected a dense tensor, got a {type(a).__name__} of layout {a.layout}: pass a.to_dense()")
+    if type(a) not in (torch.Tensor, torch.nn.Parameter):
+        raise TypeError(
+            f"expected a torch.Tensor, got {type(a).__name__}: pass a.as_subclass(torch.Tensor) if its numbers alone "
+            "are meant"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(a):
+        raise TypeError(
+            "dask_batchinv computes outside of torch.func: call it on the tensors themselves, with autograd, or use "
+            "torch.linalg.inv there"
+        )
+    if a.layout is not torch.strided or a.is_quantized or a.is_nested:
+        raise TypeError(f"expected a dense tensor, got one of layout {a.layout}: pass a.to_dense() or torch.stack(a)")
     # Views that torch conjugates or negates only when they are read.
     a = a.detach().resolve_conj().resolve_neg()
     if a.device.type == "cpu":
@@ -90,19 +109,26 @@ def _differentiable() -> Any:
     import torch
 
     class Inverse(torch.autograd.Function):  # type: ignore[misc]  # known only here
-        """Takes matrices and their inverses, and gives these, as functions of the matrices."""
+        """Takes matrices, and in a list their inverses, and gives these as functions of the matrices."""
 
         @staticmethod
-        def forward(ctx: Any, a: Any, x: Any) -> Any:
-            x = x.view_as(x)
+        def forward(ctx: Any, a: Any, inverses: list[Any]) -> Any:
+            (x,) = inverses
             ctx.save_for_backward(x)
+            ctx.save_for_forward(x)
             return x
+
+        # d(A⁻¹) = -A⁻¹ dA A⁻¹ (Giles, An extended collection of matrix derivative results, 2008, 2.2.3)
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            # d(A⁻¹) = -A⁻¹ dA A⁻¹ (Giles, An extended collection of matrix derivative results, 2008, 2.2.3)
             (x,) = ctx.saved_tensors
             return -x.mH @ gradient @ x.mH, None
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Any, nothing: Any) -> Any:
+            (x,) = ctx.saved_tensors
+            return -x @ tangent @ x
 
     return Inverse
 

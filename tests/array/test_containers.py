@@ -182,6 +182,9 @@ def test_pint_quantities_around_anything(masked, no_compute):
     ex = inverse_ex(units.Quantity(da.from_array(STACK), "m"))
     assert ex.inverse.units == units.Unit("1 / m")
     assert isinstance(ex.rcond, da.Array)
+    for units_, quantity in ((units, "degC"), (pint.UnitRegistry(autoconvert_offset_to_baseunit=True), "degC")):
+        with pytest.raises(TypeError, match=r"offset unit|whose zero is not 0"):
+            inverse(units_.Quantity(STACK, quantity))
     with pytest.raises(TypeError, match="out= does not take what comes of Quantity"):
         inverse(units.Quantity(STACK, "m"), out=np.empty((2, 2, 2)))
 
@@ -193,6 +196,8 @@ def test_pint_in_xarray(no_compute):
     assert inv.cov.pint.units == (1 / inv.cov.pint.registry.Unit("m^2")).units
     assert isinstance(inv.cov.data.magnitude, da.Array)
     assert "units" not in inv.cov.attrs
+    labelled = ds.assign_coords(t=("t", [1, 2, 3, 5], {"units": "s"})).chunk(t=1).pint.quantify()
+    assert labelled.linalg.inv().cov.pint.units == labelled.cov.linalg.inv().pint.units == inv.cov.pint.units
     back = inv.pint.dequantify()
     with dask.config.set(scheduler="sync"):
         assert_same_bits(back.cov.values, inverse(ds.cov.values))
@@ -228,6 +233,14 @@ def test_data_frames_exchange_index_and_columns():
     assert inverse(J.astype("float32")).dtypes.unique() == ["float32"]
     missing = pd.DataFrame({"a": pd.array([1, None], dtype="Int64"), "b": [1, 2]})
     assert inverse(missing, on_error="skipna").isna().all(axis=None)
+    twice = pd.DataFrame({"a": [1.1, 3.0], "b": [2, 5]}).set_axis(["a", "a"], axis=1)
+    assert_same_bits(inverse(twice).to_numpy(), inverse([[1.1, 2], [3, 5]]))
+    with pytest.raises(
+        TypeError, match=r"the columns \['mass', 'radius'\] of the DataFrame are not numbers, or sparse"
+    ):
+        inverse(J.astype("Sparse[float]"))
+    J.attrs = {"units": "m", "valid_min": 0}
+    assert inverse(J).attrs == {"units": "1/(m)"}
     with pytest.raises(TypeError, match=r"the columns \['b'\] of the DataFrame are not numbers"):
         inverse(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
     with pytest.raises(np.linalg.LinAlgError, match=r"shape \(2, 1\)"):

@@ -61,6 +61,15 @@ def test_the_case_that_was_read_wrong():
     assert inv.sel(obs="flux", par="radius") == pytest.approx(want[1, 0])
 
 
+def test_an_index_of_another_name_labels_a_dimension_too(jacobian):
+    J = jacobian.to_dataset().rename_vars(obs="o", par="p").set_xindex("o").set_xindex("p")["J"]
+    assert set(J.xindexes) == {"o", "p"}
+    assert J.dims == ("obs", "par")
+    inv = J.linalg.inv()
+    assert inv.dims == ("par", "obs")
+    assert inv.sel(o="flux", p="radius") == pytest.approx(3.0)
+
+
 def test_other_dimensions_keep_their_places(jacobian):
     J = jacobian.expand_dims(t=3)
     assert J.transpose("obs", "t", "par").linalg.inv(("obs", "par")).dims == ("par", "t", "obs")
@@ -235,6 +244,11 @@ def test_a_name_given_twice_is_told_apart_as_by_a_job(dims, lazy):
         assert inv.dims == ("t", "p", "p_2")
         assert list(inv["p"].values) == list("abc")
         assert_same_bits(inv.values, inverse(a))
+    ds = xr.Dataset({"x": twice, "mean": (("t", "p"), np.ones((4, 3)))})
+    xr.testing.assert_identical(ds.linalg.inv(dims)["mean"], ds["mean"])
+    assert_same_bits(ds.linalg.inv(dims)["x"].values, inverse(a))
+    with pytest.raises(ValueError, match="'x' has a dimension twice, and 'p_2' is taken"):
+        ds.assign(p_2=1).linalg.inv(dims)
     with pytest.raises(ValueError, match="two different dimensions"):
         twice.isel(t=0).linalg.inv(("t", "t"))
 
@@ -271,6 +285,9 @@ def test_trees_say_where_something_is_wrong(square):
     with pytest.raises(ValueError, match="several pairs") as caught:
         tree.linalg.inv()
     assert caught.value.__notes__ == ["in node '/b'"]
+    for wrong in (["S", "Z"], "a/S"):
+        with pytest.raises(ValueError, match=r"no node of the DataTree has a variable '(Z|a/S)': pass bare names"):
+            tree.linalg.inv(variables=wrong)
     with pytest.raises(ValueError, match="no node of the DataTree"):
         xr.DataTree(xr.Dataset({"m": ("t", [1.0])})).linalg.inv()
     with pytest.raises(TypeError, match="inverse_ex takes DataArrays: pick a variable of the DataTree"):
@@ -290,6 +307,8 @@ def test_attributes_that_describe_values_go(square):
     a = square.assign_attrs(attributes)
     for inv in (a.linalg.inv(), a.to_dataset().linalg.inv()["S"], a.linalg.inv_ex()["inverse"]):
         assert inv.attrs == want
+    assert a.linalg.inv().linalg.inv().attrs["units"] == "m"
+    assert square.assign_attrs(scale_factor=1.0, add_offset=0.0).linalg.inv().attrs == {}  # as GDAL's readers have it
     assert "units" not in square.assign_attrs(units=5).linalg.inv().attrs
     assert a.attrs == attributes
 

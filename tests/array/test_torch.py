@@ -113,6 +113,26 @@ def test_where_there_is_no_gradient():
     assert inverse(torch.nn.Parameter(torch.eye(2))).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it first differentiates forwards
+def test_forward_derivatives():
+    from torch.autograd import forward_ad
+
+    t = torch.tensor(conditioned(2, 3, 4), requires_grad=True)
+    assert torch.autograd.gradcheck(inverse, (t,), check_forward_ad=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(t.detach(), torch.ones_like(t))
+        found, want = (forward_ad.unpack_dual(function(dual)).tangent for function in (inverse, torch.inverse))
+        assert torch.allclose(found, want, rtol=1e-9)
+
+
+def test_a_result_may_be_changed_in_place():
+    t = torch.tensor(conditioned(2, 3, 4), requires_grad=True)
+    x = inverse(t)
+    x.mul_(2)  # torch says what is wrong if it was needed for a gradient
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
 # --- out and refusals -----------------------------------------------------------------------------------------
 
 
@@ -136,6 +156,8 @@ def test_out_is_a_tensor():
         inverse(t, out=torch.empty(3, 3, dtype=torch.float64))
     with pytest.raises(TypeError, match="requires a gradient"):
         inverse(t, out=torch.empty(a.shape, dtype=torch.float64, requires_grad=True))
+    with pytest.raises(TypeError, match="out= has no derivative"):
+        inverse(torch.tensor(a, requires_grad=True), out=torch.empty(a.shape, dtype=torch.float64))
     with pytest.raises(TypeError, match="conjugate or negative view"):
         inverse(t + 0j, out=torch.empty(a.shape, dtype=torch.complex128).conj())
     with pytest.raises(TypeError, match="out= does not take what comes of Tensor"):
@@ -154,5 +176,14 @@ def test_other_tensors_are_refused():
     for wrong in (torch.eye(2).to_sparse(), torch.eye(2, device="meta")):
         with pytest.raises(TypeError, match=r"pass a\.(to_dense|cpu)\(\)"):
             inverse(wrong)
+    for transformed in (torch.func.vmap(inverse), torch.func.grad(lambda t: inverse(t).sum())):
+        with pytest.raises(TypeError, match=r"outside of torch\.func: call it on the tensors"):
+            transformed(torch.eye(2).expand(2, 2, 2))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match=r"pass a\.as_subclass\(torch\.Tensor\)"):
+        inverse(torch.eye(2).as_subclass(Subclass))
     with pytest.raises(TypeError, match="stack its items first"):
         inverse([torch.eye(2)])

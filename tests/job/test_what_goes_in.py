@@ -242,6 +242,14 @@ def test_units_grid_mapping_and_what_it_names_are_kept(as_accessor, ds):
     assert got["spatial_ref"].attrs == {"crs_wkt": "GEOGCS[...]"}
 
 
+def test_what_another_variable_names_is_a_coordinate_of_all(as_accessor, ds):
+    ds = ds.assign_coords(spatial_ref=0, lat=("t", np.arange(12.0))).assign(mean=("t", np.ones(12)))
+    ds["cov"].encoding["coordinates"] = None
+    ds["mean"].attrs["grid_mapping"] = "spatial_ref"
+    ds["mean"].encoding["coordinates"] = "spatial_ref lat"
+    assert {"spatial_ref", "lat"} <= set(as_accessor(ds).coords)
+
+
 def test_the_crs_of_rioxarray_is_kept(tmp_path, ds, client):
     pytest.importorskip("rioxarray", reason="rioxarray is not installed")
     ds.rename(t="x").rio.write_crs("EPSG:4326").to_zarr(tmp_path / "s", consolidated=False)

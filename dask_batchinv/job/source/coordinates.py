@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import dask
 import xarray as xr
 
+from dask_batchinv.attributes import PLACING
 from dask_batchinv.job.source.metadata import Node, check_coordinate, is_name, read_node, stored_names
 from dask_batchinv.labels import Index
 from dask_batchinv.location import Location, raised_as
@@ -84,11 +85,9 @@ def _beside(group: Location, node: Node, sizes: dict[str, int], variable: str) -
     if root is None:
         return
     # An extended grid mapping is "name: coordinate coordinate name: …".
-    texts = [
-        node.attributes.get("coordinates"),
-        root.attributes.get("coordinates"),
-        node.attributes.get("grid_mapping"),
-    ]
+    # Whatever one variable of a group names is a coordinate of all that it fits, to Xarray.
+    attributes = [node.attributes, root.attributes, *(other.attributes for _, other in array_nodes(group))]
+    texts = [own.get(name) for own in attributes for name in PLACING]
     named = {name.rstrip(":") for text in texts if isinstance(text, str) for name in text.split()}
     for name in sorted(filter(is_name, {*sizes, *named} - {variable})):  # others would lead out of the group
         if _is_coordinate(group, name, sizes):
