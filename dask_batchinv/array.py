@@ -110,7 +110,10 @@ def inverse(
         return invert_any(a, options, out)
     if torch_tensors.is_tensor(a):
         a = torch_tensors.numbers_for_out(a)
-    invert_any(a, options, torch_tensors.memory_of_out(out))
+    try:
+        invert_any(a, options, torch_tensors.memory_of_out(out))
+    finally:
+        torch_tensors.mark_changed(out)
     return out
 
 

@@ -37,7 +37,7 @@ def of_inverse(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
         if name not in _OF_VALUES and not str(name).startswith(_OF_VALUES_PREFIXES)
     }
     units = found.pop("units", None)
-    if isinstance(units, str):
+    if isinstance(units, str) and " since " not in units:  # Xarray would take the inverse for times, too
         found = {"units": _inverse_units(units)} | found
     if isinstance(found.get("long_name"), str):
         found["long_name"] = f"inverse of {found['long_name']}"
@@ -56,11 +56,13 @@ def packing_of(attributes: Mapping[Any, Any]) -> dict[str, Any]:
 
     Examples
     --------
-    >>> packing_of({"scale_factor": 0.1, "_FillValue": float("nan"), "units": "m"})
-    {'scale_factor': 0.1}
+    >>> packing_of({"scale_factor": 0.1, "_FillValue": -1, "units": "m"}), packing_of({"_FillValue": float("nan")})
+    ({'scale_factor': 0.1, '_FillValue': -1}, {})
     """
-    found = {name: attributes[name] for name in SCALES if name in attributes}
-    return found | {name: attributes[name] for name in FILLS if name in attributes and not is_nan(attributes[name])}
+    scales = {name: attributes[name] for name in SCALES if name in attributes}
+    fills = {name: attributes[name] for name in FILLS if name in attributes}
+    # Alone NaN means itself; beside a scale it says that the result is floating.
+    return scales | {name: value for name, value in fills.items() if scales or not is_nan(value)}
 
 
 def refuse_packed(attributes: Mapping[Any, Any], what: str, way_out: str) -> None:
@@ -70,7 +72,7 @@ def refuse_packed(attributes: Mapping[Any, Any], what: str, way_out: str) -> Non
     for name, neutral in {"scale_factor": 1, "add_offset": 0}.items():
         if name in packed and np.ndim(packed[name]) == 0 and packed[name] == neutral:
             del packed[name]
-    if packed:
+    if packing_of(packed):
         raise TypeError(f"{what} is packed, its attributes have {', '.join(packed)}: {way_out}")
 
 

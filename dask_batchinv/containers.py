@@ -5,6 +5,7 @@ Packages are recognised by the names of their types and never imported here unle
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Callable
@@ -77,10 +78,13 @@ def _open_tensor(a: Any, options: CallOptions) -> Opened:
 
 def open_masked(a: Any, options: CallOptions) -> Opened:
     """Open NumPy's masked array."""
+    if type(a) is not np.ma.MaskedArray:  # that of astropy has units
+        raise TypeError(_unknown(a))
     n = check_shape(a.shape)
     mask = np.ma.getmaskarray(a)
     # A matrix is missing whole if a number is missing that would be read.
-    missing = options.read(mask.reshape(-1, n, n).astype("f4")).any((-2, -1)).reshape(mask.shape[:-2])
+    batch = mask.shape[:-2]
+    missing = options.read(mask.reshape(math.prod(batch), n, n).astype("f4")).any((-2, -1)).reshape(batch)
 
     def close(part: str, value: Any) -> Any:
         own = missing[..., None, None] if part == "inverse" else missing
@@ -178,7 +182,7 @@ def _plain(item: Any) -> Any:
     """Return a nested sequence with nothing in it but numbers and plain arrays."""
     if isinstance(item, (list, tuple)):
         return [_plain(one) for one in item]
-    if isinstance(item, np.ma.MaskedArray):
+    if type(item) is np.ma.MaskedArray or item is np.ma.masked:
         return missing_as_nan(item)
     if isinstance(item, (numbers.Number, np.generic, str, bytes)) or item is None or type(item) is np.ndarray:
         return item
@@ -254,7 +258,7 @@ def _name(a: Any) -> str:
 
 def check_meta(meta: Any) -> None:
     """Raise TypeError unless blocks like `meta` have inverses here."""
-    if type(meta) is not np.ndarray and not is_gpu_array(meta) and not isinstance(meta, np.ma.MaskedArray):
+    if type(meta) not in (np.ndarray, np.ma.MaskedArray) and not is_gpu_array(meta):
         raise TypeError(f"expected a Dask array of NumPy or CuPy blocks: {_refusal(meta)}")
 
 
@@ -262,7 +266,7 @@ def plain_block(block: Any) -> Any:
     """Return a block as NumPy's or CuPy's, with NaN for what is masked; TypeError for blocks of other kinds."""
     if type(block) is np.ndarray or is_gpu_array(block):
         return block
-    if isinstance(block, np.ma.MaskedArray):
+    if type(block) is np.ma.MaskedArray:
         return missing_as_nan(block)
     if _is_a(block, "astropy.utils.masked:Masked") and not hasattr(block, "unit"):
         return _filled(block.unmasked, block.mask)

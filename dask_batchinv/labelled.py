@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,20 +74,19 @@ class _Stack:
     """What changes places in the inverse."""
 
     @classmethod
-    def of(cls, a: xr.DataArray, dims: Dims | None) -> _Stack:
-        names, indexes = labels.told_apart(a.dims), labels_of(a)
+    def of(cls, a: xr.DataArray, dims: Dims | None, taken: Collection[Hashable] = ()) -> _Stack:
+        names, indexes = labels.told_apart(a.dims, {*a.coords, *taken}), labels_of(a)
         stored = dict(zip(names, a.dims, strict=True))
         twice = names != a.dims
         indexes |= {new: indexes.get(old) for new, old in stored.items()}
-        if dims is not None:
-            wanted = labels.parse_dims(dims)
-            wanted = (wanted[0], names[-1]) if twice and wanted == a.dims[-2:] else wanted
-            _check_dims(a, names, wanted)
+        wanted = None if dims is None else labels.named(dims, names, a.dims)
+        if dims is not None and wanted is None:
+            raise _absent(a, dims)
         if twice:
             # Xarray can do next to nothing with such an array; its labels, which both dimensions share, stay.
             along = {name: a.coords[name] for name in a.coords if len(set(a.coords[name].dims)) == a.coords[name].ndim}
             a = xr.DataArray(xr.Variable(names, a.variable.data, a.attrs, a.encoding), along, name=a.name)
-        row, col = labels.default_dims(names, a.sizes, indexes) if dims is None else wanted
+        row, col = wanted or labels.default_dims(names, a.sizes, indexes)
         if a.sizes[row] != a.sizes[col]:
             raise np.linalg.LinAlgError(
                 f"expected a stack of square matrices (*, n, n), but {row!r} has length {a.sizes[row]} and {col!r} "
@@ -140,6 +139,8 @@ class _Stack:
             raise ValueError(f"the labels of {row!r} and {col!r} are not unique, and in different order")
         # The inverse has the labels of the columns along its rows: brought into the order of the rows.
         ours, theirs = (indexes[b].get_indexer(indexes[a]) for a, b in ((row, col), (col, row)))
+        if min(ours) < 0 or min(theirs) < 0:  # True is 1, but no label 1
+            raise ValueError(f"the labels of {row!r} and {col!r} are equal, but not of one kind: make them so")
         batch = [dim for dim in self.array.dims if dim not in self.core]
         ordered = xr.Variable((*batch, row, col), inverse).isel({row: ours, col: theirs})
         return _Stack(self.array, self.core, Exchange.NOTHING).named(ordered.transpose(*batch, row, col).data)
@@ -154,16 +155,17 @@ def labels_of(a: xr.DataArray | xr.Dataset) -> dict[Hashable, labels.Index]:
         if dim in a.coords or len(others) == 1:
             coordinate = a.coords[dim if dim in a.coords else others[0]].variable
             # Not every index is one of pandas; that of pint has units.
-            numbers = getattr(coordinate.data, "magnitude", None)
-            found[dim] = (coordinate if numbers is None else xr.Variable(coordinate.dims, numbers)).to_index()
+            if hasattr(coordinate.data, "to_base_units"):
+                coordinate = xr.Variable(coordinate.dims, coordinate.data.to_base_units().magnitude)
+            found[dim] = coordinate.to_index()
     return found
 
 
-def _check_dims(a: xr.DataArray, names: tuple[Hashable, ...], wanted: Pair) -> None:
-    if wanted[0] == wanted[1]:
-        raise labels.not_different(wanted)
-    if missing := [dim for dim in wanted if dim not in names]:
-        raise ValueError(f"dims {missing} are not among the dimensions {a.dims}")
+def _absent(a: xr.DataArray, dims: Dims) -> ValueError:
+    missing = [dim for dim in dims if dim not in a.dims]
+    if not missing:
+        return labels.not_different(dims)
+    return ValueError(f"dims {missing} are not among the dimensions {a.dims}")
 
 
 def data_array_inv(a: xr.DataArray, dims: Dims | None, options: CallOptions) -> xr.DataArray:
@@ -214,7 +216,7 @@ def dataset_inv(
     for name in chosen:
         if _has(ds[name], core):
             with _naming(f"in variable {name!r}"):
-                stacks[name] = _Stack.of(ds[name], core)
+                stacks[name] = _Stack.of(ds[name], core, {*ds.dims, *ds.variables})
         elif variables is not None:
             raise ValueError(f"the variable {name!r} has not both dimensions {core}; it has {ds[name].dims}")
     if not stacks and row == col:
@@ -223,9 +225,6 @@ def dataset_inv(
         raise ValueError(
             f"no floating or complex variable has both dimensions {core}; the Dataset has {tuple(ds.dims)}"
         )
-    for name, stack in stacks.items():
-        if taken := [dim for dim in stack.array.dims if dim not in ds[name].dims and dim in {*ds.dims, *ds.variables}]:
-            raise ValueError(f"{name!r} has a dimension twice, and {taken[0]!r} is taken: rename that first")
     labels_stay |= any(name not in stacks and {row, col} & set(ds[name].dims) for name in ds.data_vars)
     labels_stay |= {stack.exchange for stack in stacks.values()} != {Exchange.LABELS}
     inverted = {}
@@ -248,7 +247,7 @@ def _naming(where: str) -> Iterator[None]:
 
 
 def _has(a: xr.DataArray, core: Pair) -> bool:
-    return set(labels.told_apart(core)) <= set(labels.told_apart(a.dims))
+    return labels.named(core, labels.told_apart(a.dims, a.coords), a.dims) is not None
 
 
 def _chosen(ds: xr.Dataset, variables: Iterable[Hashable] | None) -> list[Hashable]:

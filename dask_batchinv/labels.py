@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -123,17 +123,34 @@ def not_different(dims: Dims) -> ValueError:
     return ValueError(f"dims must name two different dimensions, (row, column); got {dims!r}")
 
 
-def told_apart(dims: Dims) -> tuple[Hashable, ...]:
+def told_apart(dims: Dims, taken: Collection[Hashable] = ()) -> tuple[Hashable, ...]:
     """Return names of dimensions made different: covariances are often stored as ``(*, p, p)``.
+
+    Parameters
+    ----------
+    dims
+        The names.
+    taken
+        Names that mean something else, which no new name may be.
 
     Examples
     --------
-    >>> told_apart(("t", "p", "p"))
-    ('t', 'p', 'p_2')
+    >>> told_apart(("t", "p", "p")), told_apart(("p", "p", "p_2"))
+    (('t', 'p', 'p_2'), ('p', 'p_2_2', 'p_2'))
     """
     found: list[Hashable] = []
     for name in dims:
-        while name in found:
-            name = f"{name}_2"
+        if name in found:
+            while name in (*found, *dims, *taken):
+                name = f"{name}_2"
         found.append(name)
     return tuple(found)
+
+
+def named(dims: Dims, names: Dims, stored: Dims) -> Pair | None:
+    """Return the two dimensions that a user names, by `names` told apart or as they are `stored`; None if absent."""
+    row, col = parse_dims(dims)
+    if row == col:
+        twice = [name for name, old in zip(names, stored, strict=True) if old == row]
+        return (twice[0], twice[1]) if len(twice) > 1 else None
+    return (row, col) if {row, col} <= set(names) else None

@@ -21,10 +21,11 @@ import zarr
 import zarr.storage
 from dask.base import get_scheduler
 
+from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.kernels.device import is_gpu_array
 from dask_batchinv.location import Location, redact
 from dask_batchinv.stack import result_dtype
-from dask_batchinv.storage import array_options, innermost, write_unit
+from dask_batchinv.storage import array_options, fill_means_missing, innermost, write_unit
 
 Chunks = tuple[tuple[int, ...], ...]
 #: How long `remove_array` tries.
@@ -32,12 +33,26 @@ _REMOVAL_SECONDS = 5.0
 
 
 def check_out(out: Any, like: Any) -> None:
-    """Raise ValueError or TypeError unless `out` has the shape and dtype of the inverse of `like`."""
+    """Raise ValueError or TypeError unless `out` can take the inverse of `like`."""
+    if not isinstance(out, zarr.Array) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if not isinstance(out, zarr.Array) and _overlaps_itself(out):
+        raise ValueError("several elements of out share their memory: pass an array that was not expanded or broadcast")
     if tuple(out.shape) != tuple(like.shape):
         raise ValueError(f"out has shape {tuple(out.shape)}, but the result has {tuple(like.shape)}")
     dtype = result_dtype(like.dtype)
     if out.dtype != dtype:
         raise TypeError(f"out has dtype {out.dtype}, but the result has {dtype}")
+
+
+def _overlaps_itself(out: Any) -> bool:
+    """Tell whether elements of an array may share memory: sorted, each stride must step over all that is within."""
+    end = out.itemsize
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape, strict=True)):
+        if size > 1 and stride < end:
+            return bool(out.size)
+        end += (size - 1) * stride
+    return False
 
 
 def fill(out: Any, result: da.Array) -> Any:
@@ -53,6 +68,9 @@ def fill(out: Any, result: da.Array) -> Any:
         if any(math.isnan(size) for size in result.shape):
             raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
         location, chunks = Location.parse(out), tuple(max(1, *sizes) for sizes in result.chunks)
+        if location.exists() and location.read_json("zarr.json") is None:  # else Zarr refuses it
+            # What is there is not ours: a failure would remove it.
+            raise FileExistsError(f"{location.name} exists: pass the path of a new array, or delete that yourself")
         created = zarr.create_array(
             location.store(), shape=result.shape, chunks=chunks, dtype=result.dtype, **array_options(result.dtype)
         )
@@ -72,6 +90,9 @@ def fill(out: Any, result: da.Array) -> Any:
             f"out must be a NumPy array, a torch tensor, a zarr.Array or a store location, got {type(out).__name__}"
         )
     check_out(out, result)
+    attributes = dict(out.attrs)
+    missing = {"_FillValue": out.fill_value} if fill_means_missing(out, attributes) else {}
+    refuse_packed(attributes | missing, f"out, the array at {out.store_path},", "pass an array without these")
     refuse_overlap(out, result)
     _write(out, result)
     return out
@@ -82,7 +103,7 @@ def is_plain(out: Any) -> bool:
     return type(out) in (np.ndarray, np.memmap)
 
 
-def _write_to_memory(out: npt.NDArray[Any], result: da.Array) -> None:
+def _write_to_memory(out: Any, result: da.Array) -> None:
     """Write `result` into an array of this process, block by block, so that the whole is never held beside it."""
     regions = list(_regions(result.chunks))
     scheduler = get_scheduler(collections=[result]) or dask.threaded.get
@@ -126,10 +147,10 @@ def _regions(chunks: Chunks) -> Iterator[tuple[slice, ...]]:
 
 def _write(out: zarr.Array[Any], result: da.Array, location: Location | None = None) -> None:
     """Write `result` into a Zarr array, which is at `location` if a failure removes it."""
-    if is_in_memory(out):
-        out[...] = result.compute()
-        return
     result = result.rechunk(safe_chunks(result.chunks, write_unit(out)))
+    if is_in_memory(out):
+        _write_to_memory(out, result)
+        return
     written = result.map_blocks(
         _write_block, out, location, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
         meta=np.empty((0,) * result.ndim, bool),

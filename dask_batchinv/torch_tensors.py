@@ -71,6 +71,13 @@ def memory_of_out(out: Any) -> Any:
     return _memory_of(out)
 
 
+def mark_changed(out: Any) -> None:
+    """Tell autograd that a tensor was written into, so that it does not take its numbers for what they were."""
+    import torch
+
+    torch.autograd.graph.increment_version(out)
+
+
 def _widened(a: Any) -> Any:
     import torch
 

@@ -48,7 +48,8 @@ class JobOptions:
     def __post_init__(self) -> None:
         try:
             object.__setattr__(self, "assume_a", parse_assume_a(self.assume_a))
-            parse_min_rcond(self.min_rcond)
+            object.__setattr__(self, "min_rcond", parse_min_rcond(self.min_rcond))
+            object.__setattr__(self, "lower", bool(self.lower))
             parse_choice("missing", self.missing, Missing)
             parse_device(self.device)
         except ValueError as error:

@@ -114,6 +114,7 @@ def test_masked_items_of_lists_are_missing(masked):
     x = inverse([masked[0], masked[1], A.tolist()], on_error="nan")
     assert np.isnan(x[0]).all()
     assert_plain(x[1:], INVERSE[[0, 0]])
+    assert inverse(np.ma.zeros((2, 0, 0))).shape == (2, 0, 0)
     assert np.isnan(inverse([[1.0, np.ma.masked], [0, 1]], on_error="nan")).all()
 
 
@@ -163,6 +164,11 @@ def test_astropy_quantities_and_masks():
         assert_same_bits(np.asarray(x[1]), INVERSE[1])
         with pytest.raises(SingularMatrixError):
             inverse(missing)
+    from astropy.table import MaskedColumn
+
+    for function in (inverse, inverse_ex):
+        with pytest.raises(TypeError, match=r"MaskedColumn, which may hold more than numbers"):
+            function(MaskedColumn(STACK, unit="m"))
     lazy = behind_a_plain_meta(Masked(STACK, mask=mask))
     assert np.isnan(inverse(lazy, on_error="nan").compute()[0]).all()
     for wrong in ([A * units.m], da.from_delayed(dask.delayed(STACK * units.m), STACK.shape, dtype="f8")):

@@ -94,6 +94,40 @@ def test_an_array_in_memory_is_filled_from_worker_processes_too(store, processes
     assert_same_bits(out[...], inverse(a))
 
 
+@pytest.mark.parametrize("what", ["files", "group of format 2", "array of format 2", "the input"])
+def test_what_is_there_is_neither_written_to_nor_removed(tmp_path, what):
+    place = tmp_path / "mine"
+    place.mkdir()
+    (place / "thesis.tex").write_text("years of work")
+    source = da.zeros((2, 2, 2), chunks=(1, 2, 2))
+    if what == "group of format 2":
+        zarr.create_group(place, zarr_format=2)
+    elif what == "array of format 2":
+        zarr.create_array(place, shape=(1,), dtype="f8", zarr_format=2)
+    elif what == "the input":
+        source = zarr.create_array(place / "a.zarr", shape=(2, 2, 2), chunks=(1, 2, 2), dtype="f8")
+    before = sorted(place.rglob("*"))
+    with pytest.raises(FileExistsError, match="exists: pass the path of a new array"):
+        inverse(source, out=place)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_out_that_cannot_be_written_as_it_is(tmp_path):
+    a = conditioned(4, 2, 10)
+    fixed, z = np.empty_like(a), zarr.create_array(tmp_path / "z", shape=a.shape, dtype="f8")
+    fixed.flags.writeable = False
+    z.attrs["scale_factor"] = 0.1
+    for source in (a, da.from_array(a)):
+        with pytest.raises(ValueError, match="out is read-only"):
+            inverse(source, out=fixed)
+        with pytest.raises(ValueError, match="elements of out share their memory"):
+            inverse(source, out=np.lib.stride_tricks.as_strided(np.empty((2, 2)), a.shape, (0, 16, 8)))
+        with pytest.raises(TypeError, match=r"out, the array .* is packed"):
+            inverse(source, out=z)
+    for layout in (np.empty((2, 2, 4)).T, np.empty((2, 4, 2)).swapaxes(0, 1), np.empty((8, 4, 2))[::-2, ::2]):
+        assert_same_bits(inverse(a, out=layout), inverse(a))
+
+
 def test_a_failed_new_store_leaves_nothing(tmp_path):
     a = conditioned(6, 2, 10)
     bad = a.copy()

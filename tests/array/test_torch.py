@@ -125,6 +125,14 @@ def test_forward_derivatives():
         assert torch.allclose(found, want, rtol=1e-9)
 
 
+def test_autograd_knows_that_out_has_changed():
+    weight, out = torch.ones(3, 3, requires_grad=True), torch.ones(3, 3)
+    loss = (weight * out).sum()
+    inverse(2 * torch.eye(3), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_result_may_be_changed_in_place():
     t = torch.tensor(conditioned(2, 3, 4), requires_grad=True)
     x = inverse(t)
@@ -156,6 +164,8 @@ def test_out_is_a_tensor():
         inverse(t, out=torch.empty(3, 3, dtype=torch.float64))
     with pytest.raises(TypeError, match="requires a gradient"):
         inverse(t, out=torch.empty(a.shape, dtype=torch.float64, requires_grad=True))
+    with pytest.raises(ValueError, match="elements of out share their memory"):
+        inverse(t, out=torch.empty(3, 3, dtype=torch.float64).expand(6, 3, 3))
     with pytest.raises(TypeError, match="out= has no derivative"):
         inverse(torch.tensor(a, requires_grad=True), out=torch.empty(a.shape, dtype=torch.float64))
     with pytest.raises(TypeError, match="conjugate or negative view"):

@@ -158,7 +158,9 @@ def prepare_work(folder: Path, tiles: int, run: Callable[[list[str]], None]) -> 
     a[2 * MATRICES_PER_TILE : 3 * MATRICES_PER_TILE] = 0  # a tile of nothing but NaN
     a[5 :: 5 * MATRICES_PER_TILE + 3, 2, 3] = np.nan
     stack = xr.DataArray(
-        a, dims=("sample", "i", "j"), coords={"sample": np.arange(len(a)) * 0.5, "i": list("abcdefgh")}
+        a,
+        dims=("sample", "i", "j"),
+        coords={"sample": np.arange(len(a)) * 0.5, "i": list("abcdefgh"), "j": list("abcdefgh")},
     )
     codecs = {"compressors": [ZstdCodec(), Crc32cCodec()], "chunks": (MATRICES_PER_TILE, N, N)}
     stack.to_dataset(name="cov").to_zarr(work.source, zarr_format=3, consolidated=False, encoding={"cov": codecs})

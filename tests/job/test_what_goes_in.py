@@ -80,6 +80,23 @@ def test_packed_numbers_are_decoded_as_xarray_decodes_them(as_accessor, ds, pack
     assert np.flatnonzero(got["info"]).tolist() == [5]
 
 
+@pytest.mark.parametrize("scale", [1, 2, 0.5])
+def test_scales_of_floating_numbers(as_accessor, ds, tmp_path, scale):
+    ds["cov"].encoding = {"scale_factor": scale}
+    as_accessor(ds.astype("f4"), scale_factor=scale, _FillValue=np.nan)
+    if type(scale) is int:  # Xarray makes integers of them
+        del zarr.open_array(tmp_path / "source" / "cov").attrs["_FillValue"]
+        with pytest.raises(SourceError, match="which loses digits"):
+            open_source(tmp_path / "source")
+
+
+@pytest.mark.parametrize("wrong", ["0.1", [0.1, 0.2]])
+def test_scales_that_make_no_sense(tmp_path, wrong):
+    zarr.create_array(tmp_path / "s", shape=(1, 2, 2), dtype="i2", attributes={"scale_factor": wrong})
+    with pytest.raises(SourceError, match=r"cannot be decoded|loses digits"):
+        open_source(tmp_path / "s")
+
+
 def test_unsigned_bytes_in_a_bare_array(tmp_path, client):
     counts = np.array([[[200, 1], [1, 201]]], "u1")
     z = zarr.create_array(tmp_path / "s", shape=counts.shape, dtype="i1", attributes={"_Unsigned": "true"})
@@ -192,6 +209,18 @@ def test_a_name_given_twice(tmp_path, client, dims):
     assert zarr.open_group(tmp_path / "t")["inverse"].metadata.dimension_names == ("t", "p", "p_2")
 
 
+def test_an_array_beside_it_that_has_a_made_up_name_is_no_coordinate(tmp_path, client):
+    a = conditioned(4, 3, 10)
+    group = zarr.create_group(tmp_path / "s")
+    for name, names in {"cov": None, "twice": ["t", "p", "p"]}.items():
+        group.create_array(name, shape=a.shape, dtype="f8", dimension_names=names)[...] = a
+    for name in ("row", "col", "dim_0", "p_2"):
+        group.create_array(name, shape=(7,), dtype="f8")
+    for name, dims in {"cov": ("dim_0_2", "row_2", "col_2"), "twice": ("t", "p", "p_2_2")}.items():
+        assert open_source(tmp_path / "s", name).dims == dims
+        invert_store(tmp_path / "s", tmp_path / name, variable=name, client=client)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -234,7 +263,9 @@ def test_a_mask_beside_the_matrices_is_not_taken_for_them(tmp_path, ds):
 def test_units_grid_mapping_and_what_it_names_are_kept(as_accessor, ds):
     ds = ds.assign_coords(spatial_ref=((), 0, {"crs_wkt": "GEOGCS[...]"}), lat=("t", np.arange(12.0)))
     ds["cov"].attrs |= {"grid_mapping": "spatial_ref", "project": "p"}
-    got = as_accessor(ds)
+    got = as_accessor(ds.assign_attrs(title="t", complete=7))
+    assert got.attrs["title"] == "t"
+    assert got.attrs["complete"] == 1
     assert got["inverse"].attrs["units"] == "1/(m2)"
     assert got["inverse"].attrs["long_name"] == "inverse of covariance"
     assert got["inverse"].attrs["project"] == "p"

@@ -100,7 +100,7 @@ class Run:
             source = job.source
             contents = targets.Contents(
                 tiling, result_dtype(source.decoded_dtype), source.target_dims, source.read_coordinates(),
-                source.attributes, job.options.assume_a,
+                source.attributes, source.group_attributes, job.options.assume_a,
             )  # fmt: skip
             targets.create(job.target, job.fingerprint, contents, overwrite=job.options.overwrite)
         target = targets.inspect(job.target)  # again: another run may have been at work until now

@@ -26,7 +26,8 @@ def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
     found = dict(node.attributes)
     if fill_means_missing(array, node.attributes):
         found["_FillValue"] = array.fill_value
-    elif isinstance(found.get("_FillValue"), (str, list)):  # as Xarray writes it
+    elif "_FillValue" in found and not (array.dtype.kind in "fc" and isinstance(found["_FillValue"], (int, float))):
+        # A number, where Xarray would write text, is taken for what it is.
         try:
             found["_FillValue"] = FillValueCoder.decode(found["_FillValue"], array.dtype)
         except (TypeError, ValueError, struct.error) as error:
@@ -56,4 +57,13 @@ def decode(block: Array, packing: Packing) -> Array:
 
 def decoded_dtype(dtype: np.dtype[Any], packing: Packing) -> np.dtype[Any]:
     """Return the dtype of the numbers that packed ones of `dtype` stand for."""
-    return decode(np.empty(0, dtype), packing).dtype
+    try:
+        found = decode(np.zeros(1, dtype), packing).dtype
+    except Exception as error:  # whatever Xarray makes of attributes that make no sense
+        raise SourceError(f"numbers packed by {packing} cannot be decoded: {error}") from error
+    if found.kind not in ("fc" if dtype.kind in "fc" else "biufc"):
+        raise SourceError(
+            f"by the attributes {packing} Xarray decodes {dtype} to {found}, which loses digits: write the attributes "
+            "as floating numbers"
+        )
+    return found

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import xarray as xr
 import zarr
 
-from dask_batchinv.attributes import packing_of
+from dask_batchinv.attributes import PLACING, packing_of
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
 from dask_batchinv.job.source.bounded_decoding import open_bounded
@@ -31,7 +31,7 @@ from dask_batchinv.job.source.metadata import (
     read_node,
     stored_names,
 )
-from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, told_apart
+from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
 from dask_batchinv.location import Location, redact
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import StrictStore
@@ -72,6 +72,8 @@ class Source:
     """What changes places in the inverse."""
     attributes: dict[str, Any] = field(compare=False)
     """Those of the array."""
+    group_attributes: dict[str, Any] = field(compare=False)
+    """Those of the group."""
     packing: Packing = field(compare=False)
     """By which its numbers are decoded."""
     decoded_dtype: np.dtype[Any]
@@ -171,9 +173,9 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
     check_layout(node, dtype.itemsize)
     stored_names(node)
     array = open_bounded(location.store(read_only=True), node.meta)
-    names = _name_dims(node, array.ndim)
+    stored, names = _name_dims(node, array.ndim, group)
     if dims is not None:
-        _check_square(location, names, _axes(names, dims), array.shape)
+        _check_square(location, names, _axes(names, stored, dims), array.shape)
     sizes = dict(zip(names, array.shape, strict=True))
     coordinates = () if group is None else find(root, inner, node, sizes, name)
     if taken := sorted({*names, *names_of(coordinates)} & set(MEMBERS)):
@@ -184,12 +186,11 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
     packing = read_packing(node, array)
     decoded = decoded_dtype(dtype, packing)
     labels = _read_labels(coordinates, sizes)
-    core = _axes(names, _default_dims(node, names, sizes, labels) if dims is None else dims)
+    core = _axes(names, stored, _default_dims(node, names, sizes, labels) if dims is None else dims)
     _check_square(location, names, core, array.shape)
     row, col = (labels.get(names[axis]) for axis in core)
-    stored = stored_names(node)
     # One name given twice means one set of labels.
-    twice = stored is not None and stored[core[0]] is not None and stored[core[0]] == stored[core[1]]
+    twice = stored[core[0]] == stored[core[1]]
     return Source(
         location=location,
         root=root,
@@ -205,6 +206,7 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         coordinates=coordinates,
         exchange=Exchange.NOTHING if twice else exchange(row, col),
         attributes=node.attributes,
+        group_attributes={} if group is None else _attributes_of(group),
         packing=packing,
         decoded_dtype=decoded,
         checksummed=any(is_checksum(codec) for codec in codecs_of(node)),
@@ -256,27 +258,34 @@ def _listed(group: Location) -> str:
     return ", ".join(f"{name} {node.shape}" for name, node in array_nodes(group)) or "no arrays"
 
 
-def _name_dims(node: Node, ndim: int) -> tuple[str, ...]:
-    """Return the names of all dimensions, made up where there are none."""
+def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of all dimensions as stored, made up where there are none, and told apart."""
     if ndim < 2:
         raise SourceError(f"expected a stack of matrices with at least two dimensions, got shape {node.shape}")
     known = stored_names(node) or [None] * ndim
+    taken = set() if group is None or len(set(filter(None, known))) == ndim else {*group.children()}
     made_up = [*(f"dim_{axis}" for axis in range(ndim - 2)), "row", "col"]
-    return tuple(map(str, told_apart([name or spare for name, spare in zip(known, made_up, strict=True)])))
+    # An array beside it that has such a name by chance is no coordinate of it.
+    spare = [told_apart([name, name], taken)[1] if name in taken else name for name in made_up]
+    stored = tuple(str(name or new) for name, new in zip(known, spare, strict=True))
+    return stored, tuple(map(str, told_apart(stored, taken)))
 
 
-def _axes(names: tuple[str, ...], dims: Sequence[Hashable]) -> tuple[int, int]:
+def _attributes_of(group: Location) -> dict[str, Any]:
+    node = read_node(group)
+    # What Xarray names there is found as coordinates.
+    return {} if node is None else {name: value for name, value in node.attributes.items() if name not in PLACING}
+
+
+def _axes(names: tuple[str, ...], stored: tuple[str, ...], dims: Sequence[Hashable]) -> tuple[int, int]:
     """Return where the core dimensions are."""
     if len(dims) != 2:
         raise SourceError(f"--dims takes two different names, row,column; got {','.join(map(str, dims))}")
-    row, col = map(str, dims)
-    if row == col and told_apart([row, col])[1] in names:  # a name that the source has twice
-        col = str(told_apart([row, col])[1])
-    if absent := [dim for dim in (row, col) if dim not in names]:
-        raise SourceError(f"there is no dimension {', '.join(absent)}; the source has {', '.join(names)}")
-    if row == col:
-        raise SourceError(f"--dims takes two different names, row,column; got {row},{col}")
-    return names.index(row), names.index(col)
+    if (found := named(dims, names, stored)) is None:
+        if absent := [str(dim) for dim in dims if dim not in names]:
+            raise SourceError(f"there is no dimension {', '.join(absent)}; the source has {', '.join(names)}")
+        raise SourceError(f"--dims takes two different names, row,column; got {','.join(map(str, dims))}")
+    return names.index(str(found[0])), names.index(str(found[1]))
 
 
 def _check_square(location: Location, names: tuple[str, ...], core: tuple[int, int], shape: tuple[int, ...]) -> None:

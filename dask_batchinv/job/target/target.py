@@ -161,6 +161,8 @@ class Contents:
     """Coordinates, undecoded, in memory."""
     attributes: dict[str, Any]
     """Attributes of what is inverted."""
+    group_attributes: dict[str, Any]
+    """Attributes of the group that it is in."""
     assume_a: AssumeA
     """Structure of the matrices."""
 
@@ -207,7 +209,8 @@ def create(location: Location, fingerprint: Fingerprint, contents: Contents, *, 
         "names": [*MEMBERS, *contents.names],
     }
     with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
-        group = zarr.create_group(location.store(), attributes=_marked(False, mark))
+        # What was itself a target of ours is no more than a source here.
+        group = zarr.create_group(location.store(), attributes=contents.group_attributes | _marked(False, mark))
         _create_outputs(group, contents)
         if contents.coordinates is not None:
             _write_coordinates(location, contents.coordinates, dict(group.attrs))
