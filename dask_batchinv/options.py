@@ -86,11 +86,11 @@ class CallOptions:
 
     def has_nan(self, block: Any, info: Any) -> Any:
         """Tell of which matrices the part that is read has a NaN, where ``info`` says that they are not finite."""
-        found = info == int(Info.NOT_FINITE)
-        suspects = in_main_memory(block[found])  # of a single matrix, a stack of one or none
-        found = in_main_memory(found)
+        not_finite = info.reshape(-1) == int(Info.NOT_FINITE)
+        suspects = in_main_memory(block.reshape(info.size, *block.shape[-2:])[not_finite])
+        found = in_main_memory(not_finite)
         found[found] = np.isnan(self.read(suspects)).any((-2, -1))
-        return found
+        return found.reshape(info.shape)
 
     def read(self, stack: Any) -> Any:
         """Return the matrices that a stack ``(m, n, n)`` in main memory stands for."""

@@ -34,7 +34,7 @@ _REMOVAL_SECONDS = 5.0
 
 def check_out(out: Any, like: Any) -> None:
     """Raise ValueError or TypeError unless `out` can take the inverse of `like`."""
-    if not isinstance(out, zarr.Array) and not out.flags.writeable:
+    if isinstance(out, np.ndarray) and not out.flags.writeable:  # CuPy has no such flag
         raise ValueError("out is read-only")
     if not isinstance(out, zarr.Array) and _overlaps_itself(out):
         raise ValueError("several elements of out share their memory: pass an array that was not expanded or broadcast")

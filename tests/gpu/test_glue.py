@@ -5,7 +5,7 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from dask_batchinv import DeviceError, inverse, inverse_ex, invert_store
+from dask_batchinv import DeviceError, IllConditionedWarning, SingularMatrixError, inverse, inverse_ex, invert_store
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
@@ -121,6 +121,21 @@ def test_cupy_arrays_in_cupy_arrays_out(cupy, dtype):
     half = inverse(cupy.array(a.real.astype("float16")))
     assert half.dtype == np.float32
     assert isinstance(half, cupy.ndarray)
+
+
+def test_judgement_of_arrays_on_the_gpu(cupy):
+    a = np.stack([np.eye(3), np.full((3, 3), np.nan), np.diag([1, 1, 1e-20]), np.diag([2.0, 3, 4])])
+    on_gpu = cupy.array(a)
+    with pytest.warns(IllConditionedWarning, match=r"\(2,\): rcond 1e-20"):
+        x = inverse(on_gpu, on_error="skipna")
+    assert isinstance(x, cupy.ndarray)
+    assert_same_bits(x.get()[3], inverse(a[3]))
+    assert inverse_ex(on_gpu, min_rcond=1e-10).info.get().tolist() == [0, -1, -3, 0]
+    with pytest.raises(SingularMatrixError, match=r"\(2,\): rcond is below"):
+        inverse(on_gpu, on_error="skipna", min_rcond=1e-10)
+    lower = conditioned(4, 3, 10, "complex128", "hermitian")
+    x = inverse(cupy.array(lower + np.triu(np.full((3, 3), np.nan), 1)), assume_a="her", lower=True).get()
+    np.testing.assert_allclose(x, inverse(lower, assume_a="her"), rtol=0, atol=1e-13)
 
 
 def test_dask_arrays_keep_their_kind_of_blocks(cupy):
