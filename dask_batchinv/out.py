@@ -109,11 +109,11 @@ def _write_to_memory(out: Any, result: da.Array) -> None:
     scheduler = get_scheduler(collections=[result]) or dask.threaded.get
     if scheduler in (dask.threaded.get, dask.local.get_sync):
         # In this process, where tasks can write themselves.
-        written = result.map_blocks(
-            _write_block, _Held(out), None, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
-            meta=np.empty((0,) * result.ndim, bool),
-        )  # fmt: skip
-        written.compute()
+        held = _Held(out)
+        try:
+            _written(result, held, None).compute()
+        finally:
+            held.array = None  # when one task fails, Dask lets those go on that run
         return
     blocks = list(result.to_delayed().ravel())
     client = getattr(scheduler, "__self__", None)
@@ -130,13 +130,14 @@ class _Held:
     """An array that tasks write to, hidden from Dask, which would look at all its bytes to give it a name."""
 
     def __init__(self, array: Any):
-        self.array = array
+        self.array: Any | None = array
 
     def __dask_tokenize__(self) -> str:
         return uuid.uuid4().hex
 
     def __setitem__(self, region: Any, block: Any) -> None:
-        self.array[region] = block
+        if (array := self.array) is not None:
+            array[region] = block
 
 
 def _regions(chunks: Chunks) -> Iterator[tuple[slice, ...]]:
@@ -151,11 +152,15 @@ def _write(out: zarr.Array[Any], result: da.Array, location: Location | None = N
     if is_in_memory(out):
         _write_to_memory(out, result)
         return
-    written = result.map_blocks(
+    _written(result, out, location).compute()
+
+
+def _written(result: da.Array, out: Any, location: Location | None) -> da.Array:
+    """Return a lazy array of which each block writes one of `result`."""
+    return result.map_blocks(
         _write_block, out, location, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
         meta=np.empty((0,) * result.ndim, bool),
     )  # fmt: skip
-    written.compute()
 
 
 def _write_block(block: Any, out: Any, location: Location | None, block_info: Any = None) -> Any:
