@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from dask_batchinv import SourceError, inverse, invert_store, verify_store
+from dask_batchinv import SourceError, TargetError, inverse, invert_store, verify_store
 from dask_batchinv.job.plan.plan import IDLE_WORKER_NBYTES, Limits, StackLayout, project_memory
 from dask_batchinv.job.source.decoding import decode
 from dask_batchinv.job.source.source import open_source
@@ -194,6 +194,14 @@ def test_the_same_labels_in_another_order_change_places(as_accessor, ds):
     assert list(got["i"].values) == list("cab")
     assert list(got["j"].values) == list("abc")
     assert got["name"].dims == ("j",)
+
+
+def test_other_labels_are_another_job(tmp_path, ds, client):
+    ds.to_zarr(tmp_path / "s", consolidated=False)
+    invert_store(tmp_path / "s", tmp_path / "t", client=client, max_failed=None)
+    zarr.open_array(tmp_path / "s" / "i")[...] = np.array(list("cba"))
+    with pytest.raises(TargetError, match="belongs to another job: exchanged was 'nothing', is 'labels'; labels was"):
+        invert_store(tmp_path / "s", tmp_path / "t", client=client)
 
 
 def test_one_side_without_labels(as_accessor, ds):

@@ -86,6 +86,7 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "source metadata": source.digest,
         "dims": [source.dims[axis] for axis in source.core],
         "exchanged": source.exchange.value,
+        "labels": source.labels,
         "assume_a": options.assume_a,
         "lower": options.lower,
         "min_rcond": options.min_rcond,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +72,8 @@ class Source:
     """What says where its matrices are."""
     exchange: Exchange
     """What changes places in the inverse."""
+    labels: str
+    """SHA-256 of the labels of rows and columns; empty where there are none."""
     attributes: dict[str, Any] = field(compare=False)
     """Those of the array."""
     group_attributes: dict[str, Any] = field(compare=False)
@@ -205,6 +209,7 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         core=core,
         coordinates=coordinates,
         exchange=Exchange.NOTHING if twice else exchange(row, col),
+        labels=_digest_of_labels(row, col),
         attributes=node.attributes,
         group_attributes={} if group is None else _attributes_of(group),
         packing=packing,
@@ -300,6 +305,13 @@ def _read_labels(coordinates: tuple[Coordinates, ...], sizes: dict[str, int]) ->
     """Read the labels of the dimensions that are as long as another: what is not could not be a row or a column."""
     lengths = list(sizes.values())
     return {dim: read_labels(coordinates, dim) for dim, size in sizes.items() if lengths.count(size) > 1}
+
+
+def _digest_of_labels(row: Index | None, col: Index | None) -> str:
+    if row is None and col is None:
+        return ""
+    texts = [None if labels is None else list(map(str, labels)) for labels in (row, col)]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _default_dims(
