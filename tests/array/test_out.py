@@ -224,8 +224,8 @@ def peak_of(call):
 @pytest.mark.parametrize("on_error", ["raise", "nan"])
 @pytest.mark.parametrize("kind", ["array", "memmap"])
 def test_lazy_input_is_written_block_by_block(tmp_path, kind, on_error):
-    block = 2**22
-    lazy = da.ones((16, 8192, 8, 8), chunks=(1, -1, -1, -1)) * 0.1 + da.eye(8, chunks=8)
+    block = 2**20
+    lazy = da.ones((16, 2048, 8, 8), chunks=(1, -1, -1, -1)) * 0.1 + da.eye(8, chunks=8)
     assert lazy.nbytes == 16 * block
     out = np.empty(lazy.shape) if kind == "array" else np.memmap(tmp_path / "x", "f8", "w+", shape=lazy.shape)
     with dask.config.set(scheduler="sync"):

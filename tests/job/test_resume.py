@@ -194,7 +194,8 @@ def test_a_target_of_another_format_is_refused(tmp_path, make_source, client):
     source = make_source(conditioned(4, 3, 10))
     invert_store(source, tmp_path / "t", client=client)
     meta = json.loads((tmp_path / "t" / "zarr.json").read_text())
-    meta["attributes"]["dask_batchinv"] = {"format": 0}  # as older versions wrote it
+    mark = json.loads(meta["attributes"]["dask_batchinv"])
+    meta["attributes"]["dask_batchinv"] = mark | {"format": 0}  # older versions wrote no text
     (tmp_path / "t" / "zarr.json").write_text(json.dumps(meta))
     with pytest.raises(
         TargetError, match=r"another version \(format 0, this one writes 4\): use that version, or pass --overwrite"
