@@ -45,7 +45,11 @@ def compile_for(architecture, options):
 @pytest.mark.skipif(NVRTC is None, reason="needs nvidia-cuda-nvrtc, which PyPI has for Linux alone")
 @pytest.mark.parametrize("kind", ["general", "positive definite"])
 @pytest.mark.parametrize(
-    ("dtype", "architecture"), [*((dtype, "sm_90") for dtype in DTYPES), ("float32", "sm_80"), ("complex128", "sm_80")]
+    ("dtype", "architecture"),
+    [
+        *((dtype, "sm_90") for dtype in DTYPES),
+        *(pytest.param(dtype, "sm_80", marks=pytest.mark.slow) for dtype in ("float32", "complex128")),
+    ],
 )
 def test_kernels_compile(dtype, kind, architecture):
     """The largest n of each layout, which is the hardest for the compiler."""
