@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,48 +16,6 @@ from dask_batchinv.attributes import PLACING, of_inverse, packing_of, refuse_pac
 from dask_batchinv.kernels import InverseEx
 from dask_batchinv.labels import Dims, Exchange, Pair
 from dask_batchinv.options import CallOptions
-
-
-@invert_any.register
-def _(a: xr.DataArray, options: CallOptions, out: Any) -> Any:
-    _refuse_out(out)
-    return data_array_inv(a, None, options)
-
-
-@invert_any.register
-def _(a: xr.Dataset, options: CallOptions, out: Any) -> Any:
-    _refuse_out(out)
-    return dataset_inv(a, None, options)
-
-
-@invert_any.register
-def _(a: xr.DataTree, options: CallOptions, out: Any) -> Any:
-    _refuse_out(out)
-    return tree_inv(a, None, options)
-
-
-@invert_any.register
-def _(a: xr.Variable, options: CallOptions, out: Any) -> Any:
-    _refuse_out(out)
-    return data_array_inv(xr.DataArray(a), None, options).variable
-
-
-@invert_any_ex.register
-def _(a: xr.DataArray, options: CallOptions) -> InverseEx:
-    return data_array_parts(a, None, options)
-
-
-@invert_any_ex.register(xr.Variable)
-@invert_any_ex.register(xr.Dataset)
-@invert_any_ex.register(xr.DataTree)
-def _(a: Any, options: CallOptions) -> InverseEx:
-    raise TypeError(f"inverse_ex takes DataArrays: pick a variable of the {type(a).__name__}")
-
-
-def _refuse_out(out: Any) -> None:
-    if out is not None:
-        raise TypeError("out= is not for Xarray objects: use .to_zarr on the result")
-
 
 # --- one array ------------------------------------------------------------------------------------------------
 
@@ -324,3 +282,30 @@ def _has_stacks(ds: xr.Dataset, dims: Dims | None, variables: list[Hashable] | N
     if dims is None:
         return any(_pairs(ds[name]) for name in chosen)
     return any(_has(ds[name], labels.parse_dims(dims)) for name in chosen)
+
+
+# --- what `inverse` and `inverse_ex` do with them -------------------------------------------------------------
+
+
+def _variable_inv(a: xr.Variable, dims: Dims | None, options: CallOptions) -> xr.Variable:
+    return data_array_inv(xr.DataArray(a), dims, options).variable
+
+
+def _register(kind: type, invert: Callable[..., Any]) -> None:
+    @invert_any.register(kind)
+    def _(a: Any, options: CallOptions, out: Any) -> Any:
+        if out is not None:
+            raise TypeError("out= is not for Xarray objects: use .to_zarr on the result")
+        return invert(a, None, options)
+
+    @invert_any_ex.register(kind)
+    def _(a: Any, options: CallOptions) -> InverseEx:
+        if kind is xr.DataArray:
+            return data_array_parts(a, None, options)
+        raise TypeError(f"inverse_ex takes DataArrays: pick a variable of the {type(a).__name__}")
+
+
+_register(xr.DataArray, data_array_inv)
+_register(xr.Dataset, dataset_inv)
+_register(xr.DataTree, tree_inv)
+_register(xr.Variable, _variable_inv)

@@ -3,6 +3,7 @@
 import dask
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 import xarray as xr
@@ -227,7 +228,6 @@ def test_jax_arrays():
 
 
 def test_data_frames_exchange_index_and_columns():
-    pd = pytest.importorskip("pandas")
     J = pd.DataFrame(A, index=["flux", "color"], columns=["mass", "radius"])
     x = inverse(J)
     assert list(x.index) == ["mass", "radius"]

@@ -4,6 +4,7 @@ import itertools
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -142,7 +143,6 @@ def test_labels_that_are_equal_or_absent_change_nothing(square):
     ],
 )
 def test_exchange(row, col, want):
-    pd = pytest.importorskip("pandas")
     assert exchange(pd.Index(row), None if col is None else pd.Index(col)) is want
 
 

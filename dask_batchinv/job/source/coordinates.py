@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import dask
@@ -86,7 +87,9 @@ def _beside(group: Location, node: Node, sizes: dict[str, int], variable: str) -
         return
     # An extended grid mapping is "name: coordinate coordinate name: …".
     # Whatever one variable of a group names is a coordinate of all that it fits, to Xarray.
-    attributes = [node.attributes, root.attributes, *(other.attributes for _, other in array_nodes(group))]
+    attributes = [node.attributes, root.attributes]
+    with suppress(Exception):  # a server that lists nothing: those that the variable names itself
+        attributes += [other.attributes for _, other in array_nodes(group)]
     texts = [own.get(name) for own in attributes for name in PLACING]
     named = {name.rstrip(":") for text in texts if isinstance(text, str) for name in text.split()}
     for name in sorted(filter(is_name, {*sizes, *named} - {variable})):  # others would lead out of the group

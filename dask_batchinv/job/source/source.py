@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -268,7 +269,10 @@ def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str
     if ndim < 2:
         raise SourceError(f"expected a stack of matrices with at least two dimensions, got shape {node.shape}")
     known = stored_names(node) or [None] * ndim
-    taken = set() if group is None or len(set(filter(None, known))) == ndim else {*group.children()}
+    taken: set[str] = set()
+    if group is not None and len(set(filter(None, known))) < ndim:
+        with suppress(Exception):  # a server that lists nothing has nothing that could be taken for a coordinate
+            taken = {*group.children()}
     made_up = [*(f"dim_{axis}" for axis in range(ndim - 2)), "row", "col"]
     # An array beside it that has such a name by chance is no coordinate of it.
     spare = [told_apart([name, name], taken)[1] if name in taken else name for name in made_up]
