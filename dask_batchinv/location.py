@@ -181,6 +181,15 @@ class Location:
         fs, path = self._filesystem()
         return sorted(child.rstrip("/").rpartition("/")[2] for child in fs.ls(path, detail=False))
 
+    def known_children(self) -> list[str]:
+        """Return `children`; none where a web server does not list them."""
+        try:
+            return self.children()
+        except Exception:  # whatever a web server's answer becomes
+            if "http" in self.url.partition("://")[0]:
+                return []
+            raise
+
     def remove(self, *, first: str | None = None, last: str | None = None, keep: str | None = None) -> None:
         """Delete everything here, the file `first` before and the file `last` after all others, but not `keep`."""
         fs, path = self._filesystem()

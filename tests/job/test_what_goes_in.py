@@ -1,6 +1,8 @@
 """Jobs give what the accessor gives: packed numbers, labels, coordinates, attributes. Targets can be written on."""
 
+import threading
 import tracemalloc
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import dask
 import numpy as np
@@ -328,6 +330,32 @@ def test_a_target_can_be_written_on(tmp_path, as_accessor, ds, engine):
         assert back.attrs["complete"] == 1
     got.to_zarr(tmp_path / "x.zarr", consolidated=False)
     got.drop_encoding().to_zarr(tmp_path / "x2.zarr", zarr_format=2, consolidated=False)
+
+
+def test_a_server_that_lists_nothing_is_a_source(tmp_path):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("cov", shape=(4, 2, 2), dtype="f8", dimension_names=["t", "i", "j"])
+    group.create_array("twice", shape=(4, 2, 2), dtype="f8", dimension_names=["t", "p", "p"])
+
+    class Silent(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=tmp_path)
+
+        def list_directory(self, path):
+            self.send_error(403)
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/s"
+            assert open_source(url, "cov").dims == ("t", "i", "j")
+            assert open_source(url, "twice").dims == ("t", "p", "p_2")
+        finally:
+            server.shutdown()
 
 
 # --- structures -----------------------------------------------------------------------------------------------

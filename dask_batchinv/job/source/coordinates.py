@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import dask
@@ -87,9 +86,8 @@ def _beside(group: Location, node: Node, sizes: dict[str, int], variable: str) -
         return
     # An extended grid mapping is "name: coordinate coordinate name: …".
     # Whatever one variable of a group names is a coordinate of all that it fits, to Xarray.
-    attributes = [node.attributes, root.attributes]
-    with suppress(Exception):  # a server that lists nothing: those that the variable names itself
-        attributes += [other.attributes for _, other in array_nodes(group)]
+    others = array_nodes(group, group.known_children())
+    attributes = [node.attributes, root.attributes, *(other.attributes for _, other in others)]
     texts = [own.get(name) for own in attributes for name in PLACING]
     named = {name.rstrip(":") for text in texts if isinstance(text, str) for name in text.split()}
     for name in sorted(filter(is_name, {*sizes, *named} - {variable})):  # others would lead out of the group
@@ -122,9 +120,9 @@ def read_labels(parts: tuple[Coordinates, ...], dim: str) -> Index | None:
     return None
 
 
-def array_nodes(group: Location) -> Iterator[tuple[str, Node]]:
-    """Yield the arrays of a group with their names."""
-    for name in group.children():
+def array_nodes(group: Location, names: list[str] | None = None) -> Iterator[tuple[str, Node]]:
+    """Yield the arrays of a group, or those of some names, with their names."""
+    for name in group.children() if names is None else names:
         node = read_node(group / name)
         if node is not None and node.is_array:
             yield name, node

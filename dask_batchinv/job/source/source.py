@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -271,8 +270,7 @@ def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str
     known = stored_names(node) or [None] * ndim
     taken: set[str] = set()
     if group is not None and len(set(filter(None, known))) < ndim:
-        with suppress(Exception):  # a server that lists nothing has nothing that could be taken for a coordinate
-            taken = {*group.children()}
+        taken = {*group.known_children()}
     made_up = [*(f"dim_{axis}" for axis in range(ndim - 2)), "row", "col"]
     # An array beside it that has such a name by chance is no coordinate of it.
     spare = [told_apart([name, name], taken)[1] if name in taken else name for name in made_up]
