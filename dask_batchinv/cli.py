@@ -23,9 +23,9 @@ from dask_batchinv.job.plan.prepare import Job, plan_for, prepare
 from dask_batchinv.job.report import display
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.kernels.device import DeviceError
-from dask_batchinv.location import redact
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.stack import SHORT_WORDS, AssumeA, Device
+from dask_batchinv.text import redact
 
 REFUSED = 2
 INTERRUPTED = 130

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,24 +17,10 @@ import zarr.abc.store
 import zarr.storage
 
 from dask_batchinv.outcome import RefusedError
+from dask_batchinv.text import redact, without_user
 
-_SECRET = re.compile(
-    r"(?i)((?:key|secret|token|sig|signature|password|passwd|pwd|credential|auth|sas)[^=&\s]*=)[^&\s]+"
-)
 #: A metadata document may be so long.
 _JSON_NBYTES = 16 * 2**20
-_USER = re.compile(r"(?<=://)[^/\s]+@")
-
-
-def redact(text: str) -> str:
-    """Return `text` without the credentials that URLs may carry.
-
-    Examples
-    --------
-    >>> redact("s3://me:hunter2@host/b?token=abc&x=1")
-    's3://***@host/b?token=***&x=1'
-    """
-    return _SECRET.sub(r"\1***", _USER.sub("***@", text))
 
 
 @contextmanager
@@ -101,7 +86,7 @@ class Location:
 
     def _parts(self) -> list[str]:
         # User and query do not identify the data.
-        url = self.url if self.is_local else _USER.sub("", self.url.partition("?")[0])
+        url = self.url if self.is_local else without_user(self.url.partition("?")[0])
         return [part for part in url.split("/") if part]
 
     def store(self, *, read_only: bool = False) -> zarr.abc.store.Store:

@@ -23,9 +23,10 @@ from dask.base import get_scheduler
 
 from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.kernels.device import is_gpu_array
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location
 from dask_batchinv.stack import result_dtype
 from dask_batchinv.storage import array_options, fill_means_missing, innermost, write_unit
+from dask_batchinv.text import redact
 
 Chunks = tuple[tuple[int, ...], ...]
 #: How long `remove_array` tries.

@@ -3,7 +3,8 @@
 import fsspec
 import pytest
 
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location
+from dask_batchinv.text import redact
 
 
 def test_one_location_has_one_name(tmp_path, monkeypatch):

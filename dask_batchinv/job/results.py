@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.job.versions import VersionError
-from dask_batchinv.location import redact
 from dask_batchinv.outcome import FAILURE_KINDS, Info, TargetError, failures_of
+from dask_batchinv.text import redact
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]

@@ -23,9 +23,10 @@ from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.versions import differing, versions
 from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.stack import Device
+from dask_batchinv.text import redact
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")

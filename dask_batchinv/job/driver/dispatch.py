@@ -23,7 +23,7 @@ from distributed.comm import CommClosedError
 from dask_batchinv.job.driver.executor import HEARTBEAT, Heartbeat, Work
 from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
 from dask_batchinv.job.results import TileResult
-from dask_batchinv.location import redact
+from dask_batchinv.text import redact
 
 T = TypeVar("T")
 Results = Iterator[TileResult[Any] | Heartbeat]

@@ -27,9 +27,10 @@ from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.versions import versions
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
-from dask_batchinv.location import raised_as, redact
+from dask_batchinv.location import raised_as
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.stack import result_dtype
+from dask_batchinv.text import redact
 
 #: What to do about a store that fails.
 AGAIN = "; run the command again"

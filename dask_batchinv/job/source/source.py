@@ -34,9 +34,10 @@ from dask_batchinv.job.source.metadata import (
     stored_names,
 )
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import StrictStore
+from dask_batchinv.text import redact
 
 #: An error may say so much.
 _TEXT_LENGTH = 1500

@@ -16,7 +16,8 @@ from dask_batchinv.job.results import COLUMNS, Rows, TileResult
 from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, read_rows
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Location, redact
+from dask_batchinv.location import Location
+from dask_batchinv.text import redact
 
 #: How many read at a time for each thread of a worker: a disk or a store that is asked for one chunk after the other
 #: keeps us waiting. And how many tiles each of them takes at a time: so few large ones are read back at a time, see
