@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dask_batchinv.text import clean
+
 #: Attributes by which stored numbers stand for others (CF, chapter 8).
 SCALES = ("scale_factor", "add_offset", "_Unsigned")
 #: Attributes that name the number that stands for a missing one.
@@ -73,7 +75,7 @@ def refuse_packed(attributes: Mapping[Any, Any], what: str, way_out: str) -> Non
         if name in packed and np.ndim(packed[name]) == 0 and packed[name] == neutral:
             del packed[name]
     if packing_of(packed):
-        raise TypeError(f"{what} is packed, its attributes have {', '.join(packed)}: {way_out}")
+        raise TypeError(clean(f"{what} is packed, its attributes have {', '.join(packed)}: {way_out}"))
 
 
 def is_nan(value: Any) -> bool:

@@ -16,6 +16,7 @@ from dask_batchinv.attributes import PLACING, of_inverse, packing_of, refuse_pac
 from dask_batchinv.kernels import InverseEx
 from dask_batchinv.labels import Dims, Exchange, Pair
 from dask_batchinv.options import CallOptions
+from dask_batchinv.text import clean
 
 # --- one array ------------------------------------------------------------------------------------------------
 
@@ -234,7 +235,9 @@ def _common_dims(ds: xr.Dataset, chosen: list[Hashable]) -> Pair:
             "the same labels or none: name them with dims=(row, column), or variables of other dtypes with variables=; "
             f"there are { ({name: v.dims for name, v in ds.data_vars.items()}) }"
         )
-    choices = "; ".join(f"dims={pair} (of {', '.join(map(str, names))})" for pair, names in found.items())
+    choices = "; ".join(
+        f"dims={pair} (of {', '.join(clean(str(name)) for name in names)})" for pair, names in found.items()
+    )
     if len(found) > 1:
         raise ValueError(
             f"several pairs of dimensions could be the rows and columns of matrices: pass one of {choices}"

@@ -17,7 +17,7 @@ import zarr.abc.store
 import zarr.storage
 
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.text import redact, without_user
+from dask_batchinv.text import clean, harmless, remember_url, without_user
 
 #: A metadata document may be so long.
 _JSON_NBYTES = 16 * 2**20
@@ -31,7 +31,7 @@ def raised_as(kind: type[Exception], what: str, advice: str = "") -> Iterator[No
     except RefusedError:
         raise
     except Exception as error:
-        raise kind(redact(f"{what}: {type(error).__name__}: {error}{advice}")) from error
+        raise kind(clean(f"{what}: {type(error).__name__}: {error}{advice}")) from harmless(error)
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,21 @@ class Location:
     url: str
     """As opened: an absolute real path, or an fsspec URL. May hold credentials: print `name` instead."""
 
+    def __post_init__(self) -> None:
+        remember_url(self.url)
+
+    def __reduce__(self) -> tuple[type[Location], tuple[str]]:
+        # Made anew where it arrives, so that its credentials are known there too.
+        return Location, (self.url,)
+
+    def __repr__(self) -> str:
+        return f"Location({self.name!r})"
+
     @classmethod
     def parse(cls, path: str | os.PathLike[str]) -> Location:
         """Return the location that a path or URL names: symlinks, ``..`` and trailing slashes are resolved."""
         text = os.fspath(path)
+        remember_url(text)  # before it is resolved: a slash or a dot may be part of a credential
         if not text:
             raise ValueError("expected a path or a URL, got an empty string")
         if text.startswith(("file://", "local://")):
@@ -61,8 +72,8 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The location for people: without credentials."""
-        return redact(self.url)
+        """The location for people: without credentials, and on one line."""
+        return clean(self.url)
 
     @property
     def is_local(self) -> bool:
@@ -190,7 +201,7 @@ def _resolved(parts: list[str], url: str) -> list[str]:
     for part in parts:
         if part == "..":
             if not done:
-                raise ValueError(f"{redact(url)} leads out of its store by '..'")
+                raise ValueError(f"{clean(url)} leads out of its store by '..'")
             done.pop()
         elif part != ".":
             done.append(part)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from scipy.linalg import LinAlgWarning
 
 from dask_batchinv.stack import AssumeA
+from dask_batchinv.text import CleanError
 
 Index = tuple[int, ...]
 
@@ -236,7 +237,7 @@ def in_main_memory(a: Any) -> npt.NDArray[Any]:
     return np.array(a.get() if hasattr(a, "get") else a)
 
 
-class RefusedError(ValueError):
+class RefusedError(CleanError, ValueError):
     """The job was refused before anything was written. The message says what to change."""
 
 

@@ -14,10 +14,12 @@ import zarr.abc.store
 import zarr.storage
 from zarr.codecs import Crc32cCodec
 
+from dask_batchinv.text import CleanError
+
 _METADATA_KEYS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 
-class MissingChunkError(FileNotFoundError):
+class MissingChunkError(CleanError, FileNotFoundError):
     """A chunk is not in its store."""
 
 

@@ -15,7 +15,8 @@ PACKAGE = Path(dask_batchinv.__file__).parent
 #: The floors, from the ground up: a room (a module, or a folder with all that is in it) may import what is on lower
 #: floors, and nothing of its own floor.
 FLOORS = [
-    ["_version", "config", "stack", "labels", "attributes", "text"],
+    ["text"],
+    ["_version", "config", "stack", "labels", "attributes"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "torch_tensors"],
     ["kernels.cpu", "kernels.cuda", "location"],

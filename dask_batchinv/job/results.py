@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.job.versions import VersionError
 from dask_batchinv.outcome import FAILURE_KINDS, Info, TargetError, failures_of
-from dask_batchinv.text import redact
+from dask_batchinv.text import clean
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -38,13 +38,17 @@ class TileResult(Generic[T]):
     value: T | None
     """What was found out about it; None if it failed."""
     error: str | None = None
-    """Why it failed, without credentials."""
+    """Why it failed, on one line and without credentials."""
     stops: bool = False
     """Whether the cause would fail all other tiles too."""
     milliseconds: int = 0
     """How long it took."""
     attempts: int = 1
     """How often it was tried."""
+
+    def __post_init__(self) -> None:
+        if self.error is not None:
+            object.__setattr__(self, "error", clean(self.error))
 
 
 @dataclass(frozen=True)
@@ -114,4 +118,4 @@ def as_results(number: int, work: Callable[[], list[TileResult[T]]]) -> list[Til
         stops = isinstance(error, (VersionError, TargetError)) or (
             isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         )
-        return [TileResult(number, None, redact(f"{type(error).__name__}: {error}"), stops)]
+        return [TileResult(number, None, f"{type(error).__name__}: {error}", stops)]

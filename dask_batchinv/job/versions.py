@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from dask_batchinv._version import __version__
+from dask_batchinv.text import CleanError
 
 #: What computes the matrices, so that its version may change their bits.
 COMPUTING = ("dask_batchinv", "llvmlite", "numpy", "scipy")
@@ -15,7 +16,7 @@ PACKAGES = (*COMPUTING, "zarr", "numcodecs", "crc32c", "distributed")
 Versions = dict[str, str]
 
 
-class VersionError(RuntimeError):
+class VersionError(CleanError, RuntimeError):
     """A worker has other versions than the process that started the job."""
 
 

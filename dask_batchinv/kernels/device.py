@@ -8,12 +8,13 @@ from typing import Any, Literal
 import dask.config
 
 from dask_batchinv.stack import Device, parse_choice
+from dask_batchinv.text import CleanError
 
 #: The oldest cards that CUDA 13 compiles for.
 OLDEST = 75
 
 
-class DeviceError(RuntimeError):
+class DeviceError(CleanError, RuntimeError):
     """The wanted device cannot be used."""
 
 

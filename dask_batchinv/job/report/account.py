@@ -17,6 +17,7 @@ from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import FAILURE_KINDS, NAMED, Index, failures_of
 from dask_batchinv.stack import AssumeA
+from dask_batchinv.text import clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +75,14 @@ class Account:
     def __str__(self) -> str:
         state = "complete" if self.complete else "not complete: run the same command again to continue"
         kinds = [f"{self.failed[f.kind]:,} {f.words}" for f in failures_of(self.assume_a) if self.failed[f.kind]]
-        return (
-            f"{self.source} -> {self.target}\n"
-            f"state            {state}\n"
-            f"tiles            {self.tiles_done:,} of {self.tiles:,}\n"
-            f"matrices         {self.matrices_done:,} of {self.matrices:,}\n"
-            f"without inverse  {', '.join(kinds) or 'none'}"
-        )
+        lines = [
+            f"{self.source} -> {self.target}",
+            f"state            {state}",
+            f"tiles            {self.tiles_done:,} of {self.tiles:,}",
+            f"matrices         {self.matrices_done:,} of {self.matrices:,}",
+            f"without inverse  {', '.join(kinds) or 'none'}",
+        ]
+        return "\n".join(map(clean, lines))
 
 
 def account_of(path: str | os.PathLike[str]) -> Account:

@@ -10,6 +10,7 @@ from dask.utils import format_bytes
 from dask_batchinv.job.report.account import Account
 from dask_batchinv.job.report.run_record import RunRecord
 from dask_batchinv.job.report.tiles import named_tiles
+from dask_batchinv.text import clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class JobReport(RunRecord, Account):
             lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
         if self.stopped:
             lines.append(f"stopped          {self.stopped}")
-        return "\n".join([*lines, *self._cost(), *(f"note             {note}" for note in self.notes)])
+        lines += [*self._cost(), *(f"note             {note}" for note in self.notes)]
+        return "\n".join(map(clean, lines))
 
     def _cost(self) -> list[str]:
         """Return the lines about time and workers."""
@@ -88,7 +90,7 @@ class JobFailedError(RuntimeError):
         if report.exit_code == 1:
             first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
             missing = report.tiles - report.tiles_done
-            return (f"{missing} of {report.tiles} tiles failed, first cause: {first}. Fix the cause and "
+            return (f"{missing} of {report.tiles} tiles failed, first cause: {clean(first)}. Fix the cause and "
                     f"make the same call again: it will do the remaining tiles.\n{report}")  # fmt: skip
         return (f"{report.n_failed} matrices have no inverse, {report.max_failed} were allowed. The target is "
                 f"complete, with NaN in their place; pass max_failed to allow them.\n{report}")  # fmt: skip

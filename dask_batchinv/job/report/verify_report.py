@@ -7,6 +7,7 @@ from typing import Any
 
 from dask_batchinv.job.report.tiles import FailedTile, named_tiles
 from dask_batchinv.job.results import LARGEST_RATIO
+from dask_batchinv.text import clean
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ class VerifyReport:
                 f"residuals        {self.residuals:,} computed, largest {self.largest_ratio:.3g} n eps |A| |X|, "
                 f"allowed {LARGEST_RATIO:g}"
             )
-        return "\n".join(lines + named_tiles(self.bad_tiles))
+        return "\n".join(map(clean, lines + named_tiles(self.bad_tiles)))
