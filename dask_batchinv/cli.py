@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +23,12 @@ from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, plan_for, prepare
 from dask_batchinv.job.report import display
 from dask_batchinv.job.report.account import account_of
+from dask_batchinv.job.report.run_record import Progress
+from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
 from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.stack import SHORT_WORDS, AssumeA, Device
-from dask_batchinv.text import redact
+from dask_batchinv.text import clean, clean_lines, clean_values
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -95,10 +98,34 @@ _cluster_options = _options(
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
-@click.group(name="batchinv", context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+class _Commands(click.Group):
+    """Commands whose usage errors, which quote what was typed, may be shown."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _clean_usage_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _clean_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _clean_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = clean(error.message)  # type: ignore[misc]  # final, for type checkers
+        raise
+
+
+@click.group(
+    name="batchinv", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES
+)
 @click.version_option(__version__, prog_name="dask-batchinv")
 def main() -> None:
     """Invert every matrix of a Zarr store, on a Dask cluster, with an account of each."""
+    open_closed_descriptors()
     # What matters of this is in our own report and errors; the rest would bury it.
     for name in ("distributed", "asyncio", "tornado"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -122,19 +149,23 @@ def run(dry_run: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
       dask-batchinv run covariances.zarr inverses.zarr --variable cov --assume-a "positive definite"
       dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tls://10.0.0.1:8786
     """
-    with _exit_codes():
+    with _exit_codes() as interrupts:
         job, cluster = _parse(arguments)
         if dry_run:
             _print_plan(_plan(job, cluster), as_json)
             return
         with display.shown(enabled=not quiet) as on_progress:
-            report = run_job(job, cluster, on_progress)
-        if as_json:
-            click.echo(json.dumps(report.to_json()))
-        elif not quiet or report.exit_code:
-            click.echo(str(report))
+
+            def heed(now: Progress) -> None:
+                interrupts.check()
+                if on_progress is not None:
+                    on_progress(now)
+
+            report = run_job(job, cluster, heed)
+        if as_json or not quiet or report.exit_code:
+            _print(report, as_json)
         if report.exit_code == 1:
-            click.echo("Fix the cause and run the same command again: it will do the remaining tiles.", err=True)
+            _complain("Fix the cause and run the same command again: it will do the remaining tiles.")
         sys.exit(report.exit_code)
 
 
@@ -154,8 +185,7 @@ def plan(as_json: bool, **arguments: Any) -> None:
 def status(target: str, as_json: bool) -> None:
     """Print how far the job that writes TARGET is."""
     with _exit_codes():
-        found = account_of(target)
-        click.echo(json.dumps(found.to_json()) if as_json else str(found))
+        _print(account_of(target), as_json)
 
 
 @main.command("verify")
@@ -172,7 +202,7 @@ def verify_command(target: str, source: str | None, sample: float, as_json: bool
     """
     with _exit_codes():
         report = verify(target, source, ClusterOptions(**arguments), sample)
-        click.echo(json.dumps(report.to_json()) if as_json else str(report))
+        _print(report, as_json)
         sys.exit(0 if report.ok else 1)
 
 
@@ -199,25 +229,82 @@ def _plan(job: Job, cluster: ClusterOptions) -> Plan:
 
 
 def _print_plan(made: Plan, as_json: bool) -> None:
-    click.echo(json.dumps(made.to_json()) if as_json else made.describe())
+    _say(json.dumps(made.to_json()) if as_json else made.describe())
+
+
+def _print(report: Any, as_json: bool) -> None:
+    _say(json.dumps(clean_values(report.to_json())) if as_json else clean_lines(str(report)))
+
+
+def _say(text: str) -> None:
+    """Print a text that may be shown; where nobody reads it any more, that is no fault."""
+    if failure := _written(text, sys.stdout):
+        _complain(f"Error: the output could not be written: {failure}")
+
+
+def _complain(text: str) -> None:
+    _written(clean_lines(text), sys.stderr)
+
+
+def _written(text: str, stream: Any) -> OSError | None:
+    lasting = Lasting(stream)
+    print(text, file=lasting, flush=True)
+    return lasting.failure
+
+
+class _Interrupts:
+    """Ctrl-C of a person, and SIGTERM of a batch system, which asks for the same."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._handlers: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt again if somebody asked for one: Python drops what is raised in a destructor."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> _Interrupts:
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            # A shell lets what it runs in the background ignore Ctrl-C.
+            if sign == signal.SIGTERM or signal.getsignal(sign) != signal.SIG_IGN:
+                self._handlers[sign] = signal.signal(sign, self._ask)
+        sys.unraisablehook = self._drop
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for sign, handler in self._handlers.items():
+            signal.signal(sign, handler or signal.SIG_DFL)
+        sys.unraisablehook = self._hook
+
+    def _ask(self, sign: int, frame: Any) -> None:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def _drop(self, dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):  # `check` will raise that again
+            self._hook(dropped)
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
+def _exit_codes() -> Iterator[_Interrupts]:
     """Turn what may go wrong into messages and exit codes."""
-    # A batch system asks with SIGTERM what a person asks with Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except (RefusedError, DeviceError) as error:
-        click.echo(f"Error: {redact(str(error))}", err=True)
-        sys.exit(REFUSED)
-    except OSError as error:  # a lost cluster, a full disk
-        click.echo(f"Error: {redact(str(error))}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        click.echo("Interrupted. Finished tiles are recorded: run the same command again for the rest.", err=True)
-        sys.exit(INTERRUPTED)
+    with _Interrupts() as interrupts:
+        try:
+            yield interrupts
+        except (RefusedError, DeviceError) as error:
+            _complain(f"Error: {clean(str(error))}")
+            sys.exit(REFUSED)
+        except OSError as error:  # a lost cluster, a full disk
+            _complain(f"Error: {clean(str(error))}")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _complain("Interrupted. Finished tiles are recorded: run the same command again for the rest.")
+            sys.exit(INTERRUPTED)
+        except Exception:  # not foreseen: what Python prints, but such that it may be shown
+            _complain(traceback.format_exc().rstrip())
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The command line, as a person or a batch system runs it."""
 
+import errno
+import io
 import json
 import os
 import pty
@@ -20,8 +22,9 @@ from click.testing import CliRunner
 import dask_batchinv
 from dask_batchinv import inverse_ex
 from dask_batchinv.cli import main
-from dask_batchinv.job.driver.run import Progress
 from dask_batchinv.job.report.display import shown
+from dask_batchinv.job.report.run_record import Guarded, Progress
+from dask_batchinv.job.report.streams import Lasting
 from tests.support.stacks import assert_same_bits, conditioned
 from tests.support.targets import read_target
 
@@ -222,3 +225,144 @@ def test_progress_bar_on_a_terminal():
 def test_progress_can_be_off():
     with shown(enabled=False) as callback:
         assert callback is None
+
+
+class Gone(io.StringIO):
+    """A stream whose reader is gone, or whose disk is full."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def flush(self):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+def test_progress_that_nobody_reads_any_more(capsys):
+    for stream in (Gone(errno.EPIPE), Gone(errno.EIO), None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            with shown() as callback:
+                callback(progress(200))
+                callback(progress(1000))
+    closed = io.StringIO()
+    closed.close()
+    assert not Lasting(closed).isatty()
+    full = Lasting(Gone(errno.ENOSPC))
+    print("x", file=full, flush=True)
+    assert full.failure.errno == errno.ENOSPC
+    print("y", file=full, flush=True)
+
+
+def test_a_stream_that_cannot_have_every_letter():
+    taken = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print("‖A‖ = 1", file=Lasting(taken), flush=True)
+    assert taken.buffer.getvalue() == b"\\u2016A\\u2016 = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("2>&1 | head -1", 3), ("2>&1 | true", 3), (">&-", 3), ("2>&-", 3), ("<&- >&- 2>&-", 3), ("--json | true", 3)],
+)
+def test_a_job_outlives_those_who_read_what_it_prints(source, tmp_path, ending, code):
+    target = tmp_path / "t"
+    line = f'{{ "$@" {ending.partition("|")[0]}; echo $? >{tmp_path / "code"}; }} |{ending.partition("|")[2] or "cat"}'
+    command = ["sh", "-c", line, "sh", *COMMAND, "run", source, target, "--tile-size", "720", "--workers", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (tmp_path / "code").read_text() == f"{code}\n", ended
+    assert not re.search("Broken|Errno|Traceback|Exception", ended.stdout + ended.stderr)
+    assert "complete" in cli("status", target)[0]
+    cli("verify", target, "--source", source)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_told(source, tmp_path):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*COMMAND, "plan", source, tmp_path / "t"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.stderr == "Error: the output could not be written: [Errno 28] No space left on device\n"
+
+
+def test_descriptors_that_are_closed_are_not_given_to_files(tmp_path):
+    code = (
+        "import os, sys; from dask_batchinv.job.report.streams import open_closed_descriptors; "
+        f"open_closed_descriptors(); f = open({str(tmp_path / 'f')!r}, 'w'); print(f.fileno(), file=f)"
+    )
+    subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code], check=True)
+    assert int((tmp_path / "f").read_text()) > 2
+
+
+#: A run in which the interrupt comes while Python runs a destructor, and is dropped.
+SWALLOWED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dask_batchinv import cli
+from dask_batchinv.job.report.run_record import Progress
+sign = getattr(signal, sys.argv.pop(1))
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), sign)
+        [None for _ in range(1000)]
+def run_job(job, cluster, on_progress):
+    dying = Dying()
+    del dying
+    print("went on", file=sys.stderr)
+    for done in range(5):
+        on_progress(Progress("inverting", 400, done, 0, 0, 0, 1.0))
+    raise SystemExit("not interrupted")
+cli.run_job = run_job
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_an_interrupt_in_a_destructor_is_not_lost(source, tmp_path, sign, quiet):
+    ended = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, sign, "run", source, tmp_path / "t", *quiet],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "went on" in ended.stderr
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Interrupted" in ended.stderr
+
+
+def test_what_is_not_of_an_interrupt_is_still_complained_of(source, tmp_path):
+    code = SWALLOWED.replace("os.kill(os.getpid(), sign)", "raise ValueError('odd')")
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "SIGINT", "run", source, tmp_path / "t"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "ValueError: odd" in ended.stderr
+    assert "not interrupted" in ended.stderr
+
+
+def test_handlers_are_as_before_when_a_command_ends(source, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    assert CliRunner().invoke(main, ["plan", str(source), str(tmp_path / "t")]).exit_code == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+def test_a_callback_that_fails_is_not_called_again():
+    calls = []
+
+    def fail(now):
+        calls.append(now)
+        raise ValueError("no\nroom")
+
+    guarded = Guarded(fail)
+    guarded(progress(1))
+    guarded(progress(2))
+    assert calls == [progress(1)]
+    assert guarded.note == r"on_progress failed and was not called again: ValueError: no\nroom"
+
+    def interrupt(now):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Guarded(interrupt)(progress(1))
+    fine = Guarded(calls.append)
+    fine(progress(2))
+    assert (calls[-1], fine.note) == (progress(2), None)

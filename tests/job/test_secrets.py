@@ -58,6 +58,46 @@ def test_the_canary_is_in_nothing_that_a_job_leaves(tmp_path, make_source):
         assert CANARY.encode() not in content, name
 
 
+#: Raises where a file system is called that does not know it, as s3fs does, or a library that a worker calls.
+PLACES = """
+import sys
+from dask_batchinv import cli
+import fsspec, fsspec.implementations.memory, dask_batchinv.job.source.source as source
+SECRET = "CANARY7f3a/x+y=="
+def fail(*args, **kwargs):
+    raise OSError(5, f'Invalid bucket name "{SECRET}"; signature of CANARY7f3a%2Fx%2By%3D%3D', SECRET)
+place = sys.argv.pop(1)
+if place == "config":
+    fsspec.config.conf["memory"] = {"secret": SECRET}
+if place == "bug":
+    source.read_node = lambda *args: fail()
+    source.SourceError = ZeroDivisionError
+fsspec.implementations.memory.MemoryFileSystem.exists = fail
+fsspec.implementations.memory.MemoryFileSystem.cat_file = fail
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("place", ["environment", "config", "source", "chain", "usage", "bug"])
+@pytest.mark.parametrize("command", ["plan", "run", "status", "verify"])
+def test_no_text_of_others_brings_a_credential_back(tmp_path, place, command):
+    secret = f"{CANARY}/x+y=="
+    url = {
+        "source": f"memory://AKIA:{secret}@bucket/a",
+        "chain": f"simplecache::memory://AKIA:{secret}@bucket/a",
+        "usage": f"memory://AKIA:{secret}@bucket/a",
+    }.get(place, "memory://bucket/a")
+    more = {"usage": [url], "bug": ["--json"]}.get(place, [])
+    both = [url, "t"] if command in ("plan", "run") else [url]
+    arguments = [sys.executable, "-c", PLACES, place, command, *both, *more]
+    named = {"AWS_SECRET_ACCESS_KEY": secret} if place in ("environment", "bug") else {}
+    ended = subprocess.run(arguments, cwd=tmp_path, env=os.environ | named, capture_output=True, text=True, check=False)
+    assert ended.returncode
+    assert "Error" in ended.stderr
+    assert "***" in ended.stdout + ended.stderr
+    assert CANARY not in ended.stdout + ended.stderr
+
+
 @pytest.mark.parametrize("address", ["tcp://192.0.2.1:8786", "ws://192.0.2.1:8786", "tcp://[2001:db8::1]:8786"])
 def test_a_scheduler_elsewhere_without_tls_needs_a_flag(address, monkeypatch):
     with pytest.raises(ClusterError, match=r"on another machine and not encrypted.*--insecure"):

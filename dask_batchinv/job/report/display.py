@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dask_batchinv.job.report.run_record import OnProgress, Progress
+from dask_batchinv.job.report.streams import Lasting
 
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0
@@ -21,7 +22,7 @@ _WORDS = {"checking": "reading back: ", "inverting": ""}
 @contextmanager
 def shown(*, enabled: bool = True, stream: Any = None) -> Iterator[OnProgress | None]:
     """Yield a callback that shows the progress of a job."""
-    stream = sys.stderr if stream is None else stream
+    stream = Lasting(sys.stderr if stream is None else stream)
     if not enabled:
         yield None
     elif stream.isatty():

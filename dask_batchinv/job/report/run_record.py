@@ -11,6 +11,7 @@ from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult
 from dask_batchinv.outcome import NAMED
+from dask_batchinv.text import clean
 
 #: So much is kept of why a tile failed.
 _CAUSE_LENGTH = 500
@@ -134,6 +135,23 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+class Guarded:
+    """A callback for progress that cannot end a job: if it fails it is not called again, and `note` says so."""
+
+    def __init__(self, on_progress: OnProgress):
+        self._on_progress = on_progress
+        self.note: str | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Tell of progress, unless that failed before."""
+        if self.note is not None:
+            return
+        try:
+            self._on_progress(progress)
+        except Exception as error:  # whatever a callback may raise; Ctrl-C passes
+            self.note = clean(f"on_progress failed and was not called again: {type(error).__name__}: {error}")
 
 
 def ignore(progress: Progress) -> None:
