@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import zarr
+from dask.base import tokenize
 
 from dask_batchinv import torch_tensors
+from dask_batchinv._version import __version__
 from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.containers import check_meta, open_container, open_masked, plain_block
 from dask_batchinv.kernels import InverseEx
@@ -21,6 +24,7 @@ from dask_batchinv.out import check_out, fill, is_plain, shares_memory
 from dask_batchinv.outcome import Place
 from dask_batchinv.stack import AssumeAWord, Device, OnError, check_shape, real_dtype, result_dtype, whole_matrices
 from dask_batchinv.storage import fill_means_missing, write_unit
+from dask_batchinv.unfinished import Call
 
 
 def inverse(
@@ -46,8 +50,11 @@ def inverse(
         never modified.
     out : numpy.ndarray, torch.Tensor, zarr.Array, str or path, optional
         Where to put the result. The work then runs at once, and `out` is filled and returned; at a str or path
-        a new Zarr array is created. If matrices fail and that raises, an `out` that is filled from a lazy array is
-        filled in part.
+        a new Zarr array is created: what is there already is an error. If matrices fail and that raises, an `out` that
+        is filled from a lazy array is filled in part. Of a new Zarr array what is done stays, with an attribute
+        ``complete`` of 0, and the same call goes on with the rest, also after it was interrupted; it is the same if its
+        input has the same name (for data in memory: the same values) and its options are equal. After
+        ``on_error="raise"`` it may go on with "skipna" or "nan".
     assume_a : str
         What is known of the matrices, in SciPy's words: "general" ("gen"), "symmetric" ("sym"), "hermitian" ("her"),
         "positive definite" ("pos"), "upper triangular", "lower triangular", "diagonal". Only the part that the word
@@ -82,6 +89,8 @@ def inverse(
         `min_rcond`. Lazy input: when it is computed.
     DeviceError
         If `device` cannot be used. Lazy input: when it is computed.
+    FileExistsError
+        If something is at the path `out` that this very call has not begun. Nothing there is touched.
 
     Warns
     -----
@@ -205,7 +214,7 @@ def _invert_in_memory(a: Any, options: CallOptions, out: Any) -> Any:
     if is_gpu_array(out) and not is_gpu_array(a):
         raise TypeError("out is on the GPU, but a is not: pass cupy.asarray(a), or an out in main memory")
     if not is_plain(out) and not is_gpu_array(out):
-        return fill(out, invert_any(da.from_array(a), options, None))
+        return invert_any(da.from_array(a), options, out)
     check_out(out, a)
     if shares_memory(a, out):
         raise ValueError("out overlaps the input: pass an array of its own memory")
@@ -236,7 +245,11 @@ def _(a: da.Array, options: CallOptions, out: Any) -> Any:
     if out is not None and isinstance(a._meta, np.ma.MaskedArray):
         raise TypeError("out= takes no masked blocks: leave it out, or fill them first")
     result = a.map_blocks(_inverse_of_block, options=options, declared=a._meta, dtype=dtype, meta=a._meta.astype(dtype))
-    return result if out is None else fill(out, result)
+    if out is None:
+        return result
+    # What a stricter call has done is what a laxer one does.
+    token = tokenize(__version__, a.name, dtype, replace(options, on_error="nan"))
+    return fill(out, result, Call(token, options.on_error))
 
 
 @invert_any_ex.register

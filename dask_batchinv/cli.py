@@ -25,6 +25,7 @@ from dask_batchinv.job.report import display
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.report.run_record import Progress
 from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
+from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.stack import SHORT_WORDS, AssumeA, Device
@@ -292,6 +293,7 @@ def _exit_codes() -> Iterator[_Interrupts]:
     """Turn what may go wrong into messages and exit codes."""
     with _Interrupts() as interrupts:
         try:
+            check_optimized()
             yield interrupts
         except (RefusedError, DeviceError) as error:
             _complain(f"Error: {clean(str(error))}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import dask
@@ -25,12 +25,12 @@ from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.kernels.device import is_gpu_array
 from dask_batchinv.location import Location
 from dask_batchinv.stack import result_dtype
-from dask_batchinv.storage import array_options, fill_means_missing, innermost, write_unit
-from dask_batchinv.text import redact
+from dask_batchinv.storage import fill_means_missing, innermost, write_unit
+from dask_batchinv.unfinished import Call, Unfinished
 
 Chunks = tuple[tuple[int, ...], ...]
-#: How long `remove_array` tries.
-_REMOVAL_SECONDS = 5.0
+#: Tells this process from others.
+_PROCESS = uuid.uuid4().hex
 
 
 def check_out(out: Any, like: Any) -> None:
@@ -56,8 +56,8 @@ def _overlaps_itself(out: Any) -> bool:
     return False
 
 
-def fill(out: Any, result: da.Array) -> Any:
-    """Compute `result` into `out`."""
+def fill(out: Any, result: da.Array, call: Call) -> Any:
+    """Compute `result`, of a call, into `out`."""
     if is_gpu_array(result._meta):
         raise TypeError("out takes no blocks from the GPU: append .map_blocks(cupy.asnumpy) to the input")
     if is_plain(out):
@@ -66,26 +66,7 @@ def fill(out: Any, result: da.Array) -> Any:
         _write_to_memory(out, result)
         return out
     if isinstance(out, (str, os.PathLike)):
-        if any(math.isnan(size) for size in result.shape):
-            raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
-        location, chunks = Location.parse(out), tuple(max(1, *sizes) for sizes in result.chunks)
-        if location.exists() and location.read_json("zarr.json") is None:  # else Zarr refuses it
-            # What is there is not ours: a failure would remove it.
-            raise FileExistsError(f"{location.name} exists: pass the path of a new array, or delete that yourself")
-        created = zarr.create_array(
-            location.store(), shape=result.shape, chunks=chunks, dtype=result.dtype, **array_options(result.dtype)
-        )
-        try:
-            refuse_overlap(created, result)
-            _write(created, result, location)
-        except BaseException as failure:
-            # What is half filled must not be taken for a result, nor be in the way of the next try.
-            try:
-                remove_array(location)
-            except Exception as error:  # whatever a file system may raise
-                failure.add_note(redact(f"{location.name} is half filled and could not be removed: {error}"))
-            raise
-        return created
+        return _fill_new(Location.parse(out), result, call)
     if not isinstance(out, zarr.Array):
         raise TypeError(
             f"out must be a NumPy array, a torch tensor, a zarr.Array or a store location, got {type(out).__name__}"
@@ -99,32 +80,66 @@ def fill(out: Any, result: da.Array) -> Any:
     return out
 
 
+def _fill_new(location: Location, result: da.Array, call: Call) -> zarr.Array[Any]:
+    """Compute `result` into a new Zarr array, or what the same call has left undone of one."""
+    if any(math.isnan(size) for size in result.shape):
+        raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
+    sources = [source for source in _arrays_in(result) if isinstance(source, zarr.Array)]
+    for source in sources:
+        if isinstance(place := _location(source), str) and Location(place).contains(location):
+            raise ValueError(f"out, {location.name}, is in the array that the input is read from: write elsewhere")
+    if any(map(is_in_memory, sources)):  # in another process the same names mean other data
+        call = replace(call, token=f"{call.token} {_PROCESS}")
+    chunks = tuple(max(1, *sizes) for sizes in result.chunks)
+    unfinished = Unfinished(location, call, tuple(map(int, result.shape)), chunks, result.dtype)
+    array, is_new = unfinished.begin()
+    try:
+        result = result.rechunk(safe_chunks(result.chunks, write_unit(array)))
+        here = is_in_memory(array)
+        chosen = None if is_new else unfinished.missing_blocks(result.chunks, here=here)
+        if here:
+            _write_to_memory(array, result, chosen)
+        else:
+            _compute(_written(result, array, unfinished), chosen)
+        return unfinished.finish(array)
+    except BaseException as failure:
+        failure.add_note(f"what is done stays in {location.name}: make the same call again to go on, or delete that")
+        raise
+
+
 def is_plain(out: Any) -> bool:
     """Tell whether an array is NumPy's own, in memory or in a file, and holds nothing but its numbers."""
     return type(out) in (np.ndarray, np.memmap)
 
 
-def _write_to_memory(out: Any, result: da.Array) -> None:
+def _write_to_memory(out: Any, result: da.Array, chosen: Sequence[int] | None = None) -> None:
     """Write `result` into an array of this process, block by block, so that the whole is never held beside it."""
-    regions = list(_regions(result.chunks))
     scheduler = get_scheduler(collections=[result]) or dask.threaded.get
     if scheduler in (dask.threaded.get, dask.local.get_sync):
         # In this process, where tasks can write themselves.
         held = _Held(out)
         try:
-            _written(result, held, None).compute()
+            _compute(_written(result, held, None), chosen)
         finally:
             held.array = None  # when one task fails, Dask lets those go on that run
         return
-    blocks = list(result.to_delayed().ravel())
+    regions, blocks = list(_regions(result.chunks)), list(result.to_delayed().ravel())
+    if chosen is not None:
+        regions, blocks = [regions[number] for number in chosen], [blocks[number] for number in chosen]
     client = getattr(scheduler, "__self__", None)
     if not isinstance(client, distributed.Client):
         for region, block in zip(regions, dask.compute(*blocks), strict=True):
             out[region] = block
         return
-    where = dict(zip(client.compute(blocks), regions, strict=True))
-    for future, block in distributed.as_completed(list(where), loop=client.loop, with_results=True):
-        out[where.pop(future)] = block
+    futures = client.compute(blocks)
+    where = dict(zip(futures, regions, strict=True))
+    try:
+        for future, block in distributed.as_completed(futures, loop=client.loop, with_results=True):
+            out[where.pop(future)] = block
+    finally:
+        # A traceback that is kept would keep them, and the scheduler give the same failure to the same call again.
+        for future in futures:
+            future.release()
 
 
 class _Held:
@@ -147,29 +162,39 @@ def _regions(chunks: Chunks) -> Iterator[tuple[slice, ...]]:
     return itertools.product(*([slice(*pair) for pair in itertools.pairwise(ends)] for ends in bounds))
 
 
-def _write(out: zarr.Array[Any], result: da.Array, location: Location | None = None) -> None:
-    """Write `result` into a Zarr array, which is at `location` if a failure removes it."""
+def _write(out: zarr.Array[Any], result: da.Array) -> None:
+    """Write `result` into a Zarr array."""
     result = result.rechunk(safe_chunks(result.chunks, write_unit(out)))
     if is_in_memory(out):
         _write_to_memory(out, result)
-        return
-    _written(result, out, location).compute()
+    else:
+        _compute(_written(result, out, None), None)
 
 
-def _written(result: da.Array, out: Any, location: Location | None) -> da.Array:
+def _compute(written: da.Array, chosen: Sequence[int] | None) -> None:
+    """Write all blocks, or those with the numbers in `chosen`."""
+    if chosen is None:
+        written.compute()
+    elif chosen:
+        blocks = written.to_delayed().ravel()
+        dask.compute(*(blocks[number] for number in chosen))
+
+
+def _written(result: da.Array, out: Any, unfinished: Unfinished | None) -> da.Array:
     """Return a lazy array of which each block writes one of `result`."""
     return result.map_blocks(
-        _write_block, out, location, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
+        _write_block, out, unfinished, dtype=bool, chunks=tuple((1,) * len(sizes) for sizes in result.chunks),
         meta=np.empty((0,) * result.ndim, bool),
     )  # fmt: skip
 
 
-def _write_block(block: Any, out: Any, location: Location | None, block_info: Any = None) -> Any:
+def _write_block(block: Any, out: Any, unfinished: Unfinished | None, block_info: Any = None) -> Any:
     if block_info:
-        # When one task fails, Dask lets those go on that run: they must not write where no array is any more.
-        if location is not None and location.read_json("zarr.json") is None:
-            raise FileNotFoundError(f"the array at {location.name} was removed because another block failed")
-        out[tuple(slice(*span) for span in block_info[0]["array-location"])] = block
+        region = tuple(slice(*span) for span in block_info[0]["array-location"])
+        if unfinished is None:
+            out[region] = block
+        else:
+            unfinished.write(out, region, block)
     return np.ones((1,) * block.ndim, bool)
 
 
@@ -188,28 +213,6 @@ def _safe_sizes(sizes: tuple[int, ...], step: int) -> tuple[int, ...]:
     size = step * max(1, round(max(sizes) / step))
     whole, rest = divmod(int(bounds[-1]), size)
     return (size,) * whole + ((rest,) if rest else ())
-
-
-def remove_array(location: Location) -> None:
-    """Remove an array that tasks may still be writing to, if they look for its metadata before each block.
-
-    Raises
-    ------
-    OSError
-        If it cannot be removed.
-    """
-    deadline, absent = time.monotonic() + _REMOVAL_SECONDS, 0
-    while absent < 3:
-        failure = None
-        try:
-            # First what makes it an array, so that no task begins another block.
-            location.remove(first="zarr.json")
-        except OSError as error:  # a block in hand was written meanwhile, or it is gone
-            failure = error
-        absent = 0 if location.exists() else absent + 1
-        if not absent and time.monotonic() > deadline:
-            raise failure or OSError(f"something keeps writing to {location.name}")
-        time.sleep(0.05)
 
 
 def shares_memory(a: Any, b: npt.NDArray[Any]) -> bool:

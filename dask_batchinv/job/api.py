@@ -15,6 +15,7 @@ from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
 from dask_batchinv.job.report.run_record import OnProgress
 from dask_batchinv.job.report.verify_report import VerifyReport
+from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.stack import AssumeAWord, Device
 
 
@@ -102,6 +103,7 @@ def invert_store(
     JobFailedError
         If tiles could not be done, or more than `max_failed` matrices have no inverse; its ``report`` has all.
     """
+    check_optimized()
     options = JobOptions(
         variable=variable, dims=dims, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
@@ -155,5 +157,6 @@ def verify_store(
     RefusedError
         If there is no target of ours, or `source` is not what it was made from.
     """
+    check_optimized()
     cluster = ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure)
     return verify(target, source, cluster, sample)

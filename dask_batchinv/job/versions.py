@@ -5,7 +5,11 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import zarr
+import zarr.storage
+
 from dask_batchinv._version import __version__
+from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import CleanError
 
 #: What computes the matrices, so that its version may change their bits.
@@ -18,6 +22,21 @@ Versions = dict[str, str]
 
 class VersionError(CleanError, RuntimeError):
     """A worker has other versions than the process that started the job."""
+
+
+def check_optimized() -> None:
+    """Raise RefusedError where Python runs with ``-O`` and Zarr cannot: 3.1 reads metadata of groups in an assert."""
+    if __debug__:
+        return
+    group = zarr.create_group(zarr.storage.MemoryStore())
+    group.create_group("inner")
+    try:
+        list(group.groups())
+    except TypeError as error:
+        raise RefusedError(
+            f"Python runs without asserts, and Zarr {zarr.__version__} cannot read groups in groups then: run it "
+            "without -O, and without PYTHONOPTIMIZE in the environment"
+        ) from error
 
 
 def versions() -> Versions:
