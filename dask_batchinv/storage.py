@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,44 @@ from dask_batchinv.text import CleanError
 _METADATA_KEYS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 
-class MissingChunkError(CleanError, FileNotFoundError):
+class DamagedChunkError(CleanError):
+    """A chunk is not what its metadata say, as far as its store can tell: to try again would change nothing.
+
+    A checksum that does not match is not one of these: what was read may have been damaged on its way.
+    """
+
+
+class MissingChunkError(DamagedChunkError, FileNotFoundError):
     """A chunk is not in its store."""
 
 
-class StrictStore(zarr.storage.WrapperStore[zarr.abc.store.Store]):
+class ChunkSizeError(DamagedChunkError, ValueError):
+    """A chunk has, or would decompress to, another size than its metadata say, or is no file."""
+
+
+class GuardedStore(zarr.storage.WrapperStore[zarr.abc.store.Store]):
+    """A store in which all that is read passes `get`, also what newer versions of Zarr would read around it."""
+
+    #: Zarr asks for this from version 3.3 on.
+    _supports_sync_io = False
+
+    async def get_partial_values(self, prototype: Any, key_ranges: Any) -> list[Any]:
+        """Return the values of several keys, or of parts of them."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def get_ranges(
+        self, key: str, byte_ranges: Any, *, prototype: Any, **_: Any
+    ) -> AsyncIterator[list[tuple[int, Any]]]:
+        """Yield parts of the value of a key, not joined: each is as long as it may be."""
+        for index, byte_range in enumerate(byte_ranges):
+            yield [(index, await self.get(key, prototype, byte_range))]
+
+    async def _get_many(self, requests: Any) -> AsyncGenerator[tuple[str, Any], None]:
+        for key, prototype, byte_range in requests:
+            yield key, await self.get(key, prototype, byte_range)
+
+
+class StrictStore(GuardedStore):
     """A store that says so when a chunk is not there, where Zarr would quietly give the fill value.
 
     Zarr has ``array.read_missing_chunks`` for this, but not in the versions for Python 3.11.

@@ -146,14 +146,14 @@ def test_codecs_of_format_3_that_are_not_safe(refused, source, codecs):
 
 
 def test_a_coordinate_with_a_codec_that_is_not_safe(refused, tmp_path):
-    ds = xr.Dataset({"A": (("t", "i", "j"), np.ones((3, 2, 2)))}, coords={"t": [1, 2, 3]})
+    ds = xr.Dataset({"A": (("t", "i", "j"), np.ones((3, 2, 2)))}, coords={"i": [1, 2]})
     ds.to_zarr(tmp_path / "ds", zarr_format=2)
-    v2_array(tmp_path / "evil", shape=[3], chunks=[3], dtype="|O", filters=[{"id": "pickle"}])
-    (tmp_path / "evil" / ".zattrs").write_text('{"_ARRAY_DIMENSIONS": ["t"]}')
+    v2_array(tmp_path / "evil", shape=[2], chunks=[2], dtype="|O", filters=[{"id": "pickle"}])
+    (tmp_path / "evil" / ".zattrs").write_text('{"_ARRAY_DIMENSIONS": ["i"]}')
     import shutil
 
-    shutil.rmtree(tmp_path / "ds" / "t")
-    shutil.move(tmp_path / "evil", tmp_path / "ds" / "t")
+    shutil.rmtree(tmp_path / "ds" / "i")
+    shutil.move(tmp_path / "evil", tmp_path / "ds" / "i")
     refused(SourceError, r"of the coordinate .* is not safe to run", source=tmp_path / "ds", variable="A")
 
 
@@ -175,13 +175,13 @@ def test_names_that_the_target_needs(refused, tmp_path, name):
 
 
 def test_coordinates_that_cannot_be_read(refused, tmp_path, threads):
-    ds = xr.Dataset({"A": (("t", "i", "j"), conditioned(4, 2, 3))}, coords={"lat": ("t", np.ones(4))})
+    ds = xr.Dataset({"A": (("t", "i", "j"), conditioned(4, 2, 3))}, coords={"i": [3, 4]})
     ds.to_zarr(tmp_path / "ds", consolidated=False)
-    (tmp_path / "ds" / "lat" / "c" / "0").write_bytes(b"junk")
+    (tmp_path / "ds" / "i" / "c" / "0").write_bytes(b"junk")
     refused(SourceError, r"coordinates of .* cannot be read", source=tmp_path / "ds", client=threads, cluster=True)
-    meta = tmp_path / "ds" / "lat" / "zarr.json"
-    meta.write_text(meta.read_text().replace('"shape": [\n    4', '"shape": [\n    3'))
-    refused(SourceError, r"lat is not as long as its dimensions", source=tmp_path / "ds")
+    meta = tmp_path / "ds" / "i" / "zarr.json"
+    meta.write_text(meta.read_text().replace('"shape": [\n    2', '"shape": [\n    3'))
+    refused(SourceError, r"i is not as long as its dimensions", source=tmp_path / "ds")
 
 
 # --- the target -----------------------------------------------------------------------------------------------

@@ -117,31 +117,82 @@ COORDINATES_3 = {
 }
 
 
-@pytest.mark.parametrize("case", COORDINATES_2)
-def test_coordinates_of_format_2(refused, tmp_path, case):
-    group = make_group(tmp_path / "g", 2, {})
-    meta = V2 | {"shape": [4], "chunks": [4]} | COORDINATES_2[case]
-    write_array(group / "t", meta, {"_ARRAY_DIMENSIONS": ["t"]})
-    refused(group, variable="A")
+EVERY_COORDINATE = [
+    *(pytest.param(2, changes, id=f"2-{case}") for case, changes in COORDINATES_2.items()),
+    *(pytest.param(3, changes, id=f"3-{case}") for case, changes in COORDINATES_3.items()),
+]
 
 
-@pytest.mark.parametrize("case", COORDINATES_3)
-def test_coordinates_of_format_3(refused, tmp_path, case):
-    group = make_group(tmp_path / "g", 3, {})
-    write_array(group / "t", V3 | {"shape": [4], **grid(4), "dimension_names": ["t"]} | COORDINATES_3[case])
-    refused(group, variable="A")
+def write_coordinate(group, name, size, zarr_format, changes):
+    if zarr_format == 2:
+        meta = V2 | {"shape": [size], "chunks": [size]} | changes
+        return write_array(group / name, meta, {"_ARRAY_DIMENSIONS": [name]})
+    return write_array(group / name, V3 | {"shape": [size], **grid(size), "dimension_names": [name]} | changes)
 
 
-def test_coordinates_of_two_formats(refused, tmp_path):
+@pytest.mark.parametrize(("zarr_format", "changes"), EVERY_COORDINATE)
+def test_labels_of_rows(refused, tmp_path, zarr_format, changes):
+    """They decide what comes out."""
+    group = make_group(tmp_path / "g", zarr_format, {})
+    write_coordinate(group, "i", 2, zarr_format, changes)
+    assert "the labels of i, which decide what comes out, cannot be read" in refused(group, variable="A")
+
+
+@pytest.mark.parametrize(("zarr_format", "changes"), EVERY_COORDINATE)
+def test_other_coordinates_stop_nothing(left_out, tmp_path, zarr_format, changes):
+    group = make_group(tmp_path / "g", zarr_format, {})
+    write_coordinate(group, "t", 4, zarr_format, changes)
+    left_out(group, "t")
+
+
+@pytest.fixture
+def left_out(tmp_path, opened):
+    """See that one array is left out with a note, and none of its chunks read."""
+
+    def check(group, name):
+        source = prepare(group, tmp_path / "target", JobOptions(variable="A")).source
+        assert source.read_coordinates() is None
+        assert source.coordinate_names == ()
+        (note,) = source.notes
+        assert note.startswith(f"{name} beside the stack was left out: ")
+        assert 40 < len(note) < 700
+        assert not opened
+        assert not (tmp_path / "exploded").exists()
+        assert not (group / "exploded").exists()
+        return note
+
+    return check
+
+
+@pytest.mark.parametrize("name", ["i", "t"])
+def test_coordinates_of_two_formats(refused, left_out, tmp_path, name):
     """Xarray reads a coordinate in the format of its group, so that is the one to check."""
     group = make_group(tmp_path / "g", 2, {})
-    write_array(group / "t", V3 | {"shape": [4], **grid(4), "dimension_names": ["t"]})
-    write_array(
-        group / "t",
-        V2 | {"shape": [4], "chunks": [4], "dtype": "|O", "filters": [PICKLE]},
-        {"_ARRAY_DIMENSIONS": ["t"]},
-    )
-    assert "'pickle' of the coordinate" in refused(group, variable="A")
+    size = {"i": 2, "t": 4}[name]
+    write_coordinate(group, name, size, 3, {})
+    write_coordinate(group, name, size, 2, {"dtype": "|O", "filters": [PICKLE]})
+    said = refused(group, variable="A") if name == "i" else left_out(group, name)
+    assert "'pickle' of the coordinate" in said
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("content", ["{", "[]", '{"zarr_format": 9, "node_type": "array"}', '{"shape": 1}', "pipe"])
+def test_siblings_with_broken_metadata_stop_nothing(left_out, tmp_path, zarr_format, content):
+    group = make_group(tmp_path / "g", zarr_format, {})
+    (group / "other").mkdir()
+    path = group / "other" / {2: ".zarray", 3: "zarr.json"}[zarr_format]
+    os.mkfifo(path) if content == "pipe" else path.write_text(content)
+    left_out(group, "other")
+    source = prepare(group, tmp_path / "target", JobOptions()).source
+    assert source.variable == "A"  # the only one that can be meant
+    assert len(source.notes) == 1
+
+
+def test_a_broken_sibling_is_listed_where_nothing_else_is_a_stack(refused, tmp_path):
+    group = make_group(tmp_path / "g", 3, {})
+    (group / "A" / "zarr.json").write_text("{")
+    assert "it has A (its metadata make no sense)" in refused(group)
+    refused(group, variable="A")
 
 
 def test_consolidated_metadata_that_lie(tmp_path, opened):

@@ -8,16 +8,9 @@ Nor is a chunk read that is longer in its store than it could be: a file with a 
 from __future__ import annotations
 
 import asyncio
-import bz2
-import gzip
-import io
-import lzma
 import math
-import os
-import stat
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numcodecs  # type: ignore[import-untyped]
@@ -25,116 +18,129 @@ import numcodecs.abc  # type: ignore[import-untyped]
 import numpy as np
 import zarr
 import zarr.abc.store
+import zarr.codecs
 import zarr.storage
 from zarr.abc.codec import BytesBytesCodec
-from zarr.abc.store import RangeByteRequest
 from zarr.codecs import ShardingCodec
 from zarr.registry import get_codec_class
 
-from dask_batchinv.storage import innermost
+from dask_batchinv.job.source.bounded_store import BoundedStore, Stored, check_least, least_nbytes
+from dask_batchinv.job.source.decompression import CHECKSUMS, COMPRESSORS, Bytes, Config, Size, decompress
+from dask_batchinv.storage import ChunkSizeError
 
-#: Codecs whose output can be larger than their input.
-COMPRESSORS = frozenset(["blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd"])
-#: Codecs that add four bytes.
-CHECKSUMS = frozenset(["adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3"])
-_ZSTD_MAGIC = 0xFD2FB528
-
-Bytes = Any
-Config = dict[str, Any]
+#: What the metadata call text of any length.
+TEXTS = ("|O", "string", "variable_length_utf8")
+#: Texts of any length may have so many bytes together, in UTF-8.
+TEXT_NBYTES = 2**27
 
 
-class ChunkSizeError(ValueError):
-    """A chunk would decompress to another size than its metadata say."""
+class TextAllowance:
+    """How many bytes of text may still be read: where a text has any length, nothing else tells."""
 
+    def __init__(self, nbytes: int = TEXT_NBYTES):
+        self.left = nbytes
 
-@dataclass(frozen=True)
-class Size:
-    """How many bytes come out of a compressor."""
+    def size(self, extra: int = 0) -> Size:
+        """Return how many bytes may come of a chunk, and `extra` that are no text."""
+        return Size(max(0, self.left) + extra, exact=False, because="of all the text there may only be")
 
-    limit: int
-    """At most."""
-    exact: bool = True
-    """Whether it must be so many."""
-
-    def check(self, nbytes: int) -> None:
-        """Raise ChunkSizeError if `nbytes` are too many."""
-        if nbytes > self.limit:
+    def take(self, data: Bytes, count: int) -> None:
+        """Count the text of a chunk that must have `count` items; ChunkSizeError if it is too much, or has others."""
+        data = memoryview(data).cast("B")
+        found = int.from_bytes(data[:4], "little")
+        if len(data) < 4 or found != count:
             raise ChunkSizeError(
-                f"a chunk of the source decompresses to {nbytes} bytes or more where its metadata say {self.limit}: "
-                "it is corrupt, or a decompression bomb. Rewrite the source"
+                f"a chunk of the source has {found} texts where its metadata say {count}: it is corrupt"
             )
+        self.left -= len(data)
+        if self.left < 0:
+            raise ChunkSizeError(f"there are more than {TEXT_NBYTES >> 20} MiB of text")
 
 
-def open_bounded(store: zarr.abc.store.Store, meta: Config) -> zarr.Array[Any]:
-    """Open an array for reading whose metadata were read and checked already."""
-    bounded = _bound_v2(meta) if meta["zarr_format"] == 2 else meta | {"codecs": _bound_v3(meta["codecs"])}
-    whole, part = _stored_v2(bounded) if meta["zarr_format"] == 2 else _stored_v3(meta)
-    return zarr.Array.from_dict(zarr.storage.StorePath(BoundedStore(store, whole, part)), bounded)
+def open_bounded(store: zarr.abc.store.Store, meta: Config, allowance: TextAllowance | None = None) -> zarr.Array[Any]:
+    """Open an array for reading whose metadata were read and checked already.
+
+    Parameters
+    ----------
+    store
+        What it is in.
+    meta
+        Its metadata.
+    allowance
+        What it may have of text of any length; its own by default.
+    """
+    text = (allowance or TextAllowance()) if is_text(meta) else None
+    if meta["zarr_format"] == 2:
+        bounded, stored = _bound_v2(meta, text), _stored_v2(meta)
+    else:
+        bounded, stored = meta | {"codecs": _bound_v3(meta["codecs"], text)}, _stored_v3(meta)
+    path = zarr.storage.StorePath(BoundedStore(store, stored))
+    array = zarr.Array.from_dict(path, bounded)
+    if meta["zarr_format"] == 2 and text is not None:  # Zarr looks for this codec among what is not opened yet
+        metadata: Any = array.metadata
+        filters = (BoundedText(text, math.prod(meta["chunks"])), *metadata.filters[1:])
+        array = zarr.Array(zarr.AsyncArray(replace(metadata, filters=filters), path))
+    return array
+
+
+def is_text(meta: Config) -> bool:
+    """Tell whether an array is of texts of any length."""
+    declared = meta["dtype"] if meta["zarr_format"] == 2 else meta["data_type"]
+    return bool((declared["name"] if isinstance(declared, dict) else declared) in TEXTS)
+
+
+def element_nbytes(declared: Any) -> int:
+    """Return the bytes of an element of a dtype that was checked, and is not text of any length."""
+    if not isinstance(declared, dict):
+        return int(np.dtype(declared).itemsize)
+    return int((declared.get("configuration") or {}).get("length_bytes", 8))  # else it is a time
+
+
+def _chunk_shape(meta: Config) -> tuple[int, ...]:
+    return tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
 
 
 # --- what is stored -------------------------------------------------------------------------------------------
 
 
-class BoundedStore(zarr.storage.WrapperStore[zarr.abc.store.Store]):
-    """A store of chunks that gives none which is longer than it could be, and on a disk nothing but files."""
-
-    def __init__(self, store: zarr.abc.store.Store, whole: int, part: int):
-        super().__init__(store)
-        self._whole, self._part = whole, part
-        inner = innermost(store)
-        self._root = str(inner.root) if isinstance(inner, zarr.storage.LocalStore) else None
-
-    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        """Return the value of a key; ChunkSizeError if it is too long."""
-        if self._root is not None:
-            self._check_file(os.path.join(self._root, key))
-        if isinstance(byte_range, RangeByteRequest):
-            _check_stored(key, byte_range.end - byte_range.start, self._part)
-        value = await self._store.get(key, prototype, byte_range)
-        if value is not None:
-            _check_stored(key, len(value), self._whole)
-        return value
-
-    def _check_file(self, path: str) -> None:
-        try:
-            found = os.stat(path)
-        except OSError:  # reading will say what it is
-            return
-        if not stat.S_ISREG(found.st_mode):
-            raise ChunkSizeError(f"{path} is not a file: a chunk of the source was expected")
-        _check_stored(path, found.st_size, self._whole)
-
-
-def _check_stored(key: str, nbytes: int, limit: int) -> None:
-    if nbytes > limit:
-        raise ChunkSizeError(
-            f"the chunk {key} of the source has {nbytes} bytes where by its metadata it cannot have more than {limit}: "
-            "it is corrupt, or a decompression bomb. Rewrite the source"
-        )
-
-
-def _stored_v2(meta: Config) -> tuple[int, int]:
-    """Return how long a chunk can be in the store, whole and each part that is read by itself."""
+def _stored_v2(meta: Config) -> Stored:
+    if is_text(meta):
+        return Stored(_compressed(TEXT_NBYTES), _compressed(TEXT_NBYTES))
     chain = [*(meta["filters"] or ()), *([] if meta["compressor"] is None else [meta["compressor"]])]
-    if chain and isinstance(chain[-1], BoundedCompressor):
-        limit = _compressed(chain[-1].size.limit)
-    else:  # exactly that: filters multiply what is too long
-        limit = _size_after([numcodecs.get_codec(c) if isinstance(c, dict) else c for c in chain], meta).limit
-    return limit, limit
+    while chain and chain[-1]["id"] in CHECKSUMS and any(map(_compresses, chain)):
+        chain.pop()
+    compressed = bool(chain) and _compresses(chain[-1])
+    before = chain[:-1] if compressed else chain
+    if any(map(_compresses, before)):
+        raise ValueError(f"{chain[-1]['id']} behind a compressor: the size of chunks cannot be bounded")
+    limit = _size_after([numcodecs.get_codec(codec) for codec in before], meta).limit
+    # Where nothing compresses exactly that: filters multiply what is too long.
+    return Stored(_compressed(limit), _compressed(limit)) if compressed else Stored(limit, limit)
 
 
-def _stored_v3(meta: Config) -> tuple[int, int]:
+def _stored_v3(meta: Config) -> Stored:
+    shards = [codec["configuration"] for codec in meta["codecs"] if _has(codec, "chunk_shape")]
+    shape = _chunk_shape(meta)
+    least = _index_nbytes(shards[0], shape) if shards else 0
+    if is_text(meta):
+        return Stored(_compressed(TEXT_NBYTES), _compressed(TEXT_NBYTES), least)
     widths = [meta["data_type"]]
     widths += [codec["configuration"]["astype"] for codec in meta["codecs"] if _has(codec, "astype")]
     widths += [codec["configuration"]["encode_dtype"] for codec in meta["codecs"] if _has(codec, "encode_dtype")]
-    itemsize = max(np.dtype(width).itemsize for width in widths)
-    whole = math.prod(meta["chunk_grid"]["configuration"]["chunk_shape"]) * itemsize
-    shards = [codec["configuration"] for codec in meta["codecs"] if _has(codec, "chunk_shape")]
+    itemsize = max(map(element_nbytes, widths))
+    whole = math.prod(shape) * itemsize
     if not shards:
-        return _compressed(whole), _compressed(whole)
+        return Stored(_compressed(whole), _compressed(whole))
     # There may be gaps in a shard, and in the shards in it; each chunk has a header and a place in the index.
     part = math.prod(shards[0]["chunk_shape"]) * itemsize
-    return 2 * _compressed(whole) + whole // part * 1024, 2 * _compressed(part)
+    return Stored(2 * _compressed(whole) + whole // part * 1024, 2 * _compressed(part), least)
+
+
+def _index_nbytes(shard: Config, shape: Sequence[int]) -> int:
+    """Return the bytes of the index of a shard: two numbers for each chunk, and its checksums."""
+    codecs = shard.get("index_codecs", ["bytes", "crc32c"])
+    names = [codec if isinstance(codec, str) else codec["name"] for codec in codecs]
+    return 16 * (math.prod(shape) // math.prod(shard["chunk_shape"])) + 4 * names.count("crc32c")
 
 
 def _has(codec: Any, key: str) -> bool:
@@ -161,6 +167,8 @@ class BoundedCodec(BytesBytesCodec):
     """What the metadata say of it."""
     extra: int
     """Bytes that other codecs add before it."""
+    text: TextAllowance | None = None
+    """What there may be of text."""
 
     is_fixed_size = False
 
@@ -173,8 +181,10 @@ class BoundedCodec(BytesBytesCodec):
         raise NotImplementedError
 
     def _decode_sync(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
-        itemsize = chunk_spec.dtype.to_native_dtype().itemsize
-        size = Size(math.prod(chunk_spec.shape) * itemsize + self.extra)
+        if self.text is not None:
+            size = self.text.size(self.extra)
+        else:
+            size = Size(math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + self.extra)
         data = decompress(self.kind, self.configuration, chunk_bytes.as_numpy_array(), size)
         return chunk_spec.prototype.buffer.from_bytes(data)
 
@@ -188,7 +198,48 @@ class BoundedCodec(BytesBytesCodec):
         raise NotImplementedError("a source is only read")
 
 
-def _bound_v3(codecs: Sequence[Any]) -> list[Any]:
+@dataclass(frozen=True)
+class VLenUTF8Codec(zarr.codecs.VLenUTF8Codec):
+    """The codec of text of Zarr format 3, which looks how many there are before it takes memory for them.
+
+    Zarr knows it by its name.
+    """
+
+    text: TextAllowance
+    """What there may be of it."""
+
+    def _decode_sync(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        self.text.take(chunk_bytes.as_numpy_array(), math.prod(chunk_spec.shape))
+        return super()._decode_sync(chunk_bytes, chunk_spec)
+
+    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        return self._decode_sync(chunk_bytes, chunk_spec)
+
+
+class _WholeParts:
+    """Reads a shard that stands in a shard, and sees that nothing of it is left out."""
+
+    def __init__(self, inner: Any, least: int):
+        self._inner, self._least = inner, least
+
+    async def get(self, prototype: Any, byte_range: Any = None) -> Any:
+        value = await self._inner.get(prototype, byte_range)
+        if value is not None:
+            check_least("a shard within a shard", len(value), least_nbytes(byte_range, self._least))
+        return value
+
+
+class BoundedSharding(ShardingCodec):
+    """The codec of shards, in which none that stands in another may be empty or cut short."""
+
+    async def _decode_partial_single(self, byte_getter: Any, selection: Any, shard_spec: Any) -> Any:
+        if not isinstance(byte_getter, zarr.storage.StorePath):  # else `BoundedStore` sees to it
+            index = {"index_codecs": [codec.to_dict() for codec in self.index_codecs], "chunk_shape": self.chunk_shape}
+            byte_getter = _WholeParts(byte_getter, _index_nbytes(index, shard_spec.shape))
+        return await super()._decode_partial_single(byte_getter, selection, shard_spec)
+
+
+def _bound_v3(codecs: Sequence[Any], text: TextAllowance | None) -> list[Any]:
     bounded: list[Any] = []
     extra = 0
     for codec in codecs:
@@ -198,9 +249,11 @@ def _bound_v3(codecs: Sequence[Any]) -> list[Any]:
         kind = name.removeprefix("numcodecs.")
         if kind in COMPRESSORS:
             inner = get_codec_class(name).from_dict(document)
-            bounded.append(BoundedCodec(inner, kind, configuration, extra))
+            bounded.append(BoundedCodec(inner, kind, configuration, extra, text))
+        elif name == "vlen-utf8":
+            bounded.append(VLenUTF8Codec(text or TextAllowance()))
         elif name == "sharding_indexed":
-            bounded.append(ShardingCodec(**configuration | {"codecs": _bound_v3(configuration["codecs"])}))
+            bounded.append(BoundedSharding(**configuration | {"codecs": _bound_v3(configuration["codecs"], text)}))
         else:
             bounded.append(codec)
         extra += 4 * (kind in CHECKSUMS)
@@ -215,15 +268,16 @@ class BoundedCompressor(numcodecs.abc.Codec):  # type: ignore[misc]  # numcodecs
 
     codec_id = "bounded"
 
-    def __init__(self, configuration: Config, size: Size):
+    def __init__(self, configuration: Config, size: Size | TextAllowance):
         self.codec_id = str(configuration["id"])
-        self.size = size
+        self._size = size
         self._inner = numcodecs.get_codec(configuration)
         self._configuration = configuration
 
     def decode(self, buf: Bytes, out: Any = None) -> Bytes:
         """Return the bytes of a chunk; ChunkSizeError if they were more than a chunk has."""
-        return decompress(self.codec_id, self._configuration, buf, self.size)
+        size = self._size if isinstance(self._size, Size) else self._size.size()
+        return decompress(self.codec_id, self._configuration, buf, size)
 
     def encode(self, buf: Bytes) -> Bytes:
         """Never called."""
@@ -234,15 +288,33 @@ class BoundedCompressor(numcodecs.abc.Codec):  # type: ignore[misc]  # numcodecs
         return dict(self._inner.get_config())
 
 
-def _bound_v2(meta: Config) -> Config:
+class BoundedText(numcodecs.VLenUTF8):  # type: ignore[misc]  # numcodecs has no types
+    """The codec of text of Zarr format 2, which looks how many there are before it takes memory for them."""
+
+    def __init__(self, text: TextAllowance, count: int):
+        super().__init__()
+        self._text, self._count = text, count
+
+    def decode(self, buf: Bytes, out: Any = None) -> Any:
+        """Return the texts of a chunk; ChunkSizeError if it has others than its metadata say."""
+        self._text.take(buf, self._count)
+        return super().decode(buf, out)
+
+
+def _compresses(codec: Config) -> bool:
+    return codec["id"] in COMPRESSORS
+
+
+def _bound_v2(meta: Config, text: TextAllowance | None) -> Config:
     """Replace the compressor, which may also stand among the filters."""
-    filters = [numcodecs.get_codec(codec) for codec in meta.get("filters") or ()]
-    compressor = meta.get("compressor")
+    filters: list[Any] = list(meta.get("filters") or ())
+    known = [] if text is not None else [numcodecs.get_codec(codec) for codec in filters]
     for index, codec in enumerate(filters):
-        if codec.codec_id in COMPRESSORS:
-            filters[index] = BoundedCompressor(meta["filters"][index], _size_after(filters[:index], meta))
-    if compressor is not None and compressor["id"] in COMPRESSORS:
-        compressor = BoundedCompressor(compressor, _size_after(filters, meta))
+        if _compresses(codec):
+            filters[index] = BoundedCompressor(codec, text or _size_after(known[:index], meta))
+    compressor = meta.get("compressor")
+    if compressor is not None and _compresses(compressor):
+        compressor = BoundedCompressor(compressor, text or _size_after(known, meta))
     return meta | {"filters": filters or None, "compressor": compressor}
 
 
@@ -262,110 +334,3 @@ def _size_of(filters: Sequence[Any], sample: Any) -> int:
         for codec in filters:
             sample = codec.encode(sample)
     return memoryview(sample).nbytes
-
-
-# --- decompression --------------------------------------------------------------------------------------------
-
-
-def decompress(kind: str, configuration: Config, data: Bytes, size: Size) -> Bytes:
-    """Return what a compressor makes of `data`.
-
-    Raises
-    ------
-    ChunkSizeError
-        If that were more than `size` allows; no more memory than that was taken.
-    """
-    data = memoryview(data).cast("B")
-    if kind in _HEADERS:
-        return _HEADERS[kind](data, size)
-    if kind == "zlib":
-        stream = zlib.decompressobj()
-        out = stream.decompress(data, size.limit + 1)
-        size.check(len(out))
-        if not stream.eof:
-            raise EOFError("a chunk of the source ends before its last byte")
-        return out
-    # As files, for several streams, one after the other, are one chunk.
-    with _FILES[kind](io.BytesIO(data), configuration) as file:
-        out = file.read(size.limit + 1)
-    size.check(len(out))
-    return out
-
-
-def _lzma(file: io.BytesIO, configuration: Config) -> Any:
-    container, filters = configuration.get("format", lzma.FORMAT_XZ), configuration.get("filters")
-    return lzma.LZMAFile(file, format=container, filters=filters)
-
-
-_FILES: dict[str, Callable[[io.BytesIO, Config], Any]] = {
-    "bz2": lambda file, _: bz2.BZ2File(file),
-    "gzip": lambda file, _: gzip.GzipFile(fileobj=file, mode="rb"),
-    "lzma": _lzma,
-}
-
-
-def _blosc(data: Bytes, size: Size) -> Bytes:
-    size.check(int.from_bytes(data[4:8], "little"))
-    if not 16 <= int.from_bytes(data[12:16], "little") <= len(data):  # Blosc itself would read on
-        raise EOFError("a chunk of the source ends before its last byte")
-    return numcodecs.Blosc().decode(data)
-
-
-def _lz4(data: Bytes, size: Size) -> Bytes:
-    size.check(int.from_bytes(data[:4], "little"))
-    return numcodecs.LZ4().decode(data)
-
-
-def _zstd(data: Bytes, size: Size) -> Bytes:
-    # Not always by decoding into a buffer of the right size: of a chunk that is too short, numcodecs fills the front
-    # and says nothing; and up to 0.16 it stops after the first of several frames.
-    nbytes = zstd_nbytes(data)
-    if nbytes is not None:
-        size.check(nbytes)
-        return numcodecs.Zstd().decode(data)
-    if not size.exact:
-        raise ChunkSizeError("a chunk of the source does not say how large it is: rewrite the source")
-    out = np.empty(size.limit, np.uint8)
-    try:
-        return numcodecs.Zstd().decode(data, out)
-    except RuntimeError as error:
-        raise ChunkSizeError(
-            f"a chunk of the source does not decompress to the {size.limit} bytes that its metadata say ({error}): it "
-            "is corrupt, or a decompression bomb. Rewrite the source"
-        ) from error
-
-
-_HEADERS: dict[str, Callable[[Bytes, Size], Bytes]] = {"blosc": _blosc, "lz4": _lz4, "zstd": _zstd}
-
-
-def zstd_nbytes(data: Bytes) -> int | None:
-    """Return the size of the content of all frames of Zstandard; None if one of them does not say (RFC 8878)."""
-    total, at = 0, 0
-    while at < len(data):
-        magic = int.from_bytes(data[at : at + 4], "little")
-        if magic >> 4 == 0x184D2A5:  # a frame to skip
-            at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-            continue
-        if magic != _ZSTD_MAGIC or at + 5 > len(data):
-            raise ValueError("a chunk of the source is damaged: it is not compressed by Zstandard")
-        nbytes, at = _zstd_frame(data, at + 4)
-        if nbytes is None:
-            return None
-        total += nbytes
-    return total
-
-
-def _zstd_frame(data: Bytes, at: int) -> tuple[int | None, int]:
-    """Return the size of the content of a frame and where it ends, from its header on."""
-    flags = data[at]
-    single = flags >> 5 & 1
-    at += 1 + (not single) + (0, 1, 2, 4)[flags & 3]
-    width = (single, 2, 4, 8)[flags >> 6]
-    nbytes = int.from_bytes(data[at : at + width], "little") + 256 * (width == 2) if width else None
-    at += width
-    last = 0
-    while not last and at < len(data):
-        header = int.from_bytes(data[at : at + 3], "little")
-        last, kind = header & 1, header >> 1 & 3
-        at += 3 + (1 if kind == 1 else header >> 3)  # one byte, repeated
-    return nbytes, at + 4 * (flags >> 2 & 1)

@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import lzma
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import dask
 import xarray as xr
 
 from dask_batchinv.attributes import PLACING
-from dask_batchinv.job.source.metadata import Node, check_coordinate, is_name, read_node, stored_names
+from dask_batchinv.job.source.bounded_decoding import TextAllowance
+from dask_batchinv.job.source.coordinate import Coordinate
+from dask_batchinv.job.source.metadata import Node, is_name, read_node, stored_names
 from dask_batchinv.labels import Index
 from dask_batchinv.location import Location, raised_as
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.storage import unspecified
+from dask_batchinv.storage import DamagedChunkError, unspecified
+from dask_batchinv.text import clean
+
+#: All coordinates together may take so many bytes, all of their chunks decoded.
+COORDINATES_NBYTES = 2**30
+#: What metadata that make no sense become, or that may not be read; what a network raises is none of these.
+_BROKEN = (ValueError, RecursionError, PermissionError)
+#: What chunks that are damaged become.
+_DAMAGED = (
+    *(DamagedChunkError, ValueError, TypeError, LookupError, RuntimeError, EOFError),
+    *(zlib.error, lzma.LZMAError),
+)
+#: A reason may be so long.
+_REASON_LENGTH = 500
 
 
-@dataclass(frozen=True)
-class Coordinates:
-    """Arrays of one group that are coordinates of the stack, or what those name."""
+@dataclass
+class Found:
+    """What stands beside a stack."""
 
-    group: Location
-    """The group."""
-    names: tuple[str, ...]
-    """Their names in it."""
+    coordinates: dict[str, Coordinate] = field(default_factory=dict)
+    """Those that can be read, by name."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why others cannot, by name."""
 
-    def read(self, only: str | None = None) -> xr.Dataset:
-        """Read them, or one, undecoded, into memory. SourceError if that fails."""
-        wanted = self.names if only is None else (only,)
-        failing = raised_as(SourceError, f"the coordinates of {self.group.name} cannot be read")
-        with failing, unspecified(), dask.config.set(scheduler="threads"):
-            others = [name for name, _ in array_nodes(self.group) if name not in wanted]
-            found = xr.open_zarr(
-                self.group.store(read_only=True), consolidated=False, drop_variables=others, chunks={},
-                mask_and_scale=False, decode_times=False,
-            ).load()  # fmt: skip
-        # What the source had for codecs and chunks is not for the target.
-        bare: xr.Dataset = found.drop_encoding().drop_attrs(deep=False)
-        return bare
+    def leave_out(self, name: str, error: Exception) -> None:
+        """Note that something is not read."""
+        self.left_out[name] = _reason(error)
+
+    def labels(self, dim: str) -> Index | None:
+        """Return the labels of a dimension which decide what comes out; None if it has none."""
+        if dim in self.left_out:
+            raise SourceError(f"the labels of {dim}, which decide what comes out, cannot be read: {self.left_out[dim]}")
+        if dim not in self.coordinates:
+            return None
+        stored = read([self.coordinates[dim]])
+        with raised_as(SourceError, f"the labels of {dim} cannot be decoded"):
+            return xr.decode_cf(stored)[dim].to_index()
+
+    def notes(self) -> tuple[str, ...]:
+        """Return a sentence for each that is left out."""
+        return tuple(_note(name, why) for name, why in sorted(self.left_out.items()))
 
 
-def names_of(parts: tuple[Coordinates, ...]) -> tuple[str, ...]:
-    """Return the names of all."""
-    return tuple(name for part in parts for name in part.names)
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, SourceError) else f"{type(error).__name__}: "
+    return clean(f"{kind}{error}")[:_REASON_LENGTH]
 
 
-def find(root: Location, inner: str, node: Node, sizes: dict[str, int], variable: str) -> tuple[Coordinates, ...]:
+def _note(name: str, why: str) -> str:
+    return f"{ascii(name)[1:-1]} beside the stack was left out: {why}"
+
+
+def find(root: Location, inner: str, node: Node, sizes: dict[str, int], variable: str) -> Found:
     """Return the coordinates of a variable, by CF's and Xarray's rules.
 
     Parameters
@@ -61,68 +86,129 @@ def find(root: Location, inner: str, node: Node, sizes: dict[str, int], variable
         Names and lengths of its dimensions.
     variable : str
         Its name.
-
-    Raises
-    ------
-    SourceError
-        If a coordinate does not fit, or is not safe to read.
     """
-    own = root / inner if inner else root
-    found = [Coordinates(own, tuple(_beside(own, node, sizes, variable)))]
+    own, found = root / inner if inner else root, Found()
+    _add(found, own, _beside(own, node, sizes, variable, found), sizes)
     above = [inner.rpartition("/")[0]] if inner else []
     while above and above[-1]:
         above.append(above[-1].rpartition("/")[0])
     for path in above:
-        group, known = (root / path if path else root), {name for part in found for name in part.names}
-        inherited = (name for name in sizes if name not in known and _is_coordinate(group, name, sizes))
-        found.append(Coordinates(group, tuple(inherited)))
-    return tuple(part for part in found if part.names)
+        names = [name for name in sizes if name not in found.coordinates and name not in found.left_out]
+        _add(found, root / path if path else root, names, sizes)
+    _keep_to_limit(found, sizes)
+    return found
 
 
-def _beside(group: Location, node: Node, sizes: dict[str, int], variable: str) -> Iterator[str]:
-    """Yield what stands in the group of the variable and belongs to it."""
+def _beside(group: Location, node: Node, sizes: dict[str, int], variable: str, found: Found) -> Iterator[str]:
+    """Yield the names of what may stand in the group of the variable and belong to it."""
     root = read_node(group)
     if root is None:
         return
+    children = group.known_children()
+    others, broken = array_nodes(group, children)
+    for name in broken.keys() - {variable}:
+        found.leave_out(name, broken[name])
     # An extended grid mapping is "name: coordinate coordinate name: …".
     # Whatever one variable of a group names is a coordinate of all that it fits, to Xarray.
-    others = array_nodes(group, group.known_children())
-    attributes = [node.attributes, root.attributes, *(other.attributes for _, other in others)]
+    attributes = [node.attributes, root.attributes, *(other.attributes for other in others.values())]
     texts = [own.get(name) for own in attributes for name in PLACING]
     named = {name.rstrip(":") for text in texts if isinstance(text, str) for name in text.split()}
-    for name in sorted(filter(is_name, {*sizes, *named} - {variable})):  # others would lead out of the group
-        if _is_coordinate(group, name, sizes):
-            yield name
+    if children:  # else a server does not list them
+        named &= {*children}
+    # Others would lead out of the group.
+    yield from sorted(filter(is_name, {*sizes, *named} - {variable} - found.left_out.keys()))
 
 
-def _is_coordinate(group: Location, name: str, sizes: dict[str, int]) -> bool:
+def _add(found: Found, group: Location, names: Iterable[str], sizes: dict[str, int]) -> None:
+    """Add what is a coordinate of some names in a group."""
     root = read_node(group)
-    # In the format of the group, for in that Xarray will read it.
-    coordinate = None if root is None else read_node(group / name, root.zarr_format)
-    if coordinate is None or not coordinate.is_array:
-        return False
-    along = stored_names(coordinate) or ()
+    if root is None:
+        return
+    for name in names:
+        try:
+            # In the format of the group, for in that Xarray would read it.
+            node = read_node(group / name, root.zarr_format)
+            if node is not None and node.is_array and _fits(node, sizes):
+                found.coordinates[name] = Coordinate.judged(name, node)
+        except (*_BROKEN, TypeError, LookupError, AttributeError) as error:  # the latter of Zarr's making
+            found.leave_out(name, error)
+
+
+def _fits(node: Node, sizes: dict[str, int]) -> bool:
+    along = stored_names(node) or []
     if not set(along) <= set(sizes):
         return False
-    if len(along) and tuple(sizes[str(dim)] for dim in along) != coordinate.shape:
-        raise SourceError(f"the coordinate {(group / name).name} is not as long as its dimensions")
-    check_coordinate(coordinate)
+    if tuple(sizes[str(dim)] for dim in along) != node.shape:
+        raise SourceError(f"the coordinate {node.location.name} is not as long as its dimensions")
     return True
 
 
-def read_labels(parts: tuple[Coordinates, ...], dim: str) -> Index | None:
-    """Read the labels of a dimension; None if it has none."""
-    for part in parts:
-        if dim in part.names:
-            stored = part.read(only=dim)
-            with raised_as(SourceError, f"the labels of {dim} in {part.group.name} cannot be decoded"):
-                return xr.decode_cf(stored)[dim].to_index()
-    return None
+def _keep_to_limit(found: Found, sizes: Mapping[str, int]) -> None:
+    """Leave out what is too much for the memory: labels of dimensions come first."""
+    left = COORDINATES_NBYTES
+    for name in sorted(found.coordinates, key=lambda name: (name not in sizes, name)):
+        if (nbytes := found.coordinates[name].nbytes) > left:
+            what = f"it may take {nbytes:,} bytes, and all coordinates together may take {COORDINATES_NBYTES:,}"
+            found.leave_out(name, SourceError(f"{what}: store it in smaller chunks, or drop it"))
+            del found.coordinates[name]
+        else:
+            left -= nbytes
 
 
-def array_nodes(group: Location, names: list[str] | None = None) -> Iterator[tuple[str, Node]]:
-    """Yield the arrays of a group, or those of some names, with their names."""
-    for name in group.children() if names is None else names:
-        node = read_node(group / name)
-        if node is not None and node.is_array:
-            yield name, node
+def read(
+    coordinates: Iterable[Coordinate], *, needed: Collection[str] = (), notes: list[str] | None = None
+) -> xr.Dataset:
+    """Read coordinates, undecoded, into memory.
+
+    Parameters
+    ----------
+    coordinates
+        Which.
+    needed
+        Names of those that decide what comes out.
+    notes
+        Gets a sentence for each that is damaged, and not needed; without it that is an error.
+
+    Raises
+    ------
+    SourceError
+        If that fails.
+    """
+    variables: dict[str, xr.Variable] = {}
+    allowance = TextAllowance()
+    for each in coordinates:
+        with raised_as(SourceError, f"the coordinates of {each.group} cannot be read, {each.name}"):
+            try:
+                variables[each.name] = _undecoded({each.name: each.read(allowance)}).variables[each.name]
+            except _DAMAGED as error:
+                if notes is None or each.name in needed:
+                    raise
+                notes.append(_note(each.name, _reason(error)))
+    with raised_as(SourceError, "the coordinates cannot be read together"):
+        found = _undecoded(variables, decode_coords=True)
+    # What the source had for codecs and chunks is not for the target.
+    bare: xr.Dataset = found.drop_encoding()
+    return bare
+
+
+def _undecoded(variables: dict[str, xr.Variable], *, decode_coords: bool = False) -> xr.Dataset:
+    """Return variables as Xarray gives them where numbers and times are not to be decoded."""
+    how: dict[str, Any] = {"mask_and_scale": False, "decode_times": False, "decode_coords": decode_coords}
+    with unspecified():
+        found: xr.Dataset = xr.decode_cf(xr.Dataset(variables), **how).load()
+    return found
+
+
+def array_nodes(group: Location, names: Iterable[str]) -> tuple[dict[str, Node], dict[str, Exception]]:
+    """Return the arrays among some names in a group, and why the metadata of others make no sense."""
+    nodes: dict[str, Node] = {}
+    broken: dict[str, Exception] = {}
+    for name in names:
+        try:
+            node = read_node(group / name)
+            if node is not None and node.is_array:
+                stored_names(node)
+                nodes[name] = node
+        except _BROKEN as error:
+            broken[name] = error
+    return nodes, broken

@@ -21,6 +21,22 @@ Array = npt.NDArray[Any]
 Packing = dict[str, Any]
 
 
+def attributes_in_xarray(node: Node, array: zarr.Array[Any]) -> dict[str, Any]:
+    """Return the attributes of an array as Xarray gives them where numbers are not to be decoded."""
+    found = dict(node.attributes)
+    if node.zarr_format == 2:
+        found = {name: value for name, value in found.items() if not _is_of_netcdf(name)}
+        if array.fill_value is not None:
+            found["_FillValue"] = array.fill_value
+    elif "_FillValue" in found:
+        found["_FillValue"] = FillValueCoder.decode(found["_FillValue"], array.dtype)
+    return found
+
+
+def _is_of_netcdf(name: str) -> bool:
+    return name == "_ARRAY_DIMENSIONS" or name.lower().startswith("_nc")
+
+
 def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
     """Return the attributes by which Xarray would decode the numbers of an array; none if they mean what they are."""
     found = dict(node.attributes)

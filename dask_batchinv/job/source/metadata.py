@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dask_batchinv.attributes import packing_of
-from dask_batchinv.job.source.bounded_decoding import CHECKSUMS, COMPRESSORS
+from dask_batchinv.job.source.decompression import CHECKSUMS, COMPRESSORS
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.stack import KEPT
@@ -32,18 +32,8 @@ _ALLOWED_V3 = frozenset(
 _INDEX_CODECS = frozenset(["bytes", "crc32c"])
 _CHECKSUMS = CHECKSUMS | {"gzip", "zlib"}
 #: What a codec's configuration calls the dtypes that it makes.
-_CODEC_DTYPES = ("dtype", "astype", "encode_dtype", "decode_dtype")
-#: Labels may be text and times, which the stack may not.
-_LABELS_V2 = re.compile(r"[<>|]([bifcu]\d{1,2}|[SU]\d{1,5}|[mM]8(\[\d{0,9}[a-zA-Z]{0,2}\])?)")
-_LABELS_V3 = frozenset(
-    (
-        *("string", "variable_length_utf8", "fixed_length_utf32", "null_terminated_bytes"),
-        *("numpy.datetime64", "numpy.timedelta64"),
-    )
-)
-_TEXTS = ("|O", "string", "variable_length_utf8")
-#: A label may be so wide, a shard have so many chunks, and a codec stand so deep.
-_LABEL_NBYTES = 2**20
+CODEC_DTYPES = ("dtype", "astype", "encode_dtype", "decode_dtype")
+#: A shard may have so many chunks, and a codec stand so deep.
 _CHUNKS_PER_SHARD = 2**20
 _NESTED = 4
 _DTYPES = frozenset([*KEPT, "bool", "float16", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))])
@@ -114,9 +104,9 @@ def digest_of(node: Node, coordinates: tuple[str, ...]) -> str:
 
 def checked_dtype(node: Node) -> np.dtype[Any]:
     """Return the dtype, judged by the metadata alone: object and string dtypes must not reach a codec."""
-    declared = _declared(node)
+    declared = declared_dtype(node)
     node.expect(declared is not None, "a dtype", declared)
-    if _is_number(declared):
+    if is_number(declared):
         dtype: np.dtype[Any] = np.dtype(declared)
         return dtype
     raise SourceError(
@@ -125,11 +115,13 @@ def checked_dtype(node: Node) -> np.dtype[Any]:
     )
 
 
-def _declared(node: Node) -> Any:
+def declared_dtype(node: Node) -> Any:
+    """Return what the metadata say of the dtype, whatever it is."""
     return node.meta.get("dtype" if node.zarr_format == 2 else "data_type")
 
 
-def _is_number(declared: Any) -> bool:
+def is_number(declared: Any) -> bool:
+    """Tell whether a dtype is one of numbers that can be converted to a kept one."""
     if not isinstance(declared, str):
         return False
     if declared in _DTYPES:
@@ -142,8 +134,8 @@ def _is_number(declared: Any) -> bool:
 
 def is_floating(node: Node) -> bool:
     """Tell whether an array is of floating or complex numbers, as far as its metadata can be read."""
-    declared = _declared(node)
-    return _is_number(declared) and np.dtype(declared).kind in "fc"
+    declared = declared_dtype(node)
+    return is_number(declared) and np.dtype(declared).kind in "fc"
 
 
 def codecs_of(node: Node) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -219,9 +211,9 @@ def _compressors(chain: list[tuple[str, dict[str, Any]]]) -> list[str]:
 def _check_configuration(node: Node, name: str, configuration: dict[str, Any]) -> None:
     if node.zarr_format == 3:
         node.expect("id" not in configuration, f"no id in the configuration of {name}", configuration.get("id"))
-    for key in _CODEC_DTYPES:
+    for key in CODEC_DTYPES:
         if configuration.get(key) is not None:
-            ok = _is_number(configuration[key])
+            ok = is_number(configuration[key])
             node.expect(ok, f"a dtype of numbers for {key} of the codec {name}", configuration[key])
     if name == "sharding_indexed":
         for codec in configuration.get("index_codecs", ()):
@@ -278,29 +270,3 @@ def stored_names(node: Node) -> list[str | None] | None:
 def is_name(name: str) -> bool:
     """Tell whether a name is one of something directly inside a group."""
     return name.isprintable() and "/" not in name and "\\" not in name and name not in ("", ".", "..")
-
-
-def check_coordinate(node: Node) -> None:
-    """Raise SourceError unless an array can be labels, which Xarray will read: text is allowed, too."""
-    where = f"the coordinate {node.location.name} is not safe to run, as these are"
-    check_codecs(node, allowed_codecs(node) | {"vlen-utf8"}, where)
-    declared = _declared(node)
-    ok, nbytes = _is_label(node, declared), 0
-    if isinstance(declared, dict):
-        nbytes = (declared.get("configuration") or {}).get("length_bytes", 0)
-    node.expect(ok, "labels that are numbers, text or times", declared)
-    node.expect(type(nbytes) is int and 0 <= nbytes <= _LABEL_NBYTES, "labels that are not so long", nbytes)
-    names = [name for name, _ in codecs_of(node)]
-    node.expect(
-        ("vlen-utf8" in names[:1] or node.zarr_format == 3) if declared in _TEXTS else "vlen-utf8" not in names,
-        "vlen-utf8 first for text and for nothing else",
-        names,
-    )
-    check_layout(node, 1)
-
-
-def _is_label(node: Node, declared: Any) -> bool:
-    if node.zarr_format == 2:
-        return isinstance(declared, str) and (declared == "|O" or bool(_LABELS_V2.fullmatch(declared)))
-    name = declared.get("name") if isinstance(declared, dict) else declared
-    return _is_number(declared) or (isinstance(name, str) and name in _LABELS_V3)

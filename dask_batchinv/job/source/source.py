@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,9 @@ from dask_batchinv.attributes import PLACING, packing_of
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
 from dask_batchinv.job.source.bounded_decoding import open_bounded
-from dask_batchinv.job.source.coordinates import Coordinates, array_nodes, find, names_of, read_labels
+from dask_batchinv.job.source.coordinate import Coordinate
+from dask_batchinv.job.source.coordinates import Found, array_nodes, find
+from dask_batchinv.job.source.coordinates import read as read_coordinates
 from dask_batchinv.job.source.decoding import Packing, decode, decoded_dtype, read_packing
 from dask_batchinv.job.source.metadata import (
     Node,
@@ -69,8 +71,10 @@ class Source:
     """Dimension names; made up where the source has none."""
     core: tuple[int, int]
     """Axes of the rows and the columns."""
-    coordinates: tuple[Coordinates, ...]
-    """What says where its matrices are."""
+    coordinate_names: tuple[str, ...]
+    """Names of what says where its matrices are."""
+    coordinates: tuple[Coordinate, ...] = field(compare=False)
+    """That; nothing on workers."""
     exchange: Exchange
     """What changes places in the inverse."""
     labels: str
@@ -87,6 +91,8 @@ class Source:
     """Whether its chunks carry a checksum, so that damage is noticed."""
     digest: str
     """SHA-256 of its metadata."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """A sentence for each array beside it that is left out, because it is broken or not safe to read."""
 
     @property
     def n(self) -> int:
@@ -103,7 +109,7 @@ class Source:
         """
         node = read_node(self.location, self.zarr_format)
         # What is opened must be what was checked, also on a worker hours later.
-        if node is None or digest_of(node, names_of(self.coordinates)) != self.digest:
+        if node is None or digest_of(node, self.coordinate_names) != self.digest:
             raise SourceError(f"the metadata of {self.location.name} have changed since the job began: start it again")
         store = self.location.store(read_only=True)
         if missing == "error":
@@ -121,8 +127,18 @@ class Source:
         swapped = {row: col, col: row} if self.exchange is Exchange.NAMES else {}
         return tuple(swapped.get(dim, dim) for dim in self.dims)
 
-    def read_coordinates(self) -> xr.Dataset | None:
+    def for_workers(self) -> Source:
+        """Return it without what workers do not need, for it is sent to them with every task."""
+        return replace(self, attributes={}, group_attributes={}, coordinates=(), notes=())
+
+    def read_coordinates(self, notes: list[str] | None = None) -> xr.Dataset | None:
         """Read the coordinates of the inverse, undecoded, into memory; None if there are none.
+
+        Parameters
+        ----------
+        notes : list of str, optional
+            Gets a sentence for each that is damaged, and then left out. Without it that is an error, as it always is
+            of labels of rows and columns.
 
         Raises
         ------
@@ -131,11 +147,9 @@ class Source:
         """
         if not self.coordinates:
             return None
-        found = self.coordinates[0].read()
-        for above in self.coordinates[1:]:
-            found = found.assign(above.read().variables)
+        row, col = core = tuple(self.dims[axis] for axis in self.core)
+        found = read_coordinates(self.coordinates, needed=core, notes=notes)
         if self.exchange is Exchange.LABELS:
-            row, col = (self.dims[axis] for axis in self.core)
             found = found.rename({row: col, col: row})
         return found
 
@@ -182,15 +196,15 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
     if dims is not None:
         _check_square(location, names, _axes(names, stored, dims), array.shape)
     sizes = dict(zip(names, array.shape, strict=True))
-    coordinates = () if group is None else find(root, inner, node, sizes, name)
-    if taken := sorted({*names, *names_of(coordinates)} & set(MEMBERS)):
+    beside = Found() if group is None else find(root, inner, node, sizes, name)
+    if taken := sorted({*names, *beside.coordinates} & set(MEMBERS)):
         raise SourceError(
             f"{', '.join(taken)} of {location.name} are names that the target needs itself: rename those "
             "dimensions or coordinates first"
         )
     packing = read_packing(node, array)
     decoded = decoded_dtype(dtype, packing)
-    labels = _read_labels(coordinates, sizes)
+    labels = {dim: beside.labels(dim) for dim in _deciding(names, stored, sizes, dims)}
     core = _axes(names, stored, _default_dims(node, names, sizes, labels) if dims is None else dims)
     _check_square(location, names, core, array.shape)
     row, col = (labels.get(names[axis]) for axis in core)
@@ -208,7 +222,8 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         sharded=array.shards is not None,
         dims=names,
         core=core,
-        coordinates=coordinates,
+        coordinate_names=tuple(beside.coordinates),
+        coordinates=tuple(beside.coordinates.values()),
         exchange=Exchange.NOTHING if twice else exchange(row, col),
         labels=_digest_of_labels(row, col),
         attributes=node.attributes,
@@ -216,7 +231,8 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         packing=packing,
         decoded_dtype=decoded,
         checksummed=any(is_checksum(codec) for codec in codecs_of(node)),
-        digest=digest_of(node, names_of(coordinates)),
+        digest=digest_of(node, tuple(beside.coordinates)),
+        notes=beside.notes(),
     )
 
 
@@ -245,7 +261,8 @@ def _known_variable(group: Location, variable: str | None, dims: Sequence[str] |
         if not variable or {"..", "."} & set(variable.split("/")) or variable.startswith("/"):
             raise SourceError(f"variable {variable!r} is not a name inside the group")
         return variable
-    stacks = {name: node for name, node in array_nodes(group) if _may_be_stack(node, dims)}
+    nodes, _ = array_nodes(group, group.children())
+    stacks = {name: node for name, node in nodes.items() if _may_be_stack(node, dims)}
     # Masks and counts often have the same dimensions.
     real = [name for name, node in stacks.items() if is_floating(node) or packing_of(node.attributes)]
     for chosen in (real, [*stacks]):
@@ -261,7 +278,9 @@ def _may_be_stack(node: Node, dims: Sequence[str] | None) -> bool:
 
 
 def _listed(group: Location) -> str:
-    return ", ".join(f"{name} {node.shape}" for name, node in array_nodes(group)) or "no arrays"
+    nodes, broken = array_nodes(group, group.children())
+    texts = [f"{name} {node.shape}" for name, node in nodes.items()]
+    return ", ".join([*texts, *(f"{name} (its metadata make no sense)" for name in broken)]) or "no arrays"
 
 
 def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -304,10 +323,14 @@ def _check_square(location: Location, names: tuple[str, ...], core: tuple[int, i
         )
 
 
-def _read_labels(coordinates: tuple[Coordinates, ...], sizes: dict[str, int]) -> dict[str, Index | None]:
-    """Read the labels of the dimensions that are as long as another: what is not could not be a row or a column."""
-    lengths = list(sizes.values())
-    return {dim: read_labels(coordinates, dim) for dim, size in sizes.items() if lengths.count(size) > 1}
+def _deciding(
+    names: tuple[str, ...], stored: tuple[str, ...], sizes: dict[str, int], dims: Sequence[str] | None
+) -> list[str]:
+    """Return the dimensions whose labels decide what comes out: those that are named, or could be meant."""
+    if dims is not None:
+        return [names[axis] for axis in _axes(names, stored, dims)]
+    lengths = list(sizes.values())  # what is not as long as another could not be a row or a column
+    return [dim for dim, size in sizes.items() if lengths.count(size) > 1]
 
 
 def _digest_of_labels(row: Index | None, col: Index | None) -> str:

@@ -1,0 +1,122 @@
+"""A store of chunks that gives none which is longer or shorter than it could be, and knows which were not there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import zarr.abc.store
+import zarr.storage
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.core.sync import sync
+
+from dask_batchinv.storage import ChunkSizeError, GuardedStore, innermost
+
+#: Of so many chunks it is known whether they were there; of others the store is asked again.
+_REMEMBERED = 2**16
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How long a chunk can be in its store."""
+
+    whole: int
+    """At most, all of it."""
+    part: int
+    """At most, what is read by itself."""
+    least: int = 0
+    """At least: a shard has an index."""
+
+
+class BoundedStore(GuardedStore):
+    """A store that gives no chunk which is longer or shorter than it could be, and on a disk nothing but files."""
+
+    def __init__(self, store: zarr.abc.store.Store, stored: Stored):
+        super().__init__(store)
+        self._stored = stored
+        inner = innermost(store)
+        self._root = str(inner.root) if isinstance(inner, zarr.storage.LocalStore) else None
+        self._found: OrderedDict[str, bool] = OrderedDict()
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        """Return the value of a key; ChunkSizeError if it is too long or too short."""
+        if self._root is not None:
+            self._check_file(key)
+        if isinstance(byte_range, RangeByteRequest):
+            _check_longest(key, byte_range.end - byte_range.start, self._stored.part)
+        value = await self._store.get(key, prototype, byte_range)
+        self._remember(key, value is not None)
+        if value is not None:
+            _check_longest(key, len(value), self._stored.whole)
+            # What is not there of a shard would pass for chunks that were never written.
+            check_least(f"the chunk {key}", len(value), least_nbytes(byte_range, self._stored.least))
+        return value
+
+    def count_missing(self, keys: Iterable[str]) -> int:
+        """Return how many of some chunks are not there; those that were read are not asked for again."""
+        known = ((key, self._found.get(key)) for key in keys)
+        return sum(not (sync(self._exists(key)) if found is None else found) for key, found in known)
+
+    async def _exists(self, key: str) -> bool:
+        if self._root is not None:
+            self._check_file(key)
+        return await self._store.exists(key)
+
+    def _remember(self, key: str, found: bool) -> None:
+        self._found.pop(key, None)
+        self._found[key] = found
+        while len(self._found) > _REMEMBERED:
+            self._found.popitem(last=False)
+
+    def _check_file(self, key: str) -> None:
+        assert self._root is not None
+        path = os.path.join(self._root, key)
+        try:
+            found = os.stat(path)
+        except OSError:
+            _refuse_detached(self._root, path)
+            return  # it is not there, or reading will say what it is
+        if not stat.S_ISREG(found.st_mode):
+            raise ChunkSizeError(f"{path} is not a file: a chunk of the source was expected")
+        _check_longest(path, found.st_size, self._stored.whole)
+
+
+def _refuse_detached(root: str, path: str) -> None:
+    """Raise an error if a chunk is not simply missing: what leads to it is damaged, or all is gone."""
+    if not any(os.path.exists(os.path.join(root, name)) for name in ("zarr.json", ".zarray")):
+        raise OSError(f"the source {root} is gone: it was removed, or its disk is not mounted here any more")
+    chunk = path
+    while path != root and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.exists(path):
+        raise ChunkSizeError(f"{path} is a link to nothing: a chunk of the source was expected. Restore it")
+    if path != chunk and not os.path.isdir(path):
+        raise ChunkSizeError(f"{path} is not a folder: chunks of the source were expected in it")
+
+
+def least_nbytes(byte_range: Any, least: int) -> int:
+    """Return how many bytes must come of a range, or at `least` of a whole value."""
+    if isinstance(byte_range, RangeByteRequest):
+        return byte_range.end - byte_range.start
+    return byte_range.suffix if isinstance(byte_range, SuffixByteRequest) else least
+
+
+def _check_longest(key: str, nbytes: int, limit: int) -> None:
+    if nbytes > limit:
+        raise ChunkSizeError(
+            f"the chunk {key} of the source has {nbytes} bytes where by its metadata it cannot have more than {limit}: "
+            "it is corrupt, or a decompression bomb. Rewrite the source"
+        )
+
+
+def check_least(what: str, nbytes: int, least: int) -> None:
+    """Raise ChunkSizeError if a chunk, or a part of one, is shorter than it must be."""
+    if nbytes < least:
+        raise ChunkSizeError(
+            f"{what} of the source ends too early: expected {least} bytes, got {nbytes}. It was emptied or cut short: "
+            "restore it from where it came from"
+        )
