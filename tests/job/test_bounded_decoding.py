@@ -149,7 +149,7 @@ def test_chunks_that_end_too_early(tmp_path, kind):
     whole = bytes(numcodecs.get_codec({"id": kind}).encode(np.random.default_rng(1).bytes(128)))
     path = write_array(tmp_path / "evil", V2 | {"compressor": {"id": kind}})
     array = prepare(path, tmp_path / "target", JobOptions()).source.open()
-    for length in (1, 5, len(whole) // 2, len(whole) - 1):
+    for length in (0, 1, 5, len(whole) // 2, len(whole) - 1):
         (path / "0.0.0").write_bytes(whole[:length])
         with pytest.raises((RuntimeError, ValueError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)):
             array[...]

@@ -121,7 +121,7 @@ def _stored_v2(meta: Config) -> Stored:
 def _stored_v3(meta: Config) -> Stored:
     shards = [codec["configuration"] for codec in meta["codecs"] if _has(codec, "chunk_shape")]
     shape = _chunk_shape(meta)
-    least = _index_nbytes(shards[0], shape) if shards else 0
+    least = _index_nbytes(shards[0], shape) if shards else 1
     if is_text(meta):
         return Stored(_compressed(TEXT_NBYTES), _compressed(TEXT_NBYTES), least)
     widths = [meta["data_type"]]

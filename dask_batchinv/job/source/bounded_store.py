@@ -28,8 +28,8 @@ class Stored:
     """At most, all of it."""
     part: int
     """At most, what is read by itself."""
-    least: int = 0
-    """At least: a shard has an index."""
+    least: int = 1
+    """At least, all of it: a shard has an index."""
 
 
 class BoundedStore(GuardedStore):
@@ -101,7 +101,7 @@ def _refuse_detached(root: str, path: str) -> None:
 def least_nbytes(byte_range: Any, least: int) -> int:
     """Return how many bytes must come of a range, or at `least` of a whole value."""
     if isinstance(byte_range, RangeByteRequest):
-        return byte_range.end - byte_range.start
+        return max(1, byte_range.end - byte_range.start)  # for Zarr a part of no length is one never written
     return byte_range.suffix if isinstance(byte_range, SuffixByteRequest) else least
 
 

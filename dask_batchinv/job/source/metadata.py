@@ -172,10 +172,31 @@ def _codec_v3(node: Node, codec: Any) -> tuple[str, dict[str, Any]]:
     return str(codec.get("name")), codec.get("configuration") or {}
 
 
-def is_checksum(codec: tuple[str, dict[str, Any]]) -> bool:
-    """Tell whether a codec notices that a chunk is damaged."""
+def is_checksummed(node: Node) -> bool:
+    """Tell whether every byte of the data is covered by a checksum.
+
+    Of shards it takes one over the chunks in them *and* one over the index, by which one chunk would else be taken for
+    another; or one over all of the shard.
+    """
+    return _is_covered(node, next(_chains(node)))
+
+
+def _is_covered(node: Node, chain: list[tuple[str, dict[str, Any]]]) -> bool:
+    if any(map(_is_checksum, chain)):
+        return True
+    for name, configuration in chain:
+        if name == "sharding_indexed":
+            # Those are Zarr's own where nothing is said.
+            chains = [configuration.get("codecs", ["bytes"]), configuration.get("index_codecs", ["bytes", "crc32c"])]
+            return all(_is_covered(node, [_codec_v3(node, codec) for codec in codecs]) for codecs in chains)
+    return False
+
+
+def _is_checksum(codec: tuple[str, dict[str, Any]]) -> bool:
+    """Tell whether a codec notices that what it decodes is damaged."""
     name, configuration = codec
-    return name.removeprefix("numcodecs.") in _CHECKSUMS or bool(configuration.get("checksum"))
+    kind = name.removeprefix("numcodecs.")
+    return kind in _CHECKSUMS or (kind == "zstd" and bool(configuration.get("checksum")))
 
 
 def allowed_codecs(node: Node) -> frozenset[str]:

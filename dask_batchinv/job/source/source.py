@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Hashable, Sequence
@@ -18,6 +19,7 @@ from dask_batchinv.attributes import PLACING, packing_of
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
 from dask_batchinv.job.source.bounded_decoding import open_bounded
+from dask_batchinv.job.source.bounded_store import BoundedStore
 from dask_batchinv.job.source.coordinate import Coordinate
 from dask_batchinv.job.source.coordinates import Found, array_nodes, find
 from dask_batchinv.job.source.coordinates import read as read_coordinates
@@ -28,9 +30,8 @@ from dask_batchinv.job.source.metadata import (
     check_codecs,
     check_layout,
     checked_dtype,
-    codecs_of,
     digest_of,
-    is_checksum,
+    is_checksummed,
     is_floating,
     read_node,
     stored_names,
@@ -38,7 +39,7 @@ from dask_batchinv.job.source.metadata import (
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.storage import StrictStore
+from dask_batchinv.storage import StrictStore, write_unit
 from dask_batchinv.text import redact
 
 #: An error may say so much.
@@ -119,6 +120,25 @@ class Source:
     def read_block(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read a region of the array, which was opened for reading, and decode its numbers."""
         return decode(np.asarray(array[region]), self.packing)
+
+    def count_missing(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> int:
+        """Return how many chunks of a region are not in the store, of an array that was opened with "fill".
+
+        Shards are counted where there are some. Of chunks that were read just now it is known; others are looked for.
+
+        Raises
+        ------
+        ChunkSizeError
+            If one is damaged, not missing.
+        """
+        store = array.store
+        assert isinstance(store, BoundedStore)
+        spans = (slice(*span.indices(size)) for span, size in zip(region, self.shape, strict=True))
+        units = (
+            range(span.start // unit, -(-span.stop // unit)) if span.stop > span.start else range(0)
+            for span, unit in zip(spans, write_unit(array), strict=True)
+        )
+        return store.count_missing(map(array.metadata.encode_chunk_key, itertools.product(*units)))
 
     @property
     def target_dims(self) -> tuple[str, ...]:
@@ -230,7 +250,7 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         group_attributes={} if group is None else _attributes_of(group),
         packing=packing,
         decoded_dtype=decoded,
-        checksummed=any(is_checksum(codec) for codec in codecs_of(node)),
+        checksummed=is_checksummed(node),
         digest=digest_of(node, tuple(beside.coordinates)),
         notes=beside.notes(),
     )
