@@ -22,6 +22,7 @@ from dask_batchinv.kernels.cpu import dispatch as cpu
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.kernels.device import device_for, is_gpu_array, parse_device
+from dask_batchinv.kernels.emit.environment import standard_environment
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
@@ -130,7 +131,8 @@ def invert_block(
     """
     where = device_for(a, device)
     mirrored = lower and assume_a in MIRRORED
-    with a.device if is_gpu_array(a) else nullcontext():  # the one that it is on
+    # On the GPU that it is on, if it is on one.
+    with standard_environment(), a.device if is_gpu_array(a) else nullcontext():
         results = _invert_block(a.swapaxes(-2, -1) if mirrored else a, np.dtype(dtype), assume_a, where, min_rcond, out)
         if mirrored and assume_a != "symmetric" and results.inverse.dtype.kind == "c":
             # A Hermitian matrix is its transpose conjugated, and so is its inverse.

@@ -64,8 +64,8 @@ def description() -> str:
     return f"{llvm.get_host_cpu_name()}, LLVM {version}, llvmlite {llvmlite.__version__}"
 
 
-def load(name: str, write: Callable[[], str], sources: bytes) -> tuple[Function, Any]:
-    """Return the function `name`, compiled from what `write` returns or read from the cache.
+def load(name: str, write: Callable[[], str], sources: bytes, signature: Any = _SIGNATURE) -> tuple[Any, Any]:
+    """Return the function `name`, compiled from what `write` returns or read from the cache: by default a `Function`.
 
     `sources` is a digest of what `write` is made of. The second value keeps the machine code alive: hold on to it as
     long as to the function.
@@ -85,7 +85,7 @@ def load(name: str, write: Callable[[], str], sources: bytes) -> tuple[Function,
             .export_symbol(name)
             .link(_engine(), f"{name}-{next(_count)}")
         )
-    return _SIGNATURE(library[name]), library
+    return signature(library[name]), library
 
 
 def _compile(text: str) -> bytes:
