@@ -22,7 +22,7 @@ from dask_batchinv.kernels.cpu import dispatch as cpu
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.kernels.device import device_for, is_gpu_array, parse_device
-from dask_batchinv.kernels.emit.environment import standard_environment
+from dask_batchinv.kernels.emit.environment import COMPILE_NBYTES, standard_environment
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
@@ -55,7 +55,7 @@ class Kernel:
     """The kernel itself: ``invert(a, out, info, rcond)``."""
     scratch_nbytes: Callable[[int, npt.DTypeLike], int]
     """``scratch_nbytes(n, dtype)``: its working memory in bytes."""
-    compile_nbytes: Callable[[int, npt.DTypeLike], int] = lambda n, dtype: 0
+    compile_nbytes: Callable[[int, npt.DTypeLike], int] = lambda n, dtype: COMPILE_NBYTES
     """``compile_nbytes(n, dtype)``: what it takes in bytes before its first use in a process."""
 
 

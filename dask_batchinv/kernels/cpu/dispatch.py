@@ -34,6 +34,7 @@ from dask_batchinv.kernels.cpu import (
 )
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.emit import compiler
+from dask_batchinv.kernels.emit.environment import COMPILE_NBYTES
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA
 
@@ -138,7 +139,7 @@ def compile_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """
     spec = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())
     if (layout := layout_of(spec)) is None:
-        return 0
+        return COMPILE_NBYTES
     return 64 * 2**20 + 5 * _tested(layout.workspace(spec)) * n * n * np.dtype(np.complex128).itemsize
 
 
