@@ -68,8 +68,11 @@ def _invert_group(a: Array, out: Array, info: Array, rcond: Array, method: Metho
     x = np.empty_like(s)
     info[:] = method.solve(s, x)
     # As `scaling.rcond_of` has it.
-    eps = np.finfo(s.dtype).eps
-    rcond[:] = eps / (eps * _norm1(s) * _norm1(x))
+    eps, norms = np.finfo(s.dtype).eps, (_norm1(s), _norm1(x))
+    rcond[:] = eps / (eps * norms[0] * norms[1])
+    unknown = (info == int(Info.GOOD)) & ~(np.isfinite(norms[0]) & np.isfinite(norms[1]))
+    if unknown.any():
+        rcond[unknown] = rcond_at_any_scale(s[unknown], x[unknown])
     rcond[(info > 0) | np.isnan(rcond)] = 0
     _shift_exponents(x, shift)
     out[:] = x
@@ -83,6 +86,21 @@ def _invert_group(a: Array, out: Array, info: Array, rcond: Array, method: Metho
 def _norm1(a: Array) -> Array:
     norm: Array = np.abs(a).sum(axis=-2).max(axis=-1)
     return norm
+
+
+def rcond_at_any_scale(a: Array, x: Array) -> Array:
+    """Return ``rcond`` of matrices with inverses whose 1-norms themselves may be out of range."""
+    (norm, exponent), (norm_of_inverse, exponent_of_inverse) = (_norm1_and_exponent(b) for b in (a, x))
+    with np.errstate(all="ignore"):
+        rcond: Array = np.ldexp(1 / (norm * norm_of_inverse), -(exponent + exponent_of_inverse))
+    return rcond
+
+
+def _norm1_and_exponent(a: Array) -> tuple[Array, Array]:
+    """Return the 1-norms of matrices whose largest number is brought into [1/2, 1), and the exponents they had."""
+    parts = a.view(a.real.dtype)
+    exponent = np.frexp(np.abs(parts).max(axis=(1, 2)))[1]
+    return _norm1(np.ldexp(parts, -exponent[:, None, None]).view(a.dtype)), exponent
 
 
 def _scale(s: Array) -> Array:

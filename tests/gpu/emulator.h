@@ -157,13 +157,13 @@ static void launch(Kernel kernel, unsigned blocks, unsigned threads, unsigned sh
 }
 
 #ifdef LAYOUT_MEMORY
-extern "C" void run_prepare(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* work, int* finite, int* shift, R* norm,
-                            Long m, int n, int structure) {
-    launch(prepare, blocks, threads, shared, a, work, finite, shift, norm, m, n, structure);
+extern "C" void run_prepare(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* work, int* finite, int* shift, int* excess,
+                            R* norm, Long m, int n, int structure) {
+    launch(prepare, blocks, threads, shared, a, work, finite, shift, excess, norm, m, n, structure);
 }
 extern "C" void run_account(unsigned blocks, unsigned threads, unsigned shared, const T* work, T* out, int* info, R* rcond,
-                            const int* finite, const int* shift, const R* norm, Long m, int n, int structure) {
-    launch(account, blocks, threads, shared, work, out, info, rcond, finite, shift, norm, m, n, structure);
+                            const int* finite, const int* shift, const int* excess, const R* norm, Long m, int n, int structure) {
+    launch(account, blocks, threads, shared, work, out, info, rcond, finite, shift, excess, norm, m, n, structure);
 }
 extern "C" void run_widen(unsigned blocks, unsigned threads, unsigned, const float* a, double* wide, Long count) {
     launch(widen, blocks, threads, 0, a, wide, count);

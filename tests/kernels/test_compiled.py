@@ -29,6 +29,8 @@ def blocks(n, dtype, kind):
     a[20, n // 2, n // 2] = -np.inf
     a[21] *= np.finfo(dtype).tiny
     a[22] *= np.finfo(dtype).max / 4
+    a[23] = np.eye(n) * np.finfo(dtype).max / 4
+    a[23, 0, n - 1] = np.finfo(dtype).tiny
     return a, np.empty_like(a), np.empty(41, np.int32), np.empty(41, a.real.dtype)
 
 

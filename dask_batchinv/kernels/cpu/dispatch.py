@@ -163,10 +163,19 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Assume
     else:
         for start in range(0, m, step):
             _on_copies(partial(_run, kernel), slice(start, start + step), a, out, info, rcond)
-    # What overflowed on the way, in single precision, need not in double.
-    overflowed = np.flatnonzero(info == int(Info.OVERFLOW))
-    for start in range(0, len(overflowed), step):
-        _on_copies(reference, overflowed[start : start + step], a, out, info, rcond)
+    unfinished = np.flatnonzero(info < int(Info.NOT_FINITE))
+    for start in range(0, len(unfinished), step):
+        part = unfinished[start : start + step]
+        # What overflowed on the way, in single precision, need not in double.
+        overflowed = info[part] == int(Info.OVERFLOW)
+        _on_copies(reference, part[overflowed], a, out, info, rcond)
+        _on_copies(partial(_find_rcond, structure=structure), part[~overflowed], a, out, info, rcond)
+
+
+def _find_rcond(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:
+    """Account for good matrices whose inverses are there, but not what their kernel could not tell."""
+    rcond[:] = lapack.rcond_at_any_scale(lapack.METHODS[structure].read(a), out)
+    info[:] = int(Info.GOOD)
 
 
 def _on_copies(invert_part: Callable[..., None], part: slice | Array, a: Array, *results: Array) -> None:

@@ -54,7 +54,8 @@ def write(algorithm: Algorithm, spec: KernelSpec) -> str:
         norm_of_inverse = inverted.store(target)
         info = _judge(g, inverted.failed, finite, scale, norm_of_inverse, target)
         first = group * spec.lanes
-        e.store(e.resize(info, e.int32), e.at(e.info, first, e.int32), align=4)
+        marked = scaling.marked(e, info, inverted.norm, norm_of_inverse, spec.parts)
+        e.store(e.resize(marked, e.int32), e.at(e.info, first, e.int32), align=4)
         rcond = scaling.rcond_of(e, inverted.norm, norm_of_inverse)
         e.store(scaling.rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, first))
     streaming.finish()

@@ -70,7 +70,8 @@ def write(algorithm: Algorithm, spec: KernelSpec) -> str:
             rcond.set(scaling.rcond_or_failure(e, rcond.get(), info.get(), finite))
         store_stack(e, [variable.get() for variable in variables], streaming.target(group))
         first = group * lanes
-        e.store(e.resize(info.get(), e.int32), e.at(e.info, first, e.int32), align=4)
+        marked = scaling.marked(e, info.get(), norm, norm_of_inverse, parts)
+        e.store(e.resize(marked, e.int32), e.at(e.info, first, e.int32), align=4)
         e.store(rcond.get(), e.at(e.rcond, first))
     streaming.finish()
     return e.finish()

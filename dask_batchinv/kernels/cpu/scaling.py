@@ -16,6 +16,9 @@ from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.values import Value
 from dask_batchinv.outcome import Info
 
+#: ``info`` of a good matrix whose ``rcond`` the kernel cannot tell: nobody else sees it, `dispatch` finds the number.
+RCOND_UNKNOWN = -(2**30)
+
 
 class Measure:
     """The largest and the smallest of the numbers looked at, lane by lane."""
@@ -116,8 +119,31 @@ def rcond_of(e: Emitter, norm: Value, norm_of_inverse: Value) -> Value:
     The formula of all kernels. As eps is a power of two it changes no bit, but without it the product would overflow
     where ``rcond`` is small and yet a number.
     """
-    eps = 2.0**-e.digits
-    return e.like(norm, eps) / (norm * eps * norm_of_inverse)
+    return e.like(norm, _eps(e)) / _product(e, norm, norm_of_inverse)
+
+
+def _eps(e: Emitter) -> float:
+    return 2.0**-e.digits
+
+
+def _product(e: Emitter, norm: Value, norm_of_inverse: Value) -> Value:
+    return norm * _eps(e) * norm_of_inverse
+
+
+def marked(e: Emitter, info: Value, norm: Value, norm_of_inverse: Value, parts: int) -> Value:
+    """Return ``info`` with `RCOND_UNKNOWN` for good matrices whose 1-norms have left the range, or their squares have.
+
+    Those of complex numbers overflow, or lose digits where they underflow. In a matrix of unit size that matters to
+    neither norm; in one that its smallest number keeps from it, to that of the inverse.
+    """
+    known = _product(e, norm, norm_of_inverse) < float("inf")
+    if parts == 2:
+        # What a square loses is less than the root of the smallest number, and that is less than eps of the norm.
+        known = known & (norm_of_inverse >= 2.0 ** ((e.lowest + e.digits + 1) // 2 + 1))
+    result = e.variable(info)
+    with e.when(e.any(~known)):
+        result.set(e.select(known | ~info.eq(0), info, e.like(info, RCOND_UNKNOWN)))
+    return result.get()
 
 
 def rcond_or_failure(e: Emitter, rcond: Value, info: Value, finite: Value) -> Value:

@@ -258,15 +258,16 @@ def report(a: WorkspaceMatrix, index: Value, failing: Callable[[Value], Value]) 
     """
     e, s = a.e, a.s
     largest = e.reduce("umax", e.bits(a.aside(0)))
-    norm = e.lane(across(e, a.aside(1), partial(scaling.larger_sum, e)), 0)
+    norm, norm_of_inverse = e.load(a.norm, e.real), e.lane(across(e, a.aside(1), partial(scaling.larger_sum, e)), 0)
     sizes = [e.load(e.at(a.pivot_sizes, v * e.lanes), align=e.nbytes) for v in range(s.vectors)]
     # What came after the first failure is of no use.
     pivot = first_lane(e, [failing(size) for size in sizes]) + 1
     pivot = e.select(pivot > s.n, e.integer(0), pivot)
     finite = ~a.get(a.state, FINITE).eq(0)
     info = scaling.info_of(e, pivot, finite, ~scaling.is_finite(e, largest))
-    e.store(e.resize(info, e.int32), e.at(e.info, index, e.int32), align=4)
-    rcond = scaling.rcond_of(e, e.load(a.norm, e.real), norm)
+    marked = scaling.marked(e, info, norm, norm_of_inverse, s.parts)
+    e.store(e.resize(marked, e.int32), e.at(e.info, index, e.int32), align=4)
+    rcond = scaling.rcond_of(e, norm, norm_of_inverse)
     e.store(scaling.rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, index))
     target = e.at(e.inverse, index * s.size)
     with e.when(~info.eq(0)):

@@ -112,6 +112,9 @@ static __device__ R larger(R a, R b) { return a > b || a != a ? a : b; }
 
 // --- scaling ----------------------------------------------------------------------------------------------------
 
+// Norms are smaller by so many powers of two than what they are of.
+constexpr int SLACK = 32;
+
 // The numbers of a matrix: the largest and the smallest, zeros not counted.
 struct Range {
     R largest = 0, smallest = Format<R>::largest;
@@ -133,6 +136,13 @@ struct Range {
         frexp(smallest, &of_smallest);
         return max(-of_largest, min(Format<R>::lowest - of_smallest, 0));
     }
+    // The exponent that the largest number then still has, or most of it.
+    __device__ int excess() const {
+        if (largest == 0 || !finite) return 0;
+        int of_largest;
+        frexp(largest, &of_largest);
+        return max(min(of_largest + shift(), -Format<R>::lowest - SLACK), 0);
+    }
 };
 
 struct Scale {
@@ -145,6 +155,14 @@ struct Scale {
     // Every zero of the result is positive.
     __device__ R operator()(R a) const { return fma(a * first, second, R(0)); }
     __device__ Complex<R> operator()(Complex<R> a) const { return {(*this)(a.re), (*this)(a.im)}; }
+};
+
+// Magnitudes for a norm: of the matrix without its excess, of the inverse with it, and both smaller by SLACK, so that
+// no sum overflows unless rcond is 0.
+struct Magnitude {
+    R factor;
+    explicit __device__ Magnitude(int excess) : factor(Format<R>::power(excess - SLACK)) {}
+    __device__ R operator()(T a) const { return magnitude(times(a, factor)); }
 };
 
 static __device__ bool is_finite(T a) {
@@ -191,7 +209,8 @@ static __device__ int info_of(int finite, int pivot, int overflow) {
 
 static __device__ R rcond_of(int finite, int pivot, R norm, R norm_of_inverse) {
     // As cpu/scaling.py has it.
-    const R rcond = Format<R>::epsilon / (Format<R>::epsilon * norm * norm_of_inverse);
+    const R one = Format<R>::epsilon * Format<R>::power(-2 * SLACK);
+    const R rcond = one / (Format<R>::epsilon * norm * norm_of_inverse);
     return !finite ? not_a_number() : pivot || rcond != rcond ? R(0) : rcond;
 }
 
@@ -285,6 +304,7 @@ static __device__ void invert_one(T* mine, int structure, int* info, R* rcond) {
         }
     const int shift = range.shift();
     const Scale scale(shift), back(shift);
+    const Magnitude of_matrix(-range.excess()), of_inverse(range.excess());
     R norm = 0, norm_of_inverse = 0;
 #pragma unroll
     for (int j = 0; j < N; j++)
@@ -294,7 +314,7 @@ static __device__ void invert_one(T* mine, int structure, int* info, R* rcond) {
     for (int j = 0; j < N; j++) {
         R sum = 0;
 #pragma unroll
-        for (int i = 0; i < N; i++) sum += magnitude(structure == LOWER ? x[j][i] : x[i][j]);
+        for (int i = 0; i < N; i++) sum += of_matrix(structure == LOWER ? x[j][i] : x[i][j]);
         norm = larger(norm, sum);
     }
     const int pivot = eliminate(x);
@@ -306,7 +326,7 @@ static __device__ void invert_one(T* mine, int structure, int* info, R* rcond) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const T value = found(structure, i, j, result);
-            sum += magnitude(value);
+            sum += of_inverse(value);
             mine[i * N + j] = back(value);
             overflow |= !is_finite(mine[i * N + j]);
         }
@@ -461,8 +481,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         range = merged(range, LANES);
         const int shift = range.shift();
         const Scale scale(shift);
+        const Magnitude of_matrix(-range.excess()), of_inverse(range.excess());
         R norm = 0, norm_of_inverse = 0;
-        for (int i = 0; here && i < N; i++) norm += magnitude(scale(given(structure, i, row, stored)));
+        for (int i = 0; here && i < N; i++) norm += of_matrix(scale(given(structure, i, row, stored)));
         norm = largest_of(norm, LANES);
 #pragma unroll
         for (int j = 0; j < N; j++) state.x[j] = scale(state.x[j]);
@@ -476,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         int overflow = 0;
         for (int i = 0; here && i < N; i++) {
             const T value = found(structure, i, row, stored);
-            norm_of_inverse += magnitude(value);
+            norm_of_inverse += of_inverse(value);
             overflow |= !is_finite(back(value));
         }
         norm_of_inverse = largest_of(norm_of_inverse, LANES);
@@ -519,7 +540,7 @@ template <class V, class Join> static __device__ V over_block(V value, V* scratc
 }
 
 struct Measured {
-    int finite, shift;
+    int finite, shift, excess;
     R norm;
 };
 
@@ -529,11 +550,12 @@ template <class Get> static __device__ Measured measure(int n, int structure, Ge
     range.largest = over_block(range.largest, scratch, [](R a, R b) { return fmax(a, b); });
     range.smallest = over_block(range.smallest, scratch, [](R a, R b) { return fmin(a, b); });
     range.finite = over_block(range.finite, (int*)scratch, [](int a, int b) { return a & b; });
-    Measured measured = {range.finite, range.shift(), 0};
+    Measured measured = {range.finite, range.shift(), range.excess(), 0};
     const Scale scale(measured.shift);
+    const Magnitude of_matrix(-measured.excess);
     for (int j = threadIdx.x; j < n; j += SIDE * SIDE) {
         R sum = 0;
-        for (int i = 0; i < n; i++) sum += magnitude(scale(given(structure, i, j, get)));
+        for (int i = 0; i < n; i++) sum += of_matrix(scale(given(structure, i, j, get)));
         measured.norm = larger(measured.norm, sum);
     }
     measured.norm = over_block(measured.norm, scratch, larger);
@@ -545,13 +567,14 @@ template <class Get>
 static __device__ void finish(int n, int structure, Measured measured, int pivot, Get get, T* out, int* info, R* rcond,
                               R* scratch) {
     const Scale back(measured.shift);
+    const Magnitude of_inverse(measured.excess);
     R norm_of_inverse = 0;
     int overflow = 0;
     for (int j = threadIdx.x; j < n; j += SIDE * SIDE) {
         R sum = 0;
         for (int i = 0; i < n; i++) {
             const T value = found(structure, i, j, get);
-            sum += magnitude(value);
+            sum += of_inverse(value);
             overflow |= !is_finite(back(value));
         }
         norm_of_inverse = larger(norm_of_inverse, sum);
@@ -774,7 +797,7 @@ extern "C" __global__ void narrow(const double* wide, float* a, Long count) {
 
 // Before cuBLAS: what is worked on, at unit size, column after column as cuBLAS takes it.
 extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
-    prepare(const T* a, T* work, int* finite, int* shift, R* norm, Long m, int n, int structure) {
+    prepare(const T* a, T* work, int* finite, int* shift, int* excess, R* norm, Long m, int n, int structure) {
     for (Long q = blockIdx.x; q < m; q += gridDim.x) {
         const T* const source = a + q * n * n;
         const auto stored = [&](int i, int j) { return source[(Long)i * n + j]; };
@@ -788,6 +811,7 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
         if (threadIdx.x == 0) {
             finite[q] = measured.finite;
             shift[q] = measured.shift;
+            excess[q] = measured.excess;
             norm[q] = measured.norm;
         }
     }
@@ -795,15 +819,15 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
 
 // After cuBLAS: `info` has its pivots.
 extern "C" __global__ void __launch_bounds__(SIDE* SIDE)
-    account(const T* work, T* out, int* info, R* rcond, const int* finite, const int* shift, const R* norm, Long m,
-            int n, int structure) {
+    account(const T* work, T* out, int* info, R* rcond, const int* finite, const int* shift, const int* excess,
+            const R* norm, Long m, int n, int structure) {
     for (Long q = blockIdx.x; q < m; q += gridDim.x) {
         const T* const x = work + q * n * n;
         const auto inverse = [&](int i, int j) { return x[(Long)j * n + i]; };
         const int pivot = info[q];
         __syncthreads();
-        finish(n, structure, {finite[q], shift[q], norm[q]}, pivot, inverse, out + q * n * n, info + q, rcond + q,
-               (R*)memory);
+        finish(n, structure, {finite[q], shift[q], excess[q], norm[q]}, pivot, inverse, out + q * n * n, info + q,
+               rcond + q, (R*)memory);
         __syncthreads();
     }
 }

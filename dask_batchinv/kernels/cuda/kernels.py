@@ -115,9 +115,9 @@ def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array) 
 
     m, n = a.shape[:2]
     work, inverse = cupy.empty_like(a), cupy.empty_like(a)
-    finite, shift, ignored = (cupy.empty(m, np.int32) for _ in range(3))
+    finite, shift, excess, ignored = (cupy.empty(m, np.int32) for _ in range(4))
     norm, pivots = cupy.empty_like(rcond), cupy.empty((m, n), np.int32)
-    _call(chosen, "prepare", m, n, a, work, finite, shift, norm)
+    _call(chosen, "prepare", m, n, a, work, finite, shift, excess, norm)
     letter = LETTERS[a.dtype.char]
     factor, invert_factors = (getattr(cublas, f"{letter}{routine}Batched") for routine in ("getrf", "getri"))
     of_work, of_inverse = (x.data.ptr + cupy.arange(m, dtype=np.uint64) * (n * n * x.itemsize) for x in (work, inverse))
@@ -126,7 +126,7 @@ def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array) 
     invert_factors(
         handle, n, of_work.data.ptr, n, pivots.data.ptr, of_inverse.data.ptr, n, ignored.data.ptr, m
     )  # fmt: skip
-    _call(chosen, "account", m, n, inverse, out, info, rcond, finite, shift, norm)
+    _call(chosen, "account", m, n, inverse, out, info, rcond, finite, shift, excess, norm)
 
 
 def _call(chosen: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
