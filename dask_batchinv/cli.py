@@ -74,7 +74,8 @@ _job_options = _options(
                  help="A chunk that is not in the source is damage, or stands for matrices of its fill value."),
     click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
     click.option("--overwrite", is_flag=True,
-                 help="Replace a target that belongs to another job of dask-batchinv; nothing else is ever replaced."),
+                 help="Begin anew: replace a target of dask-batchinv, of this job or another, and nothing else ever. "
+                      "To continue what was interrupted, leave it out."),
     click.option("--trust-ledger", is_flag=True,
                  help="Do not read back what earlier runs have recorded as done."),
     click.option("--durable", is_flag=True,
@@ -86,6 +87,8 @@ _cluster_options = _options(
                  help="A running Dask scheduler, tls://host:port. Default: processes on this machine."),
     click.option("--insecure", is_flag=True,
                  help="Allow a scheduler on another machine without TLS: whoever reaches it can run code as you."),
+    click.option("--restart-stalled", is_flag=True,
+                 help="Restart workers that give no result even if they are not ours: others lose what is on them."),
     click.option("--workers", type=click.IntRange(1), metavar="N",
                  help="Processes on this machine. Default: one per core."),
     click.option("--threads-per-worker", type=click.IntRange(1), metavar="N",
@@ -207,7 +210,15 @@ def verify_command(target: str, source: str | None, sample: float, as_json: bool
         sys.exit(0 if report.ok else 1)
 
 
-_CLUSTER_ARGUMENTS = ("scheduler", "insecure", "workers", "threads_per_worker", "memory_limit", "dashboard")
+_CLUSTER_ARGUMENTS = (
+    "scheduler",
+    "insecure",
+    "restart_stalled",
+    "workers",
+    "threads_per_worker",
+    "memory_limit",
+    "dashboard",
+)
 
 
 def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:

@@ -5,22 +5,29 @@ All that jobs do to stores beside Zarr goes through `Location`: another kind of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
 import zarr.abc.store
 import zarr.storage
+from fsspec.implementations.local import LocalFileSystem
 
+from dask_batchinv.disk import Stamp, identity, is_file_or_absent, make_folders, stamp_of, write_file
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.text import clean, harmless, remember_url, without_user
+from dask_batchinv.text import CleanError, clean, harmless, remember_url, without_user
 
 #: A metadata document may be so long.
-_JSON_NBYTES = 16 * 2**20
+JSON_NBYTES = 16 * 2**20
+
+
+class TakenOverError(CleanError, ConnectionError):
+    """What this process wrote last is not there any more: its target was removed, replaced, or taken over."""
 
 
 @contextmanager
@@ -28,7 +35,7 @@ def raised_as(kind: type[Exception], what: str, advice: str = "") -> Iterator[No
     """Turn whatever a file system may raise into an error of ours, without credentials; refusals stay as they are."""
     try:
         yield
-    except RefusedError:
+    except (RefusedError, TakenOverError):
         raise
     except Exception as error:
         raise kind(clean(f"{what}: {type(error).__name__}: {error}{advice}")) from harmless(error)
@@ -58,9 +65,9 @@ class Location:
         remember_url(text)  # before it is resolved: a slash or a dot may be part of a credential
         if not text:
             raise ValueError("expected a path or a URL, got an empty string")
-        if text.startswith(("file://", "local://")):
+        if text.startswith(("file://", "local://")) and not _is_chain(text):
             text = text.partition("://")[2]
-        if "::" in text:  # a chain of file systems: fsspec knows what it means
+        if _is_chain(text):  # fsspec knows what it means
             return cls(text.rstrip("/"))
         if "://" in text:
             head, _, query = text.partition("?")
@@ -78,7 +85,7 @@ class Location:
     @property
     def is_local(self) -> bool:
         """Whether it is a path on a mounted disk."""
-        return "://" not in self.url
+        return os.path.isabs(self.url)
 
     @property
     def is_memory(self) -> bool:
@@ -92,13 +99,44 @@ class Location:
         return replace(self, url=f"{head}/{part}{mark}{query}")
 
     def contains(self, other: Location) -> bool:
-        """Tell whether `other` is this location or lies inside it."""
-        return self._parts() == other._parts()[: len(self._parts())]
+        """Tell whether `other` is this location or lies inside it, also where it has another name for that.
+
+        On a disk folders are compared, not names alone: a bind mount is another name for one folder, and so is one in
+        capital letters where a file system does not tell them apart. Of a chain of file systems the last counts, in
+        which the bytes are.
+        """
+        mine, others = self._parts(), other._parts()
+        if mine == others[: len(mine)]:
+            return True
+        if mine[0] != others[0] or mine[0] != "file":
+            return False
+        folder = identity("/" + "/".join(mine[1:]))
+        above = ("/" + "/".join(others[1:end]) for end in range(len(others), 0, -1))
+        return folder is not None and any(identity(path) == folder for path in above)
+
+    def folders(self) -> list[Location]:
+        """Return what is directly inside and a folder on a disk."""
+        if not self.is_local or not os.path.isdir(self.url):
+            return []
+        with os.scandir(self.url) as entries:
+            return [self / entry.name for entry in entries if entry.is_dir()]
 
     def _parts(self) -> list[str]:
+        """Return the file system, and the way to the location in it."""
         # User and query do not identify the data.
-        url = self.url if self.is_local else without_user(self.url.partition("?")[0])
-        return [part for part in url.split("/") if part]
+        base = self.url.rpartition("::")[2] if _is_chain(self.url) else self.url
+        protocol, mark, rest = base.partition("://")
+        if not mark or protocol in ("file", "local"):
+            return ["file", *(part for part in os.path.realpath(rest or base).split("/") if part)]
+        url = without_user(base.partition("?")[0])
+        try:  # several protocols may be one file system, such as s3 and s3a
+            kind = fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError):
+            path = url
+        else:
+            path = kind._strip_protocol(url)
+            protocol = kind.protocol if isinstance(kind.protocol, str) else kind.protocol[0]
+        return [protocol, *(part for part in path.rpartition("://")[2].split("/") if part)]
 
     def store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
         """Return a Zarr store for this location."""
@@ -108,11 +146,13 @@ class Location:
 
     def _filesystem(self) -> tuple[Any, str]:
         """Return the (synchronous) fsspec file system and the path in it."""
+        if self.is_local:  # whatever is in its name
+            return LocalFileSystem(), self.url
         fs, path = fsspec.core.url_to_fs(self.url, **self._options())
         return fs, path
 
     def _options(self) -> dict[str, Any]:
-        if self.is_local or "::" in self.url:
+        if "::" in self.url:
             return {}
         # A listing kept from before says that what was written since is not there. And s3fs asks for the size of all
         # that it might read in parts, which for chunks doubles the requests.
@@ -122,6 +162,11 @@ class Location:
         """Tell whether anything is here."""
         fs, path = self._filesystem()
         return bool(fs.exists(path))
+
+    def is_kept(self, key: str) -> bool:
+        """Tell whether something is stored under a key, or inside a folder of that name."""
+        fs, path = self._filesystem()
+        return bool(fs.exists(f"{path}/{key}"))
 
     def is_writable(self) -> bool:
         """Tell whether it can be written, as far as that can be told beforehand."""
@@ -133,15 +178,64 @@ class Location:
     def read(self, key: str, limit: int | None = None) -> bytes:
         """Return what is stored under `key`, or its first `limit` bytes; FileNotFoundError if there is no such key."""
         fs, path = self._filesystem()
+        if self.is_local and not is_file_or_absent(f"{path}/{key}"):
+            raise ValueError(f"{key} of {self.name} is not a file")
         content: bytes = fs.cat_file(f"{path}/{key}", start=None if limit is None else 0, end=limit)
         return content
 
-    def write(self, key: str, content: bytes) -> None:
-        """Store bytes under `key`."""
+    def write(self, key: str, content: bytes, *, synced: bool = False) -> Stamp:
+        """Store bytes under `key`, as a whole: on a disk under another name first; return what `stamp` would.
+
+        With `synced` they, and the folders that lead to them, are on the disk when it returns, if it is on one.
+        """
+        if self.is_local:
+            file = os.path.join(self.url, key)
+            make_folders(os.path.dirname(file), synced=synced)
+            return write_file(file, content, synced=synced)
         fs, path = self._filesystem()
-        if self.is_local or self.is_memory:
-            fs.makedirs(path, exist_ok=True)
+        if self.is_memory:
+            fs.makedirs(f"{path}/{key}".rpartition("/")[0], exist_ok=True)
         fs.pipe_file(f"{path}/{key}", content)
+        return _digest(content)
+
+    def stamp(self, key: str) -> Stamp:
+        """Return what is known of what a key holds."""
+        if self.is_local:
+            return stamp_of(os.path.join(self.url, key))
+        try:
+            return _digest(self.read(key))
+        except FileNotFoundError:
+            return None
+
+    def replace(self, key: str, content: bytes, expected: Stamp, *, synced: bool = False) -> Stamp:
+        """Store bytes under `key` if it still holds what `expected` was returned for; return the new stamp.
+
+        Where a store can do both at once, nobody can come between.
+
+        Raises
+        ------
+        TakenOverError
+            If it holds something else.
+        """
+        lost = TakenOverError(f"{key} of {self.name} was removed or replaced by somebody else while this run was on")
+        if self.is_memory or self.is_local:
+            if self.stamp(key) != expected:
+                raise lost
+            return self.write(key, content, synced=synced)
+        fs, path = self._filesystem()
+        path = f"{path}/{key}"
+        conditions = _conditions(fs, path, expected)
+        if self.stamp(key) != expected:
+            raise lost
+        try:
+            fs.pipe_file(path, content, **conditions)
+        except Exception as error:
+            # The answer to a first attempt may have been lost, and the second one met what the first had written.
+            if conditions and _says_other(error) and self.stamp(key) != _digest(content):
+                raise lost from error
+            if not (conditions and _says_other(error)):
+                raise
+        return _digest(content)
 
     def delete(self, key: str) -> None:
         """Delete what is stored under `key`."""
@@ -156,17 +250,14 @@ class Location:
         ValueError
             If it is not a file, longer than metadata ever are, or not a JSON object.
         """
-        found = os.path.join(self.url, key)
-        if self.is_local and os.path.exists(found) and not os.path.isfile(found):
-            if os.path.isdir(found):
-                return None
-            raise ValueError(f"{key} of {self.name} is not a file")
+        if self.is_local and os.path.isdir(os.path.join(self.url, key)):
+            return None
         try:
-            text = self.read(key, _JSON_NBYTES + 1)
+            text = self.read(key, JSON_NBYTES + 1)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
-        if len(text) > _JSON_NBYTES:
-            raise ValueError(f"{key} of {self.name} is longer than {_JSON_NBYTES >> 20} MiB, which metadata never are")
+        if len(text) > JSON_NBYTES:
+            raise ValueError(f"{key} of {self.name} is longer than {JSON_NBYTES >> 20} MiB, which metadata never are")
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object in {key}, got {type(content).__name__}")
@@ -186,14 +277,31 @@ class Location:
                 return []
             raise
 
-    def remove(self, *, first: str | None = None, last: str | None = None, keep: str | None = None) -> None:
-        """Delete everything here, the file `first` before and the file `last` after all others, but not `keep`."""
+    def keys(self) -> list[str]:
+        """Return all keys that are inside, at any depth; links are keys, and not followed."""
+        if self.is_local:
+            walked = os.walk(self.url)
+            found = (os.path.join(top, name) for top, folders, files in walked for name in _files(top, folders, files))
+            return [os.path.relpath(path, self.url) for path in found]
         fs, path = self._filesystem()
-        children = [child for child in self.children() if child != keep]
-        for child in sorted(children, key=lambda child: (child != first, child == last)):
-            fs.rm(f"{path}/{child}", recursive=True)
-        if keep is None:
-            fs.rm(path, recursive=True)
+        return [found[len(path) :].lstrip("/") for found in fs.find(path)]
+
+    def delete_all(self, keys: Iterable[str]) -> None:
+        """Delete keys, one by one, and on a disk the folders that are empty then."""
+        if not self.is_local:
+            fs, path = self._filesystem()
+            if names := [f"{path}/{key}" for key in keys]:
+                fs.rm(names)
+            return
+        folders = set()
+        for key in keys:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.url, key))
+            while key := os.path.dirname(key):
+                folders.add(key)
+        for folder in sorted(folders, reverse=True):  # what is inside comes first
+            with suppress(OSError):
+                os.rmdir(os.path.join(self.url, folder))
 
 
 def _resolved(parts: list[str], url: str) -> list[str]:
@@ -206,3 +314,35 @@ def _resolved(parts: list[str], url: str) -> list[str]:
         elif part != ".":
             done.append(part)
     return done
+
+
+def _is_chain(url: str) -> bool:
+    """Tell whether a URL is a chain of file systems, and not a path that has two colons in a name."""
+    first, mark, _ = url.partition("::")
+    protocol = first.partition("://")[0]
+    return bool(mark) and ("://" in first or protocol in fsspec.available_protocols())
+
+
+def _files(top: str, folders: list[str], files: list[str]) -> list[str]:
+    return files + [name for name in folders if os.path.islink(os.path.join(top, name))]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _conditions(fs: Any, path: str, expected: Stamp) -> dict[str, Any]:
+    """Return what makes a store refuse to write a key that has changed, where it can do that."""
+    if "s3" not in fs.protocol:
+        return {}
+    if expected is None:
+        return {"mode": "create"}
+    try:
+        return {"IfMatch": fs.info(path, refresh=True)["ETag"]}
+    except (FileNotFoundError, KeyError):
+        return {}
+
+
+def _says_other(error: Exception) -> bool:
+    """Tell whether a store refused to write because the key has changed: 412, which s3fs says in several ways."""
+    return isinstance(error, FileExistsError) or "PreconditionFailed" in str(error) or "412" in str(error)

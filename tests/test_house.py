@@ -15,7 +15,7 @@ PACKAGE = Path(dask_batchinv.__file__).parent
 #: The floors, from the ground up: a room (a module, or a folder with all that is in it) may import what is on lower
 #: floors, and nothing of its own floor.
 FLOORS = [
-    ["text"],
+    ["text", "disk"],
     ["_version", "config", "stack", "labels", "attributes"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "torch_tensors"],
@@ -24,7 +24,7 @@ FLOORS = [
     ["out"],
     ["options"],
     ["containers"],
-    ["array", "job.tiling", "job.versions", "job.options", "job.outputs"],
+    ["array", "job.events", "job.tiling", "job.versions", "job.options", "job.outputs"],
     ["labelled", "job.results", "job.source"],
     ["accessor"],
     ["job.target"],

@@ -1,9 +1,12 @@
 """Locations: one true name, overlap, no credentials in what is printed."""
 
-import fsspec
+import os
+import subprocess
+import sys
+
 import pytest
 
-from dask_batchinv.location import Location
+from dask_batchinv.location import Location, TakenOverError
 from dask_batchinv.text import redact
 
 
@@ -66,23 +69,97 @@ def test_credentials_are_not_printed(text):
         assert "CANARY" not in Location.parse(text).name
 
 
-def test_remove_takes_the_mark_last(tmp_path, monkeypatch):
-    for name in ("zarr.json", "a/b", "c"):
+def test_keys_are_deleted_one_by_one_and_links_not_followed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    for name in ("zarr.json", "a/b", "a/d/e", "c"):
         path = tmp_path / "t" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    removed = []
-    local = fsspec.filesystem("file")
-    rm = type(local).rm
+    (tmp_path / "t" / "link").symlink_to(tmp_path / "mine")
+    location = Location.parse(tmp_path / "t")
+    assert sorted(location.keys()) == ["a/b", "a/d/e", "c", "link", "zarr.json"]
+    location.delete_all(["a/d/e", "c", "link", "not/there"])
+    assert sorted(location.keys()) == ["a/b", "zarr.json"]
+    assert not (tmp_path / "t" / "a" / "d").exists()
+    assert (tmp_path / "mine" / "thesis").exists()
 
-    def spy(self, path, **options):
-        removed.append(path)
-        return rm(self, path, **options)
 
-    monkeypatch.setattr(type(local), "rm", spy)
-    Location.parse(tmp_path / "t").remove(last="zarr.json")
-    assert not (tmp_path / "t").exists()
-    assert removed[-2:] == [str(tmp_path / "t" / "zarr.json"), str(tmp_path / "t")]
+@pytest.mark.parametrize("url", ["memory://replaced", None])
+def test_replace_expects_what_was_there(tmp_path, url):
+    location = Location.parse(url or tmp_path / "t")
+    stamp = location.replace("a/key", b"one", None)
+    assert location.stamp("a/key") == stamp
+    stamp = location.replace("a/key", b"two", stamp)
+    with pytest.raises(TakenOverError, match=r"a/key of .* was removed or replaced"):
+        location.replace("a/key", b"late", None)
+    location.write("a/key", b"another's")
+    with pytest.raises(TakenOverError):
+        location.replace("a/key", b"late", stamp)
+    assert location.read("a/key") == b"another's"
+    location.delete("a/key")
+    with pytest.raises(TakenOverError):
+        location.replace("a/key", b"late", stamp)
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_not_followed(tmp_path):
+    (tmp_path / "thesis").write_text("years of work")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "key").symlink_to(tmp_path / "thesis")
+    Location.parse(tmp_path / "t").write("key", b"mine")
+    assert (tmp_path / "thesis").read_text() == "years of work"
+    assert (tmp_path / "t" / "key").read_bytes() == b"mine"
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["key"]
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    location = Location.parse(tmp_path)
+    for name in ("pipe", "zero", "broken"):
+        with pytest.raises(ValueError, match=f"{name} of .* is not a file"):
+            location.read(name)
+        with pytest.raises(ValueError, match=f"{name} of .* is not a file"):
+            location.read_json(name)
+
+
+@pytest.mark.parametrize("name", ["a::b", "::", "zip:::", "x::y::z.zarr"])
+def test_two_colons_in_the_name_of_a_file_are_no_chain(tmp_path, name):
+    location = Location.parse(tmp_path / name)
+    assert location.is_local
+    location.write("key", b"x")
+    assert (tmp_path / name / "key").read_bytes() == location.read("key") == b"x"
+    assert location.children() == ["key"]
+
+
+def test_the_names_of_one_folder(tmp_path, monkeypatch):
+    (tmp_path / "data" / "s.zarr").mkdir(parents=True)
+    local = str(tmp_path / "data")
+    names = [local, f"file://{local}", f"simplecache::file://{local}", f"simplecache::{local}", f"dir::file://{local}"]
+    for one in names:
+        for other in names:
+            assert Location.parse(one).contains(Location.parse(f"{other}/s.zarr"))
+            assert not Location.parse(f"{one}/s.zarr").contains(Location.parse(other))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
+def test_a_bind_mount_is_another_name_for_one_folder(tmp_path):
+    (tmp_path / "data" / "x.zarr" / "inverse").mkdir(parents=True)
+    (tmp_path / "same").mkdir()
+    code = (
+        "import sys; from dask_batchinv.location import Location as L\n"
+        "data, same = map(L.parse, sys.argv[1:])\n"
+        "print(data.contains(same), same.contains(data), (same / 'x.zarr').contains(data / 'x.zarr' / 'inverse'),"
+        " (data / 'x.zarr' / 'inverse').contains(same / 'x.zarr'))"
+    )
+    mounts = (
+        f'mount --bind {tmp_path}/data {tmp_path}/same && exec {sys.executable} -c "$0" {tmp_path}/data {tmp_path}/same'
+    )
+    ended = subprocess.run(["unshare", "-m", "sh", "-c", mounts, code], capture_output=True, text=True, check=False)
+    if ended.returncode and "unshare" in ended.stderr:
+        pytest.skip(f"this machine allows no mounts: {ended.stderr}")
+    assert ended.stdout.split() == ["True", "True", "True", "False"], ended.stderr
 
 
 def test_json_that_is_no_object(tmp_path):

@@ -9,8 +9,7 @@ import pytest
 
 from dask_batchinv import ClusterError, DeviceError, PlanError, RefusedError, SourceError
 from dask_batchinv.job.results import TileResult
-from dask_batchinv.job.versions import VersionError
-from dask_batchinv.location import Location, raised_as
+from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.storage import MissingChunkError
 from dask_batchinv.text import clean, clean_lines, clean_values, harmless, printable, redact, remember_options
 
@@ -131,7 +130,7 @@ def test_what_a_terminal_would_obey_is_escaped():
 
 
 @pytest.mark.parametrize(
-    "kind", [RefusedError, SourceError, ClusterError, PlanError, MissingChunkError, DeviceError, VersionError]
+    "kind", [RefusedError, SourceError, ClusterError, PlanError, MissingChunkError, DeviceError, TakenOverError]
 )
 def test_our_errors_are_clean(kind):
     error = kind(f"variable {FORGED} of s3://me:CANARY7f3a@host/x")

@@ -41,6 +41,7 @@ def invert_store(
     trust_ledger: bool = False,
     durable: bool = False,
     insecure: bool = False,
+    restart_stalled: bool = False,
     on_progress: OnProgress | None = None,
 ) -> JobReport:
     """Invert every matrix of a Zarr store into another, on a Dask cluster.
@@ -81,7 +82,8 @@ def invert_store(
     missing : {"error", "fill"}
         What it means if a chunk of the source is not in its store: damage, or matrices of its fill value.
     overwrite : bool
-        Replace a target that belongs to another job. What is not a target of dask_batchinv is never replaced.
+        Replace a target of dask_batchinv, of another job or of this one, from the beginning. What is not a target of
+        dask_batchinv is never replaced.
     trust_ledger : bool
         Do not read back what earlier runs have recorded.
     durable : bool
@@ -89,6 +91,9 @@ def invert_store(
         nothing that is recorded; slower. Without it that takes only a file system that orders its writes.
     insecure : bool
         Allow a `scheduler` on another machine that is not reached by ``tls://``.
+    restart_stalled : bool
+        Restart workers that give no result for ``batchinv.job.patience`` even if the cluster is not our own: whatever
+        others have on them is lost.
     on_progress : callable, optional
         Called with a `Progress` every now and then.
 
@@ -110,7 +115,14 @@ def invert_store(
         missing=missing, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip
     cluster = ClusterOptions(
-        client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure, device=device
+        client,
+        scheduler,
+        workers,
+        threads_per_worker,
+        memory_limit,
+        insecure=insecure,
+        device=device,
+        restart_stalled=restart_stalled,
     )
     report = run_job(prepare(source, target, options), cluster, on_progress)
     if report.exit_code:

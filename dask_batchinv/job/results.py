@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_batchinv.job.outputs import OUTPUTS
-from dask_batchinv.job.versions import VersionError
-from dask_batchinv.outcome import FAILURE_KINDS, Info, TargetError, failures_of
+from dask_batchinv.outcome import FAILURE_KINDS, Info, SourceError, failures_of
+from dask_batchinv.storage import DamagedChunkError
 from dask_batchinv.text import clean
 
 Array = npt.NDArray[Any]
@@ -24,9 +24,14 @@ DEVICES = ("cpu", "gpu")
 LARGEST_RATIO = 30.0
 #: What a row of the ledger says of its tile, in int64; only `TileRow` and `smallest_of` know how.
 COLUMNS = (
-    "done", "matrices", *FAILURE_KINDS, "ill_conditioned", "smallest_rcond_bits", "milliseconds", "attempts", "device",
+    "generation", "matrices", *FAILURE_KINDS, "ill_conditioned", "smallest_rcond_bits", "milliseconds", "attempts",
+    "device", "filled",
     *(output.checksum for output in OUTPUTS),
 )  # fmt: skip
+
+
+class LostTargetError(RuntimeError):
+    """A worker does not find the target that it was told of."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class TileResult(Generic[T]):
     """Why it failed, on one line and without credentials."""
     stops: bool = False
     """Whether the cause would fail all other tiles too."""
+    is_final: bool = False
+    """Whether it would fail again, whoever tried."""
+    is_workers: bool = False
+    """Whether the cause is the worker, not the tile."""
     milliseconds: int = 0
     """How long it took."""
     attempts: int = 1
@@ -67,9 +76,11 @@ class TileRow:
     """CRC-32C of the chunk of each output; -1 if there is none, the tile being empty."""
     device: str = "cpu"
     """Where they were inverted."""
+    filled: int = 0
+    """Chunks of the source that were not there, and read as their fill value."""
 
     @classmethod
-    def of(cls, info: Array, rcond: Array, checksums: dict[str, int], device: str = "cpu") -> TileRow:
+    def of(cls, info: Array, rcond: Array, checksums: dict[str, int], device: str = "cpu", filled: int = 0) -> TileRow:
         """Return the account of matrices with these codes and condition numbers."""
         good = info == int(Info.GOOD)
         return cls(
@@ -79,14 +90,16 @@ class TileRow:
             smallest_rcond=float(rcond[good].min()) if good.any() else np.nan,
             checksums=checksums,
             device=device,
+            filled=filled,
         )
 
     def encode(self, milliseconds: int, attempts: int) -> list[int]:
-        """Return the row of the ledger."""
+        """Return the row of the ledger, but for its first column."""
         smallest = int(np.float64(self.smallest_rcond).view(np.int64))
         return [
-            1, self.matrices, *(self.failed[kind] for kind in FAILURE_KINDS), self.ill_conditioned, smallest,
-            milliseconds, attempts, DEVICES.index(self.device), *(self.checksums[output.name] for output in OUTPUTS),
+            self.matrices, *(self.failed[kind] for kind in FAILURE_KINDS), self.ill_conditioned, smallest,
+            milliseconds, attempts, DEVICES.index(self.device), self.filled,
+            *(self.checksums[output.name] for output in OUTPUTS),
         ]  # fmt: skip
 
     @classmethod
@@ -100,6 +113,7 @@ class TileRow:
             smallest_rcond=float(np.int64(values["smallest_rcond_bits"]).view(np.float64)),
             checksums={output.name: values[output.checksum] for output in OUTPUTS},
             device=DEVICES[values["device"]],
+            filled=values["filled"],
         )
 
 
@@ -115,7 +129,13 @@ def as_results(number: int, work: Callable[[], list[TileResult[T]]]) -> list[Til
     try:
         return work()
     except Exception as error:  # a failure is data here: the driver decides what it means
-        stops = isinstance(error, (VersionError, TargetError)) or (
-            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        )
-        return [TileResult(number, None, f"{type(error).__name__}: {error}", stops)]
+        return [
+            TileResult(
+                number,
+                None,
+                clean(f"{type(error).__name__}: {error}"),
+                stops=isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT),
+                is_final=isinstance(error, (DamagedChunkError, SourceError)),
+                is_workers=isinstance(error, LostTargetError),
+            )
+        ]

@@ -10,7 +10,6 @@ import zarr.storage
 
 from dask_batchinv._version import __version__
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.text import CleanError
 
 #: What computes the matrices, so that its version may change their bits.
 COMPUTING = ("dask_batchinv", "llvmlite", "numpy", "scipy")
@@ -18,10 +17,6 @@ COMPUTING = ("dask_batchinv", "llvmlite", "numpy", "scipy")
 PACKAGES = (*COMPUTING, "zarr", "numcodecs", "crc32c", "distributed")
 
 Versions = dict[str, str]
-
-
-class VersionError(CleanError, RuntimeError):
-    """A worker has other versions than the process that started the job."""
 
 
 def check_optimized() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed
 import psutil
 from distributed import Nanny, Scheduler
 
@@ -50,9 +51,15 @@ class Client:
     """The command line, in a process of its own."""
 
     def __init__(
-        self, folder: Path, arguments: list[str], *, point: str | None = None, settings: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        arguments: list[str],
+        *,
+        point: str | None = None,
+        settings: dict[str, Any] | None = None,
+        name: str = "client",
     ):
-        self._files = folder / "client.out", folder / "client.err"
+        self._files = folder / f"{name}.out", folder / f"{name}.err"
         self.process = CONTEXT.Process(target=_client, args=(self._files, arguments, point, settings or {}))
         self.process.start()
         self.started = time.monotonic()
@@ -101,6 +108,11 @@ class Cluster:
                 if process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
+
+    def wait_for_workers(self, number: int) -> None:
+        """Wait until the scheduler knows so many workers."""
+        with distributed.Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(number, timeout=DEADLINE)
 
     def kill_a_worker(self, chance: random.Random, number: int = signal.SIGKILL) -> psutil.Process | None:
         """Send a signal to one worker; return it, or None if there is none at the moment."""

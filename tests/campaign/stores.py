@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from dask_batchinv import JobFailedError, JobReport, RefusedError, invert_store
+from dask_batchinv import JobFailedError, JobReport, RefusedError, disk, invert_store
 from dask_batchinv.location import Location
 from tests.campaign.work import Row, Work, check
 
@@ -85,6 +86,25 @@ class FaultyStore(zarr.storage.WrapperStore[Any]):
             raise fault.error("injected")
 
 
+_original_read, _original_write = Location.read, disk.write_file
+
+
+def _read(self: Location, key: str, limit: int | None = None) -> bytes:
+    """Read what is not read by Zarr, or fail."""
+    if _now[-1].due("get", key) is not None:
+        raise OSError("injected")
+    return _original_read(self, key, limit)
+
+
+def _write_file(path: str, content: Any, *, synced: bool) -> str:
+    """Write what is not written by Zarr, or fail, or both."""
+    fault = _now[-1].due("set", os.path.basename(path))
+    stamp = _original_write(path, content, synced=synced) if fault is None or fault.after else ""
+    if fault is not None:
+        raise fault.error("injected")
+    return stamp
+
+
 @contextmanager
 def faulty(schedule: Schedule) -> Iterator[None]:
     """Let every store of this process fail by a schedule."""
@@ -94,7 +114,12 @@ def faulty(schedule: Schedule) -> Iterator[None]:
         return FaultyStore(original(self, read_only=read_only))
 
     _now.append(schedule)
-    with mock.patch.object(Location, "store", store):
+    with (
+        mock.patch.object(Location, "store", store),
+        mock.patch.object(Location, "read", _read),
+        mock.patch("dask_batchinv.location.write_file", _write_file),
+        mock.patch("dask_batchinv.job.target.chunks.write_file", _write_file),
+    ):
         yield
     _now.append(Schedule([]))  # for what still has such a store open
 

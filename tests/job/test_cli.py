@@ -356,7 +356,7 @@ def test_a_callback_that_fails_is_not_called_again():
     guarded(progress(1))
     guarded(progress(2))
     assert calls == [progress(1)]
-    assert guarded.note == r"on_progress failed and was not called again: ValueError: no\nroom"
+    assert guarded.notes == [r"on_progress failed and was not called again: ValueError: no\nroom"]
 
     def interrupt(now):
         raise KeyboardInterrupt
@@ -365,4 +365,4 @@ def test_a_callback_that_fails_is_not_called_again():
         Guarded(interrupt)(progress(1))
     fine = Guarded(calls.append)
     fine(progress(2))
-    assert (calls[-1], fine.note) == (progress(2), None)
+    assert (calls[-1], fine.notes) == (progress(2), [])

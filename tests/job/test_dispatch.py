@@ -6,8 +6,13 @@ import pytest
 
 from dask_batchinv.job.driver import dispatch
 from dask_batchinv.job.driver.dispatch import ClusterLostError, Dispatcher
-from dask_batchinv.job.driver.executor import Heartbeat, Serial
+from dask_batchinv.job.driver.executor import Serial
+from dask_batchinv.job.driver.roster import Roster
+from dask_batchinv.job.events import Heartbeat
 from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.versions import versions
+from dask_batchinv.job.worker.introduction import Introduction
+from dask_batchinv.location import Location
 
 
 def work(task, span):
@@ -18,9 +23,14 @@ def numbers(results):
     return sorted(result.number for result in results if not isinstance(result, Heartbeat))
 
 
+@pytest.fixture
+def dispatcher(client, tmp_path):
+    return Dispatcher(client, Introduction(versions(), None, Location.parse(tmp_path / "t")), is_own=True)
+
+
 @pytest.fixture(params=["serial", "dispatcher"])
-def executor(request, client):
-    return Serial() if request.param == "serial" else Dispatcher(client)
+def executor(request, dispatcher):
+    return Serial() if request.param == "serial" else dispatcher
 
 
 def test_every_tile_comes_once(executor):
@@ -43,23 +53,23 @@ def test_a_tile_that_fails_is_tried_again_and_then_given_up(executor, tmp_path, 
     assert (tmp_path / "log").read_text().splitlines() == ["range(0, 3)", "range(1, 2)", "range(1, 2)"]
 
 
-def test_tiles_wait_for_workers_that_are_not_there_yet(client, monkeypatch):
+def test_tiles_wait_for_workers_that_are_not_there_yet(dispatcher, monkeypatch):
     """Where every worker has died, nothing is on the cluster and nothing waits: but tiles are still to be done."""
     start = time.monotonic()
-    threads = dispatch._InFlight._ask_for_threads
+    ask = Roster._ask_scheduler
 
-    def late(self):
-        return threads(self) if time.monotonic() - start > 2 else {}
+    def late(self, now):
+        return ask(self, now) if time.monotonic() - start > 2 else []
 
-    monkeypatch.setattr(dispatch._InFlight, "_ask_for_threads", late)
-    assert numbers(Dispatcher(client).run(work, None, [range(0, 1), range(1, 2)], attempts=3)) == [0, 1]
+    monkeypatch.setattr(Roster, "_ask_scheduler", late)
+    assert numbers(dispatcher.run(work, None, [range(0, 1), range(1, 2)], attempts=3)) == [0, 1]
 
 
-def test_a_cluster_without_workers_is_given_up(client, monkeypatch):
-    monkeypatch.setattr(dispatch._InFlight, "_ask_for_threads", lambda self: {})
+def test_a_cluster_without_workers_is_given_up(dispatcher, monkeypatch):
+    monkeypatch.setattr(Roster, "_ask_scheduler", lambda self, now: [])
     monkeypatch.setattr(dispatch, "parse_timedelta", lambda text: 1.5)
     with pytest.raises(ClusterLostError, match="no workers for"):
-        numbers(Dispatcher(client).run(work, None, [range(0, 1)], attempts=3))
+        numbers(dispatcher.run(work, None, [range(0, 1)], attempts=3))
 
 
 def test_what_would_fail_all_others_too_stops_them(executor):

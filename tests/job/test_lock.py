@@ -12,8 +12,8 @@ import pytest
 
 from dask_batchinv import TargetError, invert_store
 from dask_batchinv.job.target import lock
-from dask_batchinv.job.target.lock import LOCK, LockLostError, locked
-from dask_batchinv.location import Location
+from dask_batchinv.job.target.lock import LOCK, locked
+from dask_batchinv.location import Location, TakenOverError
 from tests.support.stacks import conditioned
 from tests.support.targets import tree
 
@@ -70,6 +70,10 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert (tmp_path / "t" / LOCK).exists()
     with locked(target):
         pass
+    assert not (tmp_path / "t" / LOCK).exists()  # the folder was made by the one that was killed
+    (tmp_path / "t").rmdir()
+    with locked(target):
+        pass
     assert not (tmp_path / "t").exists()  # nothing came of it
 
 
@@ -107,6 +111,6 @@ def test_a_lease_that_nobody_renews_is_taken_over(impatient, memory):
         # And a holder that resumes sees it.
         memory.write(LOCK, json.dumps({"run": "other", "renewed": 0}).encode())
         time.sleep(0.5)
-        with pytest.raises(LockLostError):
+        with pytest.raises(TakenOverError):
             held.check()
     assert memory.read_json(LOCK)["run"] == "other"

@@ -15,10 +15,9 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.worker.verify_tiles import residual_ratios
-from dask_batchinv.location import Location
 from tests.support.targets import read_target
+from tests.support.targets import recorded as recorded_in
 
 MATRICES, N, EACH = 2_000_000, 4, 1000
 CHUNK = 10_000  # 200 tiles
@@ -154,7 +153,7 @@ def wait_for_tiles(running, target, tiles):
 
 def finish(source, target):
     """Run the same command to its end and check that no recorded tile was computed again."""
-    recorded = np.flatnonzero(Ledger(Location.parse(target), read_only=True).done)
+    recorded = recorded_in(target)
 
     def stamps():
         return [(target / f"inverse/c.{tile}.0.0").stat().st_mtime_ns for tile in recorded]

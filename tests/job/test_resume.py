@@ -1,10 +1,10 @@
 """A job that is done again: left alone, finished, or begun anew, and never at the cost of anybody's data."""
 
 import json
+import os
 import shutil
 
 import dask
-import numpy as np
 import pytest
 import xarray as xr
 
@@ -17,9 +17,10 @@ from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import plan_for, prepare
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.target import ledger
+from dask_batchinv.job.target.lock import locked
 from dask_batchinv.job.worker.invert_tiles import invert_tiles
-from dask_batchinv.location import Location
 from tests.support.stacks import conditioned
+from tests.support.targets import recorded as recorded_in
 from tests.support.targets import spoilt, tree
 
 
@@ -76,7 +77,7 @@ def test_a_resumed_job_reads_back_what_is_recorded(tmp_path, make_source, client
 
     with pytest.raises(KeyboardInterrupt):
         invert_store(source, tmp_path / "t", on_progress=stop, **options)
-    recorded = np.flatnonzero(ledger.Ledger(Location.parse(tmp_path / "t"), read_only=True).done)
+    recorded = recorded_in(tmp_path / "t")
     bad = tmp_path / "t" / f"inverse/c.{recorded[1]}.0.0"
     bad.write_bytes(bad.read_bytes()[:-1])
     report = invert_store(source, tmp_path / "t", **options)
@@ -100,16 +101,17 @@ def test_a_target_that_is_replaced_meanwhile_gets_no_tile_of_the_old_job(tmp_pat
     invert_store(source, tmp_path / "t", **options)
     job = prepare(source, tmp_path / "t", JobOptions(tile_size=720))
     plan = plan_for(job, Workers(1, 1, None))
-    zombie = driver.Run(job, plan, Workers(1, 1, None), Serial()).task(job.found.generation)
-    assert invert_tiles(zombie, range(1, 2))[0].error is None
+    with locked(job.target) as lock:
+        zombie = driver.Run(job, plan, Workers(1, 1, None), Serial()).task(lock.run)
+        assert invert_tiles(zombie, range(1, 2))[0].error is None
     invert_store(source, tmp_path / "t", assume_a="symmetric", overwrite=True, **options)
     before = tree(tmp_path / "t")
     (result,) = invert_tiles(zombie, range(1, 2))
-    assert "was removed or replaced while the job was running" in result.error
-    assert result.stops
+    assert "was removed, replaced, or is another place on this worker" in result.error
+    assert result.is_workers
     assert tree(tmp_path / "t") == before
     shutil.rmtree(tmp_path / "t")
-    assert invert_tiles(zombie, range(1, 2))[0].stops
+    assert invert_tiles(zombie, range(1, 2))[0].is_workers
     assert not (tmp_path / "t").exists()
 
 
@@ -129,7 +131,7 @@ def test_an_interrupted_job_is_finished_by_the_same_call(tmp_path, make_source, 
     found = account_of(tmp_path / "t")
     assert not found.complete
     assert found.tiles_done >= after
-    recorded = np.flatnonzero(ledger.Ledger(Location.parse(tmp_path / "t"), read_only=True).done)
+    recorded = recorded_in(tmp_path / "t")
     assert len(recorded) == found.tiles_done
 
     def stamps():
@@ -198,7 +200,7 @@ def test_a_target_of_another_format_is_refused(tmp_path, make_source, client):
     meta["attributes"]["dask_batchinv"] = mark | {"format": 0}  # older versions wrote no text
     (tmp_path / "t" / "zarr.json").write_text(json.dumps(meta))
     with pytest.raises(
-        TargetError, match=r"another version \(format 0, this one writes 4\): use that version, or pass --overwrite"
+        TargetError, match=r"another version \(format 0, this one writes 5\): use that version, or pass --overwrite"
     ):
         invert_store(source, tmp_path / "t", client=client)
     assert invert_store(source, tmp_path / "t", client=client, overwrite=True).complete
@@ -233,12 +235,13 @@ def test_a_complete_target_whose_ledger_was_lost_is_done_again(done, client):
 def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, client, monkeypatch):
     source, path = done
 
-    def die(self, path, **options):
-        shutil.rmtree(path)
+    def die(self, keys):
+        for key in [*keys][:3]:
+            os.unlink(os.path.join(self.url, key))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fsspec.implementations.local.LocalFileSystem.rm", die)
+        patch.setattr("dask_batchinv.location.Location.delete_all", die)
         with pytest.raises(KeyboardInterrupt):
             invert_store(source, path, client=client, assume_a="diagonal", overwrite=True)
     with pytest.raises(TargetError, match="no target"):

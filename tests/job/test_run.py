@@ -14,9 +14,9 @@ from dask_batchinv.job.report.account import Account, account_of
 from dask_batchinv.job.report.run_record import RunTotals
 from dask_batchinv.job.results import TileResult
 from dask_batchinv.job.target.ledger import runs_of
-from dask_batchinv.job.target.lock import Lock, LockLostError
+from dask_batchinv.job.target.lock import Lock
 from dask_batchinv.job.target.state import State, decide
-from dask_batchinv.location import Location
+from dask_batchinv.location import Location, TakenOverError
 from tests.support.targets import spoilt, tree
 
 ONE = Workers(1, 1, None)
@@ -82,7 +82,7 @@ def test_each_run_that_writes_leaves_a_record(tmp_path, source):
 
 
 def test_a_run_that_was_stopped_reports_even_where_no_record_can_be_kept(tmp_path, source, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dask_batchinv.job.worker.invert_tiles.write_chunks", full)
@@ -102,8 +102,8 @@ def test_the_account_of_a_target_is_that_of_the_report(tmp_path, source):
 ACTIONS = {
     State.ABSENT: ("create", "create", "create", "create"),
     State.BEING_CREATED: ("create", "create", "refuse", "create"),
-    State.BEGUN: ("continue", "continue", "refuse", "create"),
-    State.COMPLETE: ("check", "check", "refuse", "create"),
+    State.BEGUN: ("continue", "create", "refuse", "create"),
+    State.COMPLETE: ("check", "create", "refuse", "create"),
     State.OTHER_FORMAT: (None, None, "refuse", "create"),
 }
 
@@ -123,7 +123,7 @@ def test_a_run_that_has_lost_its_lock_writes_nothing_more(tmp_path, source, monk
     def lost(lock):
         if (tmp_path / "t" / "rcond" / "c.3").exists():
             before.setdefault("tree", tree(tmp_path / "t"))
-            raise LockLostError("another run has taken over")
+            raise TakenOverError("another run has taken over")
 
     monkeypatch.setattr(Lock, "check", lost)
     report = serially(source, tmp_path / "t")
@@ -159,16 +159,16 @@ def test_a_target_that_is_moved_away_meanwhile_is_not_begun_again(tmp_path, sour
             (tmp_path / "t").rename(tmp_path / "moved")
 
     report = serially(source, tmp_path / "t", move)
-    assert "was removed or replaced" in report.stopped
+    assert "was removed, replaced or taken over" in report.stopped
     assert not (tmp_path / "t").exists()
 
 
-def test_the_record_of_a_run_stays_small():
+def test_the_record_of_a_run_stays_small(tmp_path, source):
     results = [TileResult(number, None, "broken " * 1000) for number in range(20_000)]
     totals = RunTotals(failed=results, damaged=results)
     plan = make_plan(
         StackLayout((20_000, 2, 2), (1, 2), (1, 2, 2), 8, 8, 12, False), Limits(None, 1, 0, 10), tile_nbytes=32
     )
-    record = totals.record(plan, ONE, source_checked=True).to_json()
+    record = totals.record(plan, ONE, prepare(source, tmp_path / "t", JobOptions()).source, []).to_json()
     assert len(json.dumps(record)) < 20_000
     assert (record["n_failed_tiles"], record["n_damaged_tiles"]) == (20_000, 20_000)

@@ -66,14 +66,14 @@ def test_verify_finds_wrong_numbers_with_right_checksums(done, client, name, ind
     [
         ("singular", "1 singular, but the ledger says 3"),
         ("rcond_crc32c", "rcond is not what was written"),
-        ("done", "not recorded in the ledger: run the job again"),
+        ("generation", "not recorded in the ledger: run the job again"),
     ],
 )
 def test_verify_compares_with_the_ledger(done, client, column, problem):
     _, path = done
     index = (1, COLUMNS.index(column))
     array = zarr.open_array(path / "ledger" / "tiles")
-    change(path, "ledger/tiles", index, 0 if column == "done" else array[index] + 2)
+    change(path, "ledger/tiles", index, 0 if column == "generation" else array[index] + 2)
     assert [tile.cause for tile in verify_store(path, client=client).bad_tiles] == [problem]
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import dask.config
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from distributed import Client, LocalCluster, Security
@@ -19,14 +20,16 @@ from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.comm.registry import backends
 from distributed.system import MEMORY_LIMIT
 
+from dask_batchinv.job.driver.roster import ask_workers, is_silent
+from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.source.source import Source
-from dask_batchinv.job.versions import differing, versions
+from dask_batchinv.job.versions import versions
+from dask_batchinv.job.worker.introduction import Introduction, introduce
 from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.stack import Device
-from dask_batchinv.text import redact
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
@@ -54,6 +57,8 @@ class ClusterOptions:
     """Port of this machine on which to serve Dask's dashboard; by default there is none."""
     insecure: bool = False
     """Allow a scheduler on another machine that is not reached by TLS."""
+    restart_stalled: bool = False
+    """Restart workers that give no result even if they are not ours."""
     device: Device = "cpu"
     """Where the job computes: the local cluster has one process for a GPU."""
 
@@ -99,6 +104,9 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
         If the scheduler cannot be reached within seconds, or has no workers.
     """
     if options.client is not None:
+        if options.client.asynchronous:
+            raise ClusterError("this client is asynchronous, but the call waits for the job: pass Client(...) without "
+                               "asynchronous=True, or make the call in another thread with one")  # fmt: skip
         yield options.client, _workers_of(options.client)
     elif options.scheduler is not None:
         _check_address(options.scheduler, insecure=options.insecure)
@@ -110,21 +118,33 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
             yield client, _workers_of(client)
     else:
         wanted = local_workers(options)
-        cluster = LocalCluster(
-            n_workers=wanted.count,
-            threads_per_worker=wanted.threads,
-            memory_limit=wanted.memory or 0,
-            processes=True,
-            host="127.0.0.1",
-            # Without a dashboard there still is a small HTTP server: on the loopback interface, at any free port.
-            dashboard_address=f"127.0.0.1:{options.dashboard or 0}",
-            # The driver counts what died with a worker, and tries it alone; Dask would blame bystanders too.
-            scheduler_kwargs={"dashboard": options.dashboard is not None, "allowed_failures": 0},
-            silence_logs=logging.ERROR,
-            preload=["dask_batchinv.job.worker.setup"],
-        )
-        with cluster, Client(cluster, set_as_default=False) as client:
+        with _own_cluster(options, wanted) as cluster, Client(cluster, set_as_default=False) as client:
             yield client, wanted
+
+
+@contextmanager
+def _own_cluster(options: ClusterOptions, wanted: Workers) -> Iterator[LocalCluster]:
+    """Start processes on this machine of which no other user of it can take part, or ask anything.
+
+    Anyone here may connect to the loopback interface, and who takes part in a cluster can run code as its owner. So
+    all of it speaks TLS, with a certificate that is made for this run and never written down.
+    """
+    # There always is a small HTTP server, too: without a dashboard it gets nothing to say.
+    silent: dict[str, Any] = {f"distributed.{server}.http.routes": [] for server in ("scheduler", "worker")}
+    with dask.config.set({} if options.dashboard is not None else silent), LocalCluster(
+        n_workers=wanted.count,
+        threads_per_worker=wanted.threads,
+        memory_limit=wanted.memory or 0,
+        processes=True,
+        host="127.0.0.1",
+        security=Security.temporary(),
+        dashboard_address=f"127.0.0.1:{options.dashboard or 0}",
+        # The driver counts what died with a worker, and tries it alone; Dask would blame bystanders too.
+        scheduler_kwargs={"dashboard": options.dashboard is not None, "allowed_failures": 0},
+        silence_logs=logging.ERROR,
+        preload=["dask_batchinv.job.worker.setup"],
+    ) as cluster:  # fmt: skip
+        yield cluster
 
 
 def _check_address(address: str, *, insecure: bool) -> None:
@@ -171,22 +191,43 @@ def _workers_of(client: Client) -> Workers:
     return Workers(len(known), max(worker["nthreads"] for worker in known), min(limits) if limits else None)
 
 
-def check_versions(client: Client) -> None:
-    """Raise ClusterError unless every worker runs what we run."""
-    mine = versions()
-    try:
-        found = client.run(versions)
-    except Exception as error:  # no such module there, or another Python
+def meet_workers(
+    client: Client, source: Source | None, target: Location, *, writes: bool = True
+) -> tuple[Introduction, list[WorkerEvent]]:
+    """Return what workers must find to get tiles, and which of those that are here did not answer.
+
+    The latter are passed over: they may yet introduce themselves, as do those that join later.
+
+    Raises
+    ------
+    ClusterError
+        If a worker is of no use, or none answers.
+    """
+    for location in (target, *([source.location] if source else [])):
+        if location.is_memory and set(client.run(os.getpid).values()) != {os.getpid()}:
+            raise ClusterError(
+                f"{location.name} lives in the memory of this process, where worker processes cannot reach it: "
+                "use a path or a shared store, or a Client with processes=False"
+            )
+    introduction = Introduction(versions(), source and source.for_workers(), target, writes=writes)
+    heard, silent = _ask_all(client, introduce, introduction)
+    if unable := {address: why for address, answer in heard.items() if (why := introduction.why_useless(answer))}:
+        address, why = next(iter(unable.items()))
         raise ClusterError(
-            f"the workers cannot run dask_batchinv {mine['dask_batchinv']}: {type(error).__name__}: {error}. "
-            "Install the same versions there"
-        ) from error
-    different = {address: text for address, theirs in found.items() if (text := differing(mine, theirs))}
-    if different:
-        address, text = next(iter(different.items()))
-        raise ClusterError(
-            f"{len(different)} worker(s) have other versions, first {address}: {text}. Install the same versions there"
+            f"{len(unable)} worker(s) are of no use, first {address}: {why}. Install the same versions there, and have "
+            "source and target on a disk or an object store that all workers share"
         )
+    return introduction, [WorkerEvent("silent", address, "it was passed over") for address in silent]
+
+
+def _ask_all(client: Client, function: Any, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return what a function returns on those workers that answer, and who does not; ClusterError if none does."""
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    answers = client.sync(ask_workers, client, addresses, function, *arguments)
+    heard = {address: answer for address, answer in answers.items() if not is_silent(answer)}
+    if not heard:
+        raise ClusterError(f"none of {len(addresses)} worker(s) answers: they may be frozen, or about to end")
+    return heard, [address for address in addresses if address not in heard]
 
 
 def count_gpus(device: Device, client: Client | None) -> int:
@@ -200,7 +241,7 @@ def count_gpus(device: Device, client: Client | None) -> int:
     device = parse_device(device)
     if device == "cpu":
         return 0
-    found = client.run(why_unusable) if client else {"this machine": why_unusable()}
+    found = _ask_all(client, why_unusable)[0] if client else {"this machine": why_unusable()}
     without = {address: reason for address, reason in found.items() if reason is not None}
     if device == "gpu" and without:
         address, reason = next(iter(without.items()))
@@ -208,31 +249,3 @@ def count_gpus(device: Device, client: Client | None) -> int:
             f'device="gpu", but {len(without)} of {len(found)} workers have none, first {address}: {reason}'
         )
     return len(found) - len(without)
-
-
-def check_reach(client: Client, source: Source | None, target: Location) -> None:
-    """Raise ClusterError unless every worker sees the source and the target where we see them."""
-    for location in (target, *([source.location] if source else [])):
-        if location.is_memory and set(client.run(os.getpid).values()) != {os.getpid()}:
-            raise ClusterError(
-                f"{location.name} lives in the memory of this process, where worker processes cannot reach it: "
-                "use a path or a shared store, or a Client with processes=False"
-            )
-    if blind := {address: why for address, why in client.run(_unreachable_reason, source, target).items() if why}:
-        address, why = next(iter(blind.items()))
-        raise ClusterError(
-            f"{len(blind)} worker(s) cannot reach the stores, first {address}: {why}. "
-            "Source and target must be on a disk or an object store that all workers share"
-        )
-
-
-def _unreachable_reason(source: Source | None, target: Location) -> str | None:
-    """Run on a worker: say what it cannot see."""
-    try:
-        if source is not None and source.open().shape != source.shape:
-            return f"{source.location.name} is another array there"
-        if not target.is_writable():
-            return f"{target.name} cannot be written there"
-    except Exception as error:
-        return redact(f"{type(error).__name__}: {error}")
-    return None

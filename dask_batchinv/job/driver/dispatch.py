@@ -1,4 +1,4 @@
-"""Runs tiles on a Dask cluster: which worker gets which, who is there, and who has come or gone.
+"""Runs tiles on a Dask cluster: which worker gets which, and what becomes of those of a worker that has gone.
 
 We choose the worker of each tile ourselves. Dask would give what a dying worker held to the next one at once, and blame
 all of it; so a tile that kills could take all workers with it, and innocent ones would be failed.
@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import dask.config
@@ -20,30 +20,24 @@ from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.client import CancelledError
 from distributed.comm import CommClosedError
 
-from dask_batchinv.job.driver.executor import HEARTBEAT, Heartbeat, Work
+from dask_batchinv.job.driver.executor import Work
 from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
+from dask_batchinv.job.driver.roster import ClusterLostError, Roster
+from dask_batchinv.job.events import HEARTBEAT, Heartbeat, WorkerEvent
 from dask_batchinv.job.results import TileResult
-from dask_batchinv.text import redact
+from dask_batchinv.job.worker.introduction import Introduction, place_of
+from dask_batchinv.text import clean
 
 T = TypeVar("T")
 Results = Iterator[TileResult[Any] | Heartbeat]
 
-#: Spans per thread of a worker: one at work, one that keeps it from waiting for us.
-PER_THREAD = 2
-#: A worker gets tiles only after so much of its life: a nanny whose worker dies while it starts gives up.
-SETTLING_SECONDS = 1.0
 #: A tile may take so many times longer than the slowest one before it, however short the patience.
 SLOWEST_TIMES = 10
 #: How often to look who is there.
 LOOK_SECONDS = 1.0
-#: How long to wait for a result that a worker says it has, for a scheduler's answer, and for a worker to restart.
-RESULT_SECONDS = 10.0
-ANSWER_SECONDS = 30.0
+#: How long to wait for a result that a worker says it has, and for a worker to restart.
+RESULT_SECONDS = 5.0
 RESTART_SECONDS = 30
-
-
-class ClusterLostError(ConnectionError):
-    """The scheduler, or every worker, was lost while a job was running."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +46,21 @@ class Dispatcher:
 
     client: Client
     """The cluster."""
+    introduction: Introduction
+    """What a worker must find before it gets tiles."""
+    is_own: bool
+    """Whether we started it: then nobody else uses it, and its workers may be restarted."""
+    restart_stalled: bool = False
+    """Whether workers that give no result may be restarted even if they are not ours."""
 
     def run(
-        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int
+        self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
     ) -> Iterator[TileResult[T] | Heartbeat]:
-        """Yield the results of all tiles, and a heartbeat every second.
+        """Yield the results of all tiles, what happens to workers, and a heartbeat every second.
 
         A tile on which workers die is tried alone once all else is done, and given up if they die again. Where nothing
-        moves for ``batchinv.job.patience``, the workers that hold tiles are restarted.
+        moves for ``batchinv.job.patience``, the tiles that were begun are taken from their workers, which are restarted
+        if they are ours.
 
         Raises
         ------
@@ -67,7 +68,9 @@ class Dispatcher:
             If the scheduler is lost, or there are no workers for as long as the patience.
         """
         retries = Retries(spans, attempts)
-        in_flight = _InFlight(self.client, work, task, retries)
+        place = place_of(self.introduction.target) if holder is None else None
+        introduction = replace(self.introduction, holder=holder, place=place)
+        in_flight = _InFlight(self, introduction, work, task, retries)
         try:
             while not in_flight.idle or in_flight.isolate():
                 in_flight.feed()
@@ -79,30 +82,30 @@ class Dispatcher:
             in_flight.cancel()
 
 
-@dataclass
-class _Worker:
-    """A worker as we know it."""
+@dataclass(frozen=True)
+class _Held:
+    """A span that a worker has."""
 
-    threads: int
+    span: range
+    address: str
     since: float
-    spans: int = 0
 
 
 class _InFlight:
     """The spans that are on the cluster."""
 
-    def __init__(self, client: Client, work: Work[Any], task: Any, retries: Retries):
-        self._client, self._work, self._task, self._retries = client, work, task, retries
+    def __init__(
+        self, dispatcher: Dispatcher, introduction: Introduction, work: Work[Any], task: Any, retries: Retries
+    ):
+        self._dispatcher, self._client = dispatcher, dispatcher.client
+        self._work, self._task, self._retries = work, task, retries
         self._patience: float = parse_timedelta(dask.config.get("batchinv.job.patience"))
         self._slowest = 0.0
-        self._running: dict[Future, tuple[range, str]] = {}
+        self._running: dict[Future, _Held] = {}
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._moved = self._looked = time.monotonic()
-        self._workers = {
-            # Those that are here already are taken as settled.
-            address: _Worker(threads, self._moved - SETTLING_SECONDS)
-            for address, threads in self._ask_for_threads().items()
-        }
+        self._prefix = f"tiles-{uuid.uuid4().hex}"
+        self._roster = Roster(self._client, introduction, self._prefix, is_own=dispatcher.is_own)
 
     @property
     def idle(self) -> bool:
@@ -116,18 +119,18 @@ class _InFlight:
 
     def feed(self) -> None:
         """Give spans to workers while they have room."""
-        while (address := self._free_worker()) is not None:
+        while (address := self._roster.free()) is not None:
             if (span := self._retries.next_ready(time.monotonic())) is None:
                 return
             self._submit(span, address)
 
     def collect(self) -> Results:
         """Wait up to a second for tiles to finish, and yield those that are not to be tried again."""
-        wait = LOOK_SECONDS
-        if (ready_at := self._retries.ready_at) is not None:
-            wait = min(wait, max(0.01, ready_at - time.monotonic()))
+        yield from self._roster.admit()
+        if not (self._running or self._retries.exhausted) and self._roster.free() is not None:
+            return  # somebody was admitted just now
         with suppress(queue.Empty):
-            futures = [self._finished.get(timeout=wait)]
+            futures = [self._finished.get(timeout=self._wait())]
             while not self._finished.empty():
                 futures.append(self._finished.get())
             for future in futures:
@@ -140,21 +143,20 @@ class _InFlight:
             yield HEARTBEAT
             yield from self._look()
 
+    def _wait(self) -> float:
+        """Return how long to wait for a tile to finish."""
+        wait = LOOK_SECONDS
+        if any(worker.answer is not None for worker in self._roster.workers.values()):
+            wait = 0.02  # somebody introduces himself
+        if (ready_at := self._retries.ready_at) is not None:
+            wait = min(wait, max(0.01, ready_at - time.monotonic()))
+        return wait
+
     def cancel(self) -> None:
         """Take back what is on the cluster."""
         if self._running and self._client.status == "running":
             with suppress(Exception):  # a scheduler that is gone needs no telling
                 self._client.cancel(list(self._running), force=True)
-
-    def _free_worker(self) -> str | None:
-        """Return the worker with the least to do of those that have room."""
-        now = time.monotonic()
-        free = [
-            (worker.spans / worker.threads, address)
-            for address, worker in self._workers.items()
-            if worker.spans < PER_THREAD * worker.threads and now - worker.since >= SETTLING_SECONDS
-        ]
-        return min(free)[1] if free else None
 
     def _submit(self, span: range, address: str) -> None:
         future = self._client.submit(
@@ -162,83 +164,121 @@ class _InFlight:
             self._task,
             span,
             pure=False,
-            key=f"tiles-{span.start}-{span.stop}-{uuid.uuid4().hex}",
+            key=f"{self._prefix}-{span.start}-{span.stop}-{uuid.uuid4().hex}",
             workers=[address],
             allow_other_workers=False,
         )
-        self._running[future] = span, address
-        self._workers[address].spans += 1
+        self._running[future] = _Held(span, address, time.monotonic())
+        self._roster.workers[address].spans += 1
         future.add_done_callback(self._finished.put)
 
-    def _take(self, future: Future) -> range:
-        """Forget a future; return its span."""
-        span, address = self._running.pop(future)
-        if address in self._workers:
-            self._workers[address].spans -= 1
-        return span
+    def _take(self, future: Future) -> _Held:
+        """Forget a future; return what it was."""
+        held = self._running.pop(future)
+        if worker := self._roster.workers.get(held.address):
+            worker.spans -= 1
+        return held
 
     def _results_of(self, future: Future) -> Results:
         if future.status in ("pending", "lost"):  # the worker has died with the result: that will be seen
             return
-        span, now = self._take(future), time.monotonic()
+        held, now = self._take(future), time.monotonic()
         try:
             results: list[TileResult[Any]] = future.result(timeout=RESULT_SECONDS)
         except (CancelledError, CommClosedError) as error:
             raise ClusterLostError("the scheduler was lost") from error
         except KilledWorker:  # a worker has come back under the address of one that died
-            yield from self._retries.on_death(span, now, deaths=1, cause="the worker died")
+            yield WorkerEvent("died", held.address, tiles=len(held.span))
+            yield from self._retries.on_death(held.span, now, deaths=1, cause="the worker died")
             return
         except TimeoutError:  # the worker that has the result does not answer
-            self._retries.requeue(span, now)
+            self._retries.requeue(held.span, now)
             return
         except Exception as error:  # not of the tiles' own making
-            yield from self._retries.on_failure(span, redact(f"{type(error).__name__}: {error}"), now)
+            yield from self._retries.on_failure(held.span, clean(f"{type(error).__name__}: {error}"), now)
             return
+        if astray := next((result.error for result in results if result.is_workers), None):
+            self._roster.doubt(held.address)
+            yield WorkerEvent("doubted", held.address, astray)
         self._slowest = max(self._slowest, *(result.milliseconds / 1000 for result in results), 0.0)
-        yield from self._retries.on_results(span, results, now)
+        yield from self._retries.on_results(held.span, results, now)
 
     def _look(self) -> Results:
         """See which workers have come and gone; and if nothing has moved for too long, make it move."""
         self._looked = time.monotonic()
-        found = self._ask_for_threads()
-        for address, threads in found.items():
-            self._workers.setdefault(address, _Worker(threads, self._looked))
-        for address in set(self._workers) - set(found):
-            del self._workers[address]
-            yield from self._take_back(address, deaths=1, cause="the worker died")
-        self._restart_missing()
+        for event in self._roster.look():
+            if event.kind == "died" and not (self._dispatcher.is_own or self._held_by({event.address})):
+                continue  # one that had nothing of ours may go as it likes
+            if event.kind == "died":
+                yield from self._take_back(event, self._held_by({event.address}), deaths=1, cause="the worker died")
+            else:
+                yield event
+        if self._dispatcher.is_own:
+            self._restart_missing()
+        self._move_waiting()
+        yield from self._look_for_stalled()
+
+    def _held_by(self, addresses: set[str]) -> list[Future]:
+        return [future for future, held in self._running.items() if held.address in addresses]
+
+    def _move_waiting(self) -> None:
+        """Take spans that were not begun, behind others' tasks or long ones of ours, to where threads wait."""
+        room, now = self._roster.idle_threads(), time.monotonic()
+        if not room or not self._retries.exhausted:
+            return
+        waiting = [future for future, held in self._running.items() if self._may_wait(held, now)]
+        if not waiting:
+            return
+        begun, _ = self._roster.begun({self._running[future].address for future in waiting})
+        movable = [future for future in waiting if future.key not in begun][:room]
+        self._client.cancel(movable, force=True)
+        for future in movable:
+            self._retries.requeue(self._take(future).span, now)
+
+    def _may_wait(self, held: _Held, now: float) -> bool:
+        worker = self._roster.workers.get(held.address)
+        return now - held.since > LOOK_SECONDS and (
+            worker is None or worker.spans > worker.free_threads or not self._roster.may_have(worker)
+        )
+
+    def _look_for_stalled(self) -> Results:
         still = time.monotonic() - self._moved
+        refusals = self._roster.refusals
+        if refusals and len(refusals) == len(self._roster.workers) and not self._running:
+            raise ClusterLostError(f"no worker is of use: {'; '.join(refusals[:3])}")
         if self.idle or still < max(self._patience, SLOWEST_TIMES * self._slowest):
             return
-        if not self._workers:
-            raise ClusterLostError(f"no workers for {still:.0f} s")
-        stalled = [address for address, worker in self._workers.items() if worker.spans]
-        for address in stalled:
-            yield from self._take_back(address, deaths=SUSPICIOUS_DEATHS, cause=f"no result after {still:.0f} s")
-        with suppress(Exception):
-            self._client.restart_workers(stalled, timeout=RESTART_SECONDS, raise_for_error=False)
+        if not any(map(self._roster.may_have, self._roster.workers.values())) and not self._running:
+            raise ClusterLostError(f"no workers for {still:.0f} s{''.join(f'; {why}' for why in refusals[:3])}")
+        restarts = self._dispatcher.is_own or self._dispatcher.restart_stalled
+        stalled = list(self._running)
+        if not self._dispatcher.is_own:  # what was not begun waits for others, as long as it takes
+            begun, silent = self._roster.begun({held.address for held in self._running.values()})
+            stalled = [future for future in stalled if future.key in begun or self._running[future].address in silent]
+        addresses = {self._running[future].address for future in stalled}
+        cause = f"no result after {still:.0f} s"
+        for address in addresses:
+            taken = [future for future in self._held_by({address}) if restarts or future in stalled]
+            if (worker := self._roster.workers.get(address)) and not restarts:
+                worker.stuck += len(taken)
+            event = WorkerEvent("restarted" if restarts else "given up", address, cause)
+            yield from self._take_back(event, taken, deaths=SUSPICIOUS_DEATHS, cause=cause)
+        if addresses and restarts:
+            with suppress(Exception):
+                self._client.restart_workers(list(addresses), timeout=RESTART_SECONDS, raise_for_error=False)
         self._moved = time.monotonic()
 
     def _restart_missing(self) -> None:
         """Start those workers of a local cluster again that died while they started."""
         cluster = self._client.cluster
-        if isinstance(cluster, LocalCluster) and len(self._workers) < len(cluster.worker_spec):
+        if isinstance(cluster, LocalCluster) and len(self._roster.workers) < len(cluster.worker_spec):
             cluster.scale(len(cluster.worker_spec))
 
-    def _take_back(self, address: str, *, deaths: int, cause: str) -> Results:
-        """Requeue the spans of a worker that is gone."""
-        held = [future for future, (_, where) in self._running.items() if where == address]
+    def _take_back(self, event: WorkerEvent, held: list[Future], *, deaths: int, cause: str) -> Results:
+        """Requeue spans of a worker that is gone, or that gives no result."""
         self._client.cancel(held, force=True)
-        for future in held:
+        spans = [self._take(future).span for future in held]
+        yield replace(event, tiles=sum(map(len, spans)))
+        for span in spans:
             self._moved = time.monotonic()
-            yield from self._retries.on_death(self._take(future), self._moved, deaths=deaths, cause=cause)
-
-    def _ask_for_threads(self) -> dict[str, int]:
-        """Return the threads of each worker that is there."""
-        try:
-            found: dict[str, int] = self._client.sync(
-                self._client.scheduler.ncores, workers=None, callback_timeout=ANSWER_SECONDS
-            )
-        except Exception as error:  # whatever a connection may raise
-            raise ClusterLostError("the scheduler does not answer") from error
-        return found
+            yield from self._retries.on_death(span, self._moved, deaths=deaths, cause=cause)

@@ -85,7 +85,8 @@ class Retries:
     def _judge(self, results: Iterable[TileResult[Any]], now: float) -> Iterator[TileResult[Any]]:
         for result in results:
             tried = self._tried.pop(result.number, 0) + 1
-            if result.error is not None and not result.stops and tried < self._attempts:
+            may_succeed = not (result.stops or result.is_final)
+            if result.error is not None and may_succeed and tried < self._attempts:
                 self._tried[result.number] = tried
                 tile = range(result.number, result.number + 1)
                 self.requeue(tile, now + BACK_OFF_SECONDS * 2 ** (tried - 1))

@@ -1,22 +1,38 @@
-"""Verifies a whole target: every chunk is read, and its account checked."""
+"""Verifies a whole target: every chunk is read, and its account checked; what a source refutes is forgotten."""
 
 from __future__ import annotations
 
 import os
 import uuid
+from dataclasses import dataclass, field
+from typing import Any
 
-from dask_batchinv.job.driver.cluster import ClusterOptions, check_reach, check_versions, connect
+from dask_batchinv.job.driver.cluster import ClusterOptions, connect, meet_workers
 from dask_batchinv.job.driver.dispatch import Dispatcher
-from dask_batchinv.job.driver.executor import Heartbeat
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.results import TileResult, TileRow
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.state import Fingerprint, State
+from dask_batchinv.job.target.lock import locked
+from dask_batchinv.job.target.state import Fingerprint, State, Target
+from dask_batchinv.job.target.writer import Writer
+from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.verify_tiles import VerifiedTile, VerifyTask, verify_tiles
+from dask_batchinv.location import Location
 from dask_batchinv.outcome import FAILURE_KINDS, RefusedError, TargetError
+from dask_batchinv.text import clean
+
+
+@dataclass
+class _Found:
+    """What was found so far."""
+
+    verified: list[VerifiedTile] = field(default_factory=list)
+    bad: list[TileResult[Any]] = field(default_factory=list)
+    refuted: list[int] = field(default_factory=list)
 
 
 def verify(
@@ -26,38 +42,72 @@ def verify(
     if not 0 <= sample <= 1:
         raise RefusedError(f"sample must be between 0 and 1, got {sample}")
     location, target = targets.existing(path)
-    tiling = targets.tiling_of(location, target)
+    try:
+        tiling = targets.tiling_of(location, target)
+    except DamagedTargetError as error:
+        raise TargetError(str(error)) from error
     opened = None if source is None else _same_source(source, target.fingerprint)
+    ledger, found, problems = targets.read_ledger(location, target), _Found(), []
     made = target.fingerprint
-    task = VerifyTask(uuid.uuid4().hex, location, tiling, opened, made["assume_a"], made["lower"], sample)
-    ledger = Ledger(location, read_only=True)
-    verified: list[VerifiedTile] = []
-    bad: list[TileResult[VerifiedTile]] = []
+    task = VerifyTask(
+        uuid.uuid4().hex, location, tiling, opened and opened.for_workers(), made["assume_a"], made["lower"],
+        made["min_rcond"], sample,
+    )  # fmt: skip
+    try:
+        targets.open_as_reader(location)
+    except DamagedTargetError as error:
+        problems.append(f"{error}: run the command again that made it")
     with connect(cluster) as (client, _):
-        check_versions(client)
-        check_reach(client, opened, location)
+        dispatcher = Dispatcher(
+            client, meet_workers(client, opened, location, writes=False)[0], is_own=cluster.is_local,
+            restart_stalled=cluster.restart_stalled,
+        )  # fmt: skip
         spans = (range(number, number + 1) for number in range(tiling.n_tiles))
-        for result in Dispatcher(client).run(verify_tiles, task, spans, attempts=1):
-            if isinstance(result, Heartbeat):
-                continue
-            if result.value is not None:
-                verified.append(result.value)
-                if problem := _unlike_ledger(result.value.row, ledger, result.number):
-                    result = TileResult(result.number, None, problem)
-            if result.error:
-                bad.append(result)
-    rows = [tile.row for tile in verified]
+        for result in dispatcher.run(verify_tiles, task, spans, attempts=1):
+            if isinstance(result, TileResult):
+                _add(result, ledger, found)
+    if found.refuted and (problem := _forget(location, target, tiling, found.refuted)):
+        problems.append(problem)
+    rows = [tile.row for tile in found.verified]
     return VerifyReport(
         target=location.name,
         complete=target.state is State.COMPLETE,
         tiles=tiling.n_tiles,
-        tiles_read=len(verified),
-        bad_tiles=tuple(FailedTile.of(result, tiling) for result in sorted(bad, key=lambda bad: bad.number)),
+        tiles_read=len(found.verified),
+        bad_tiles=tuple(FailedTile.of(result, tiling) for result in sorted(found.bad, key=lambda bad: bad.number)),
+        problems=tuple(problems),
         matrices=sum(row.matrices for row in rows),
         failed={kind: sum(row.failed[kind] for row in rows) for kind in FAILURE_KINDS},
-        residuals=sum(tile.residuals for tile in verified),
-        largest_ratio=max((tile.largest_ratio for tile in verified), default=0.0),
+        residuals=sum(tile.residuals for tile in found.verified),
+        largest_ratio=max((tile.largest_ratio for tile in found.verified), default=0.0),
     )
+
+
+def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> None:
+    """Compare a tile with the ledger, and add it to what was found."""
+    error = result.error
+    if result.value is not None:
+        found.verified.append(result.value)
+        error = result.value.refuted or _unlike_ledger(result.value.row, ledger, result.number)
+        if result.value.refuted and ledger.done[result.number]:
+            found.refuted.append(result.number)
+    if error:
+        found.bad.append(TileResult(result.number, None, error))
+
+
+def _forget(location: Location, target: Target, tiling: Tiling, numbers: list[int]) -> str | None:
+    """Take tiles that a source refutes out of the ledger, so that the next run does them; return why that failed."""
+    try:
+        with locked(location) as lock:
+            writer = Writer(location, lock)
+            ledger = Ledger(location, target.generation, tiling.n_tiles, writer=writer, durable=True)
+            for number in numbers:
+                ledger.forget(number)
+            targets.set_complete(writer, target.generation, False)
+            ledger.flush()
+    except Exception as error:  # whatever a file system may raise
+        return clean(f"what the source refutes could not be taken out of the ledger: {error}")
+    return None
 
 
 def _same_source(path: str | os.PathLike[str], fingerprint: Fingerprint) -> Source:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import zarr
 
 from dask_batchinv.job.options import JobOptions
-from dask_batchinv.job.outputs import nbytes_per_matrix
+from dask_batchinv.job.outputs import MEMBERS, nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
@@ -50,7 +50,7 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
     """
     opened = open_source(source, options.variable, options.dims)
     location = targets.parse_location(target)
-    _refuse_overlap(opened, location)
+    refuse_overlap(opened, location)
     kernel = choose_kernel(options.assume_a, options.device)
     fingerprint = _fingerprint(opened, options, kernel)
     found = targets.inspect(location)
@@ -64,16 +64,17 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
             "to replace it"
         )
     if found.state is not State.ABSENT and not changed:
-        targets.refuse_links(location)
+        targets.refuse_links(location, (*MEMBERS, *found.members))
     return Job(opened, location, options, kernel, fingerprint, found, action)
 
 
-def _refuse_overlap(source: Source, target: Location) -> None:
-    """Raise TargetError if source and target are one location, or one lies inside the other."""
+def refuse_overlap(source: Source, target: Location) -> None:
+    """Raise TargetError if source and target are one location, or one lies inside the other, by any of their names."""
+    inside = [target, *target.folders()]  # what is in a target may have another name, too
     for location in (source.root, source.location):
         if location.contains(target):
             raise TargetError(f"the target {target.name} is, or lies inside, the source {location.name}")
-        if target.contains(location):
+        if any(part.contains(location) for part in inside):
             raise TargetError(f"the source {location.name} lies inside the target {target.name}")
 
 

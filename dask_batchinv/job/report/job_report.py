@@ -10,6 +10,7 @@ from dask.utils import format_bytes
 from dask_batchinv.job.report.account import Account
 from dask_batchinv.job.report.run_record import RunRecord
 from dask_batchinv.job.report.tiles import named_tiles
+from dask_batchinv.outcome import NAMED
 from dask_batchinv.text import clean
 
 
@@ -55,8 +56,11 @@ class JobReport(RunRecord, Account):
             lines += named_tiles(self.damaged_tiles)
         if self.failed_tiles:
             lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
+        if self.mended:
+            lines.append(f"mended           {', '.join(self.mended[:NAMED])}: lost or damaged, written again")
         if self.stopped:
             lines.append(f"stopped          {self.stopped}")
+        lines += [f"note             {event}" for event in self.worker_events[:NAMED]]
         lines += [*self._cost(), *(f"note             {note}" for note in self.notes)]
         return "\n".join(map(clean, lines))
 

@@ -7,14 +7,18 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.source.source import Source
 from dask_batchinv.outcome import NAMED
 from dask_batchinv.text import clean
 
 #: So much is kept of why a tile failed.
 _CAUSE_LENGTH = 500
+#: So many events are kept by name.
+_EVENTS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,15 @@ class RunRecord:
     stopped: str | None
     """What ended the run before its time: a full disk, a lost cluster."""
     retries: int
-    """Tiles tried again in this run."""
+    """Tiles tried again in this run, because they failed or a worker was lost with them."""
+    deaths: int
+    """Workers that died with tiles."""
+    restarts: int
+    """Workers that this run has restarted, because they gave no result."""
+    worker_events: tuple[str, ...]
+    """What else happened to workers, and to these: the first hundred, by their addresses."""
+    mended: tuple[str, ...]
+    """Metadata and coordinates of the target that were lost or damaged, and were written again."""
     started: str
     """When this run began, in UTC, as ISO 8601 has it."""
     seconds: float
@@ -70,6 +82,10 @@ class RunTotals:
     failed: list[TileResult[Any]] = field(default_factory=list)
     damaged: list[TileResult[Any]] = field(default_factory=list)
     stopped: str | None = None
+    has_read_back: bool = False
+    events: list[WorkerEvent] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def add(self, result: TileResult[Any]) -> None:
@@ -82,7 +98,7 @@ class RunTotals:
             if result.stops:
                 self.stopped = result.error
 
-    def record(self, plan: Plan, workers: Workers, *, source_checked: bool) -> RunRecord:
+    def record(self, plan: Plan, workers: Workers, source: Source, notes: list[str]) -> RunRecord:
         """Return the record of the run."""
         share = self.tiles / max(1, plan.tiling.n_tiles)
         failed = sorted(self.failed, key=lambda result: result.number)
@@ -92,24 +108,32 @@ class RunTotals:
             damaged_tiles=tuple(FailedTile.of(result, plan.tiling) for result in self.damaged),
             failed_tiles=tuple(FailedTile.of(result, plan.tiling) for result in failed),
             stopped=self.stopped,
-            retries=self.retries,
+            retries=self.retries + sum(event.tiles for event in self.events),
+            deaths=sum(event.kind == "died" for event in self.events),
+            restarts=sum(event.kind == "restarted" for event in self.events),
+            worker_events=tuple(map(str, self.events[:_EVENTS])),
+            mended=tuple(self.mended),
             started=self.started.isoformat(timespec="seconds"),
             seconds=self.seconds,
             bytes_read=round(plan.nbytes_in * share),
             bytes_written=round(plan.nbytes_out * share),
             workers=workers.count,
             threads_per_worker=workers.threads,
-            source_checked=source_checked,
-            notes=tuple(self._notes(source_checked)),
+            source_checked=source.checksummed,
+            notes=tuple([*notes, *self.notes, *self._notes(source)]),
         )
 
-    def _notes(self, source_checked: bool) -> list[str]:
-        notes = []
-        if not self.tiles and not self.failed and self.stopped is None:
+    def _notes(self, source: Source) -> list[str]:
+        notes = list(source.notes)
+        if not (self.tiles or self.failed or self.mended) and self.stopped is None:
             notes.append("nothing was left to do")
         if any("MissingChunkError" in (result.error or "") for result in self.failed):
-            notes.append("if chunks that are not stored stand for matrices of the fill value, pass --missing fill")
-        if not source_checked:
+            notes.append(
+                "if chunks that are not stored stand for matrices of the fill value, pass --missing fill"
+                if self.tiles or self.read_back
+                else f"not one chunk of {source.location.name} was found: is it the right array, and all of it there?"
+            )
+        if not source.checksummed:
             notes.append("unchecked: the source has no checksums, so damage to it cannot be detected")
         return notes
 
@@ -138,20 +162,20 @@ OnProgress = Callable[[Progress], None]
 
 
 class Guarded:
-    """A callback for progress that cannot end a job: if it fails it is not called again, and `note` says so."""
+    """A callback for progress that cannot end a job: if it fails it is not called again, and `notes` say so."""
 
     def __init__(self, on_progress: OnProgress):
         self._on_progress = on_progress
-        self.note: str | None = None
+        self.notes: list[str] = []
 
     def __call__(self, progress: Progress) -> None:
         """Tell of progress, unless that failed before."""
-        if self.note is not None:
+        if self.notes:
             return
         try:
             self._on_progress(progress)
         except Exception as error:  # whatever a callback may raise; Ctrl-C passes
-            self.note = clean(f"on_progress failed and was not called again: {type(error).__name__}: {error}")
+            self.notes.append(clean(f"on_progress failed and was not called again: {type(error).__name__}: {error}"))
 
 
 def ignore(progress: Progress) -> None:

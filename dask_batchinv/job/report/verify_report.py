@@ -24,6 +24,8 @@ class VerifyReport:
     """Tiles whose every chunk was read and had the right checksum."""
     bad_tiles: tuple[FailedTile, ...]
     """Tiles that are missing, damaged, or not what the ledger says."""
+    problems: tuple[str, ...]
+    """What else is wrong with the target."""
     matrices: int
     """Matrices checked."""
     failed: dict[str, int]
@@ -36,7 +38,7 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         """Whether the target is complete and right as far as was checked."""
-        return self.complete and not self.bad_tiles and self.tiles_read == self.tiles
+        return self.complete and not (self.bad_tiles or self.problems) and self.tiles_read == self.tiles
 
     def to_json(self) -> dict[str, Any]:
         """Return the report for machines."""
@@ -54,4 +56,5 @@ class VerifyReport:
                 f"residuals        {self.residuals:,} computed, largest {self.largest_ratio:.3g} n eps |A| |X|, "
                 f"allowed {LARGEST_RATIO:g}"
             )
+        lines += [f"problem          {problem}" for problem in self.problems]
         return "\n".join(map(clean, lines + named_tiles(self.bad_tiles)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,26 +17,44 @@ from crc32c import crc32c
 from zarr.buffer.cpu import Buffer
 from zarr.core.sync import sync
 
+from dask_batchinv.disk import write_file
 from dask_batchinv.location import Location
 from dask_batchinv.storage import StrictStore, innermost
 
 #: Every chunk of ours ends with its CRC-32C.
 CHECKSUM_NBYTES = 4
+#: The dtypes of arrays of ours.
+_ITEMSIZES = {"float32": 4, "float64": 8, "complex64": 8, "complex128": 16, "int32": 4, "int64": 8}
+
+
+class DamagedTargetError(ValueError):
+    """What a target holds is not what was written there, and cannot be read."""
 
 
 class OwnStore(StrictStore):
-    """A store of ours. Remembers the checksum that ends each chunk which is read, so that it can be compared."""
+    """A store of ours: gives chunks of the one length that they can have, and remembers the checksums that end them."""
 
-    def __init__(self, store: zarr.abc.store.Store):
+    def __init__(self, store: zarr.abc.store.Store, nbytes: int):
         super().__init__(store)
+        self._nbytes = nbytes
         self._checksums: dict[str, int] = {}
+        inner = innermost(store)
+        self._root = str(inner.root) if isinstance(inner, zarr.storage.LocalStore) else None
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        """Return the value of a key, as StrictStore does."""
+        """Return the value of a key, as StrictStore does; DamagedTargetError if it is longer or shorter."""
+        if self._root is not None:
+            path = os.path.join(self._root, key)
+            self._check(key, os.path.getsize(path) if os.path.isfile(path) else -os.path.lexists(path))
         value = await super().get(key, prototype, byte_range)
-        if value is not None and byte_range is None and key.startswith("c"):
+        if value is not None and byte_range is None:
+            self._check(key, len(value))
             self._checksums[key] = int.from_bytes(value[-CHECKSUM_NBYTES:].to_bytes(), "little")
         return value
+
+    def _check(self, key: str, nbytes: int) -> None:
+        if nbytes not in (0, self._nbytes):  # 0 where there is none, which StrictStore knows
+            raise DamagedTargetError(f"chunk {key} is not the file of {self._nbytes} bytes that was written")
 
     def checksum(self, key: str) -> int:
         """Return the checksum of the chunk that passed last under a key and forget it; -1 if none did."""
@@ -47,12 +66,37 @@ def open_array(location: Location, *, read_only: bool = False) -> zarr.Array[Any
 
     Chunks that equal the fill value are written like all others, so that one which is not there was lost: reading
     raises `MissingChunkError`.
+
+    Raises
+    ------
+    DamagedTargetError
+        If its metadata are not such as we write.
     """
-    array = zarr.open_array(
-        OwnStore(location.store(read_only=read_only)), mode="r" if read_only else "r+", zarr_format=3
-    )
-    # Zarr up to 3.1 takes no notice of a configuration that is given when an array is opened.
-    return array.with_config({"write_empty_chunks": True})
+    meta = None
+    with suppress(ValueError):  # not JSON, or not even a file
+        meta = location.read_json("zarr.json")
+    if meta is None or (nbytes := _chunk_nbytes(meta)) is None:
+        raise DamagedTargetError(
+            f"the metadata of {location.name} are lost or damaged: run the command again that made the target"
+        )
+    store = OwnStore(location.store(read_only=read_only), nbytes + CHECKSUM_NBYTES)
+    return zarr.Array.from_dict(zarr.storage.StorePath(store), meta)
+
+
+def _chunk_nbytes(meta: dict[str, Any]) -> int | None:
+    """Return the bytes of a chunk by metadata such as ours; None if they are none, so that Zarr need not judge them."""
+    try:
+        codecs = [codec["name"] for codec in meta["codecs"]]
+        shape, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+        sizes_are_right = all(type(size) is int and 0 <= size < 2**63 for size in [*shape, *chunk]) and all(chunk)
+        itemsize = _ITEMSIZES[meta["data_type"]]
+    except (KeyError, TypeError):
+        return None
+    ok = (
+        codecs == ["bytes", "crc32c"] and meta["chunk_grid"].get("name") == "regular" and len(shape) == len(chunk)
+        and sizes_are_right and meta.get("node_type") == "array" and not meta.get("storage_transformers")
+    )  # fmt: skip
+    return itemsize * math.prod(chunk) if ok else None
 
 
 def checksum(array: zarr.Array[Any], key: str) -> int:
@@ -89,43 +133,31 @@ class Chunk:
         self._stored[-CHECKSUM_NBYTES:] = np.frombuffer(checksum.to_bytes(CHECKSUM_NBYTES, "little"), np.uint8)
         return checksum
 
-    def as_buffer(self) -> Buffer:
-        """Return what is stored."""
-        return Buffer(self._stored)
+    @property
+    def stored(self) -> npt.NDArray[np.uint8]:
+        """What is stored, once sealed."""
+        return self._stored
 
 
-def write_chunks(array: zarr.Array[Any], chunks: dict[str, Chunk]) -> None:
-    """Write sealed chunks under their keys, several at a time."""
+def write_chunks(array: zarr.Array[Any], chunks: dict[str, Chunk], *, synced: bool = False) -> None:
+    """Write sealed chunks under their keys, where there is a store several at a time.
+
+    On a disk no folder is made for them: one that is not there any more was removed with the target. With `synced`
+    they and their names are on the disk when it returns.
+    """
+    inner = innermost(array.store)
+    if isinstance(inner, zarr.storage.LocalStore):
+        for key, chunk in chunks.items():
+            write_file(os.path.join(inner.root, key), chunk.stored.data, synced=synced)
+        return
 
     async def write() -> None:
         room = asyncio.Semaphore(int(zarr.config.get("async.concurrency")))
 
         async def one(key: str, chunk: Chunk) -> None:
             async with room:
-                await (array.store_path / key).set(chunk.as_buffer())
+                await (array.store_path / key).set(Buffer(chunk.stored))
 
         await asyncio.gather(*(one(key, chunk) for key, chunk in chunks.items()))
 
     sync(write())
-
-
-def sync_chunk(array: zarr.Array[Any], key: str) -> None:
-    """Have the operating system put a chunk, and the names that lead to it, on the disk; if it is on one."""
-    store = innermost(array.store)
-    if not isinstance(store, zarr.storage.LocalStore):
-        return
-    path = os.path.join(store.root, key)
-    if not os.path.exists(path):  # of an empty tile
-        return
-    while len(path) >= len(str(store.root)):
-        sync_path(path)
-        path = os.path.dirname(path)
-
-
-def sync_path(path: str) -> None:
-    """Have the operating system put a file or a folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -15,28 +16,68 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
-from dask_batchinv.location import Location, raised_as
+from dask_batchinv.disk import make_folders
+from dask_batchinv.job.target.holder import LOCK, read_lock
+from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.outcome import TargetError
 
-#: Its name in the target, only while a run is at work there, or one was killed.
-LOCK = ".dask_batchinv.lock"
 #: A lease is renewed this often, and given up for dead after so many renewals that did not come.
 RENEWAL_SECONDS = 5.0
 RENEWALS = 3
 #: Of two runs that take a lease over at the same moment, the one that writes last keeps it.
 _SETTLING_SECONDS = 1.0
 _ATTEMPTS = 10
-
-
-class LockLostError(ConnectionError):
-    """Another run has taken the target over, because this one was not heard of for too long."""
+#: No lock of ours is longer.
+_LOCK_NBYTES = 4096
 
 
 class Lock:
     """What a run holds while it may write to a target."""
 
+    def __init__(self, target: Location):
+        self._target = target
+        self.run = uuid.uuid4().hex
+        """What the lock says of this run, and workers look for."""
+
     def check(self) -> None:
-        """Raise LockLostError if another run has taken over."""
+        """Raise TakenOverError if this run is known to hold the target no more."""
+
+    def confirm(self) -> None:
+        """Look whether this run holds the target still; TakenOverError if not."""
+        raise NotImplementedError
+
+    def _lost(self) -> TakenOverError:
+        return TakenOverError(f"{self._target.name} was removed, replaced or taken over by another run")
+
+    def _content(self, **more: Any) -> bytes:
+        return json.dumps({"run": self.run, "holder": _holder(), **more}).encode()
+
+
+class _FileLock(Lock):
+    """A lock of the operating system, on a file in the target."""
+
+    def __init__(self, target: Location, handle: int, *, made_folder: bool):
+        super().__init__(target)
+        self._handle, self._made_folder = handle, made_folder
+        self._path = os.path.join(target.url, LOCK)
+        os.truncate(handle, 0)
+        os.write(handle, self._content())
+
+    def confirm(self) -> None:
+        """Look whether the file is there still: a target that was removed or replaced has it no more."""
+        self.check()
+        if not _is_at(self._handle, self._path):
+            raise self._lost()
+
+    def release(self) -> None:
+        """Remove the file, if it is there still, and the folder, if it was made for it and nothing else is in it."""
+        # Removed while it is still locked: who waits for it sees that the file has gone, and makes another.
+        with suppress(OSError):
+            if _is_at(self._handle, self._path):
+                os.unlink(self._path)
+                if self._made_folder:
+                    os.rmdir(self._target.url)
+        os.close(self._handle)
 
 
 @contextmanager
@@ -50,21 +91,17 @@ def locked(target: Location) -> Iterator[Lock]:
     Raises
     ------
     TargetError
-        If another run is at work on the target.
+        If another run is at work on the target, or what has the name of the lock is none of ours.
     """
-    handle = _lock_file(target) if target.is_local else None
-    if handle is None:
+    held = _lock_file(target) if target.is_local else None
+    if held is None:
         with _Lease(target) as lease:
             yield lease
         return
     try:
-        yield Lock()
+        yield held
     finally:
-        # Removed while it is still locked: who waits for it sees that the file has gone, and makes another.
-        with suppress(OSError):
-            os.unlink(os.path.join(target.url, LOCK))
-            os.rmdir(target.url)  # if the run has created nothing
-        os.close(handle)
+        held.release()
 
 
 def remove_stale_lock(target: Location) -> None:
@@ -74,34 +111,56 @@ def remove_stale_lock(target: Location) -> None:
             pass
 
 
-def _lock_file(target: Location) -> int | None:
-    """Return the handle of the locked file, or None where the file system has no locks."""
+def _lock_file(target: Location) -> _FileLock | None:
+    """Return the locked file, or None where the file system has no locks."""
     path = os.path.join(target.url, LOCK)
     for attempt in count():
         try:
-            os.makedirs(target.url, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            made_folder = make_folders(target.url, synced=True)
+            # A link in its place would lead to another file, and what is not a file might never open.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            handle = os.open(path, flags, 0o644)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:
                 continue  # another run has just removed the folder, having done nothing
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise _not_ours(target) from error
             raise TargetError(f"the target {target.name} cannot be written: {error}") from error
         try:
+            if not _is_lock_of_ours(handle):
+                raise _not_ours(target)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(handle, path):
-                os.truncate(handle, 0)
-                os.write(handle, _holder().encode())
-                return handle
-        except BlockingIOError:
-            holder = os.read(handle, 1000).decode(errors="replace")
+                return _FileLock(target, handle, made_folder=made_folder)
+        except BaseException as error:
             os.close(handle)
-            raise _busy(target, holder) from None
-        except OSError as error:
-            os.close(handle)
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            return None
+            if isinstance(error, BlockingIOError):
+                raise _busy(target, (read_lock(target) or {}).get("holder")) from None
+            if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return None
+            raise
         os.close(handle)
     raise AssertionError("counting has no end")
+
+
+def _is_lock_of_ours(handle: int) -> bool:
+    """Tell whether a file may be written over: it is empty, or says what locks of ours say."""
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _LOCK_NBYTES:
+        return False
+    content = os.pread(handle, _LOCK_NBYTES, 0)
+    if not content or content.startswith(b"process "):  # the latter by versions before 0.2
+        return True
+    try:
+        return "run" in json.loads(content)
+    except (ValueError, TypeError):
+        return False
+
+
+def _not_ours(target: Location) -> TargetError:
+    return TargetError(
+        f"{LOCK} in {target.name} was not made by dask_batchinv: look what it is, and remove it yourself"
+    )
 
 
 def _is_at(handle: int, path: str) -> bool:
@@ -115,7 +174,7 @@ def _holder() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _busy(target: Location, holder: str) -> TargetError:
+def _busy(target: Location, holder: object) -> TargetError:
     return TargetError(f"another run is writing to {target.name} ({holder or 'unknown'}): wait for it or stop it")
 
 
@@ -123,16 +182,22 @@ class _Lease(Lock):
     """A lease: a key in the target, renewed with a counter."""
 
     def __init__(self, target: Location):
-        self._target = target
-        self._me = uuid.uuid4().hex
-        self._lost = False
+        super().__init__(target)
+        self._is_lost = False
         self._released = threading.Event()
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raise LockLostError if another run has taken over."""
-        if self._lost:
-            raise LockLostError(f"another run has taken over {self._target.name}")
+        """Raise TakenOverError if another run has taken over, as far as is known."""
+        if self._is_lost:
+            raise self._lost()
+
+    def confirm(self) -> None:
+        """Read the lease: this process may have been stopped for longer than it lasts."""
+        self.check()
+        if not self._is_mine():
+            self._is_lost = True
+            raise self._lost()
 
     def __enter__(self) -> _Lease:
         with raised_as(TargetError, f"the target {self._target.name} cannot be written"):
@@ -143,44 +208,40 @@ class _Lease(Lock):
     def __exit__(self, *args: object) -> None:
         self._released.set()
         self._renewing.join()
-        if not self._lost:
-            with suppress(Exception):
-                self._target.delete(LOCK)
+        with suppress(Exception):
+            self.confirm()
+            self._target.delete(LOCK)
 
     def _acquire(self) -> None:
-        if seen := self._read():
+        if (seen := read_lock(self._target)) is not None:
             self._watch(seen)
         self._write(0)
         time.sleep(_SETTLING_SECONDS)
-        if (now := self._read()).get("run") != self._me:
-            raise _busy(self._target, str(now.get("holder", "")))
+        if not self._is_mine():
+            raise _busy(self._target, (read_lock(self._target) or {}).get("holder"))
 
     def _watch(self, seen: dict[str, Any]) -> None:
         deadline = time.monotonic() + RENEWALS * RENEWAL_SECONDS
         while time.monotonic() < deadline:
             time.sleep(RENEWAL_SECONDS / 5)
-            now = self._read()
-            if not now:
+            now = read_lock(self._target)
+            if now is None:
                 return
             if now != seen:
-                raise _busy(self._target, str(now.get("holder", "")))
+                raise _busy(self._target, now.get("holder"))
 
     def _renew(self) -> None:
         number = 0
         while not self._released.wait(RENEWAL_SECONDS):
             # What fails now may succeed the next time; if it never does, another run may take over, and we see that.
             with suppress(Exception):
-                if (now := self._read()) and now.get("run") != self._me:
-                    self._lost = True
+                if not self._is_mine():
+                    self._is_lost = True
                     return
                 self._write(number := number + 1)
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            return self._target.read_json(LOCK) or {}
-        except ValueError:  # half written
-            return {"run": "unknown"}
+    def _is_mine(self) -> bool:
+        return (read_lock(self._target) or {}).get("run") == self.run
 
     def _write(self, number: int) -> None:
-        content = {"run": self._me, "renewed": number, "holder": _holder()}
-        self._target.write(LOCK, json.dumps(content).encode())
+        self._target.write(LOCK, self._content(renewed=number))

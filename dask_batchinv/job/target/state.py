@@ -51,19 +51,19 @@ class Target:
 def decide(state: State, *, same_job: bool, overwrite: bool) -> Action:
     """Return what a run does with a target.
 
-    ``"create"`` removes what a creation left behind, and with `overwrite` another job's target. ``"check"`` reads a
+    ``"create"`` removes what a creation left behind, and with `overwrite` any target of ours. ``"check"`` reads a
     finished target back, and does again what is damaged.
 
     Examples
     --------
-    >>> decide(State.BEGUN, same_job=True, overwrite=True)
+    >>> decide(State.BEGUN, same_job=True, overwrite=False)
     'continue'
     >>> decide(State.COMPLETE, same_job=False, overwrite=False)
     'refuse'
     """
     if state is State.ABSENT:
         return "create"
-    if not same_job:
+    if overwrite or not same_job:
         return "create" if overwrite else "refuse"
     # A creation that was interrupted left nothing worth keeping.
     actions: dict[State, Action] = {State.BEING_CREATED: "create", State.BEGUN: "continue", State.COMPLETE: "check"}

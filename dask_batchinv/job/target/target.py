@@ -6,39 +6,29 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
-import zarr
-from zarr.codecs import ZstdCodec
 
-from dask_batchinv.attributes import of_inverse
-from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS, Output
-from dask_batchinv.job.target import ledger
-from dask_batchinv.job.target.chunks import open_array, sync_path
-from dask_batchinv.job.target.lock import LOCK
-from dask_batchinv.job.target.state import Fingerprint, State, Target, decide
+from dask_batchinv.disk import PARTIAL
+from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS
+from dask_batchinv.job.target.chunks import DamagedTargetError, open_array
+from dask_batchinv.job.target.documents import ROOT, Contents, damaged_keys, make_documents
+from dask_batchinv.job.target.holder import LOCK
+from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.target.mark import FORMAT, Mark, marked, read_mark, with_attributes
+from dask_batchinv.job.target.state import Fingerprint, State, Target
+from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Location, raised_as
+from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.outcome import TargetError
-from dask_batchinv.stack import AssumeA
-from dask_batchinv.storage import array_options, unspecified
+from dask_batchinv.storage import unspecified
 
-#: The attribute that says a group is ours.
-MARK = "dask_batchinv"
-#: Raised when targets of older versions cannot be continued by this one.
-FORMAT = 4
-
-#: Attributes by which Xarray keeps what is stored otherwise here.
-_OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
-#: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
-#: itself: very small ones then took 1.8 times as long to write, and 3.5 times as long to read from a disk.
-_FLAT: Any = {"name": "default", "separator": "."}
-#: What Zarr writes a chunk to before it gives it its name.
-_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
+#: The keys of a target, below its members: metadata, chunks of arrays, the record of runs, what was half written.
+_KEY = re.compile(r"(tiles/)?(zarr\.json|c(/\d+)*|c(\.\d+)*|runs\.json)(\.[0-9a-f]{32}\.partial)?")
 
 
 def parse_location(path: str | os.PathLike[str]) -> Location:
@@ -62,19 +52,18 @@ def inspect(location: Location) -> Target:
 
 
 def _inspect(location: Location) -> Target:
-    try:
-        meta = location.read_json("zarr.json")
-    except ValueError:  # not JSON, or the location makes no sense: then this is an error, too
-        meta = {} if location.exists() else None
-    if meta is None and not location.exists():
+    root = _read_group(location)
+    # Also asked where the document is damaged: a location that makes no sense is an error here.
+    is_there = bool(root) or location.exists()
+    if root is None and (not is_there or set(location.children()) <= {LOCK}):
         return Target(State.ABSENT, {})
-    if meta is None and set(location.children()) <= {LOCK}:
-        return Target(State.ABSENT, {})
-    attributes = (meta or {}).get("attributes") or {}
-    mark = _read_mark(attributes)
+    mark = read_mark(root or {})
+    copy = read_mark(_read_group(location / LEDGER) or {})
+    if not root and copy is not None:  # the document of the group was lost, or is damaged
+        mark = copy | {"ready": True}
     # Attributes travel with data that a user makes from a target; the ledger does not.
-    copied = isinstance(mark, dict) and mark.get("ready") and (location / LEDGER).read_json("zarr.json") is None
-    if not isinstance(mark, dict) or copied:
+    copied = mark is not None and mark.get("ready") and not location.is_kept(LEDGER)
+    if mark is None or copied:
         raise TargetError(
             f"{location.name} exists and is not a target of dask_batchinv: choose another target path, or delete it "
             "yourself"
@@ -82,29 +71,30 @@ def _inspect(location: Location) -> Target:
     members = tuple(mark.get("names", ()))
     if mark.get("format") != FORMAT:
         return Target(State.OTHER_FORMAT, {"format": mark.get("format")}, members=members)
-    ready = State.COMPLETE if attributes["complete"] else State.BEGUN
+    is_complete = (root or {}).get("complete") == 1
     return Target(
-        state=ready if mark["ready"] else State.BEING_CREATED,
-        fingerprint=mark["fingerprint"],
-        generation=mark["generation"],
-        tile=tuple(mark["tile"]),
-        core=tuple(mark["core"]),
+        state=State.BEING_CREATED if not mark["ready"] else State.COMPLETE if is_complete else State.BEGUN,
+        fingerprint=dict(mark["fingerprint"]),
+        generation=_checked(mark["generation"], str),
+        tile=tuple(_checked(size, int) for size in mark["tile"]),
+        core=(_checked(mark["core"][0], int), _checked(mark["core"][1], int)) if mark["core"] else (-2, -1),
         members=members,
     )
 
 
-def _read_mark(attributes: dict[str, Any]) -> Any:
-    """Return our mark; a text, for that is what every format of files can hold that data are copied to."""
-    mark = attributes.get(MARK)
-    if isinstance(mark, str):
-        with suppress(ValueError):
-            return json.loads(mark)
-    return mark
+def _read_group(location: Location) -> dict[str, Any] | None:
+    """Return the attributes of a group; None if it is not there, and none where its document is damaged."""
+    try:
+        meta = location.read_json(ROOT)
+    except ValueError:
+        return {}
+    return None if meta is None else meta.get("attributes") or {}
 
 
-def _marked(complete: bool, mark: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a target. NetCDF has no truth values."""
-    return {"complete": int(complete), MARK: json.dumps(mark)}
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"its mark is damaged: expected {kind.__name__}, got {value!r}")
+    return value
 
 
 def existing(path: str | os.PathLike[str]) -> tuple[Location, Target]:
@@ -126,17 +116,9 @@ def other_format(location: Location, target: Target) -> str:
     )
 
 
-def generation_of(location: Location) -> str | None:
-    """Return which creation the target stems from that is there now; None if there is none."""
-    meta = location.read_json("zarr.json")
-    mark = _read_mark((meta or {}).get("attributes") or {})
-    generation: str | None = mark.get("generation") if isinstance(mark, dict) else None
-    return generation
-
-
-def refuse_links(location: Location) -> None:
-    """Raise TargetError if a part of a target is a link that leads out of it."""
-    for name in MEMBERS:
+def refuse_links(location: Location, members: Iterable[str] = MEMBERS) -> None:
+    """Raise TargetError if a folder of a target is a link that leads out of it."""
+    for name in [*members, *(f"{LEDGER}/{below}" for below in ("tiles", "tiles/c"))]:
         if not location.contains(location / name):
             raise TargetError(f"{name} in {location.name} is a link to elsewhere: replace it by the array itself")
 
@@ -147,45 +129,16 @@ def tiling_of(location: Location, target: Target) -> Tiling:
     return Tiling(tuple(array.shape), target.core, target.tile)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a target is created with."""
-
-    tiling: Tiling
-    """Shape and tiles of the inverse."""
-    dtype: np.dtype[Any]
-    """Its dtype."""
-    dims: tuple[str, ...]
-    """Names of its dimensions."""
-    coordinates: xr.Dataset | None
-    """Coordinates, undecoded, in memory."""
-    attributes: dict[str, Any]
-    """Attributes of what is inverted."""
-    group_attributes: dict[str, Any]
-    """Attributes of the group that it is in."""
-    assume_a: AssumeA
-    """Structure of the matrices."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the coordinates."""
-        return [] if self.coordinates is None else sorted(map(str, self.coordinates.variables))
-
-    def attributes_of(self, output: Output) -> dict[str, Any]:
-        """Return the attributes of an output."""
-        found = output.attributes(self.assume_a)
-        placing = {name: value for name, value in self.attributes.items() if name == "grid_mapping"}
-        if not output.core:
-            return found | placing
-        inherited = {name: value for name, value in of_inverse(self.attributes).items() if name not in _OF_XARRAY}
-        return found | inherited | ({"coordinates": " ".join(self.names)} if self.names else {})
+def read_ledger(location: Location, target: Target) -> Ledger:
+    """Return the ledger of a target that is there, to be read."""
+    return Ledger(location, target.generation, tiling_of(location, target).n_tiles)
 
 
-def create(location: Location, fingerprint: Fingerprint, contents: Contents, *, overwrite: bool = False) -> None:
-    """Create the target, metadata first. The mark is written before anything else, ``ready`` last.
+def create(location: Location, fingerprint: Fingerprint, contents: Contents, writer: Writer, replaced: Target) -> None:
+    """Create the target, its mark before anything else, ``ready`` last.
 
-    A creation that was interrupted is removed, and with `overwrite` the target of another job, but only if there is
-    nothing in it that is not ours.
+    `replaced`, the target that was found there, is removed, but only if it is still the same one, and there is nothing
+    in it that is not ours.
 
     Raises
     ------
@@ -195,79 +148,133 @@ def create(location: Location, fingerprint: Fingerprint, contents: Contents, *, 
         If it cannot be written.
     """
     old = inspect(location)  # again: time has passed since the job was prepared
-    if decide(old.state, same_job=old.fingerprint == fingerprint, overwrite=overwrite) != "create":
+    if (old.state, old.generation) != (replaced.state, replaced.generation):
         raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the command again")
-    if old.state is not State.ABSENT:
-        _clear(location, old)
-    mark = {
+    with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
+        if old.state is not State.ABSENT:
+            _clear(location, old, writer)
+        mark = _mark_of(fingerprint, uuid.uuid4().hex, contents)
+        documents = make_documents(contents, mark)
+        for key in sorted(documents, key=lambda key: key != ROOT):
+            writer.create(key, documents[key])
+        writer.change(
+            ROOT, lambda root: with_attributes(root or documents[ROOT], marked(False, mark | {"ready": True}))
+        )
+
+
+def _mark_of(fingerprint: Fingerprint, generation: str, contents: Contents) -> Mark:
+    return {
         "format": FORMAT,
         "fingerprint": fingerprint,
-        "generation": uuid.uuid4().hex,
+        "generation": generation,
         "tile": list(contents.tiling.tile),
         "core": list(contents.tiling.core),
         "ready": False,
-        "names": [*MEMBERS, *contents.names],
+        "names": contents.members,
     }
-    with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
-        # What was itself a target of ours is no more than a source here.
-        group = zarr.create_group(location.store(), attributes=contents.group_attributes | _marked(False, mark))
-        _create_outputs(group, contents)
-        if contents.coordinates is not None:
-            _write_coordinates(location, contents.coordinates, dict(group.attrs))
-        ledger.create(group, contents.tiling.n_tiles)
-        with unspecified():
-            zarr.consolidate_metadata(location.store())
-        set_attributes(location, _marked(False, mark | {"ready": True}))
 
 
-def _clear(location: Location, old: Target) -> None:
-    """Remove an old target of ours."""
-    ours = {"zarr.json", LOCK, *old.members}
-    if others := [name for name in location.children() if name not in ours and not _PARTIAL.search(name)]:
+def _clear(location: Location, old: Target, writer: Writer) -> None:
+    """Remove an old target of ours, key by key, if nothing else is in it."""
+    refuse_links(location, (*MEMBERS, *old.members))
+    keys = location.keys()
+    if others := [key for key in keys if not _is_ours(key, old.members)]:
         raise TargetError(
-            f"{location.name} contains what dask_batchinv did not put there ({', '.join(others[:5])}): move that first"
+            f"{location.name} contains what dask_batchinv did not put there ({', '.join(sorted(others)[:5])}): move "
+            "that first"
         )
     if old.is_there:
         # A break from here on must not leave something that looks finished.
         mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "tile": [], "core": [], "ready": False}
-        set_attributes(location, _marked(False, mark | {"names": old.members}))
-    location.remove(last="zarr.json", keep=LOCK)  # so that a break leaves the mark in place
+        writer.change(ROOT, lambda root: with_attributes(root or b"{}", marked(False, mark | {"names": old.members})))
+    # The mark last, so that a break leaves it in place.
+    writer.delete_all(sorted((key for key in keys if key not in (LOCK, ROOT)), key=lambda key: key.startswith(LEDGER)))
+    writer.delete_all([ROOT])
 
 
-def _create_outputs(group: zarr.Group, contents: Contents) -> None:
-    tiling = contents.tiling
+def _is_ours(key: str, members: tuple[str, ...]) -> bool:
+    name, _, below = key.partition("/")
+    if not below:
+        return PARTIAL.sub("", key) in (ROOT, LOCK)
+    return name in members and bool(_KEY.fullmatch(below))
+
+
+def mend(location: Location, target: Target, contents: Contents, writer: Writer) -> list[str]:
+    """Write those documents of a target again that were lost or are damaged; return their keys."""
+    documents = _documents(target, contents)
+    keys = damaged_keys(location, documents)
+    for key in keys:
+        if key != ROOT:
+            writer.create(key, documents[key])
+    if ROOT in keys:
+        fresh = with_attributes(documents[ROOT], {"complete": 0})
+        writer.change(ROOT, lambda old: with_attributes(fresh, _attributes_in(old) | _attributes_in(fresh)))
+    return keys
+
+
+def damage(location: Location, target: Target, contents: Contents) -> list[str]:
+    """Return the keys of those documents of a target that were lost or are damaged."""
+    return damaged_keys(location, _documents(target, contents))
+
+
+def _documents(target: Target, contents: Contents) -> dict[str, bytes]:
+    mark = _mark_of(target.fingerprint, target.generation, contents)
+    documents = make_documents(contents, mark)
+    return documents | {ROOT: with_attributes(documents[ROOT], marked(False, mark | {"ready": True}))}
+
+
+def _attributes_in(document: bytes | None) -> dict[str, Any]:
+    """Return the attributes in a document, as far as it can be read."""
+    with suppress(ValueError, AttributeError, TypeError):
+        return dict(json.loads(document or b"{}").get("attributes") or {})
+    return {}
+
+
+def lost_tiles(location: Location, tiling: Tiling) -> list[int]:
+    """Return the numbers of tiles of which a chunk is not there, of a target that is complete.
+
+    Nothing is decided by listing a store, which may be late: a chunk that is not listed is asked for by its key.
+    """
+    if 0 in tiling.shape:
+        return []
+    lost: set[int] = set()
     for output in OUTPUTS:
-        axes, own = tiling.axes(output.core), output.dtype(contents.dtype)
-        group.create_array(
-            output.name,
-            shape=tuple(tiling.shape[axis] for axis in axes),
-            chunks=tuple(tiling.tile[axis] for axis in axes),
-            dtype=own,
-            dimension_names=[contents.dims[axis] for axis in axes],
-            attributes=contents.attributes_of(output),
-            chunk_key_encoding=_FLAT,
-            **array_options(own) | {"fill_value": output.fill},
-        )
+        inside = location / output.name
+        listed = np.zeros(tiling.n_tiles, bool)
+        for name in inside.known_children():
+            if (number := tiling.number_of(name, core=output.core)) is not None:
+                listed[number] = True
+        unseen = (int(number) for number in np.flatnonzero(~listed))
+        lost |= {number for number in unseen if not inside.is_kept(tiling.chunk_key(number, core=output.core))}
+    return sorted(lost)
 
 
-def _write_coordinates(location: Location, coordinates: xr.Dataset, attributes: dict[str, Any]) -> None:
-    with unspecified():
-        # Xarray replaces the attributes of the group: by those that it has already.
-        coordinates.assign_attrs(attributes).to_zarr(
-            location.store(), mode="a", zarr_format=3, consolidated=False,
-            encoding={str(name): {"compressors": [ZstdCodec(checksum=True)]} for name in coordinates.variables},
-        )  # fmt: skip
+def open_as_reader(location: Location) -> None:
+    """Open a target as those will who use it; DamagedTargetError if that fails."""
+    try:
+        with unspecified(), xr.open_zarr(location.store(read_only=True), decode_cf=False, chunks=None) as found:
+            missing = [output.name for output in OUTPUTS if output.name not in found]
+    except Exception as error:  # whatever Xarray and Zarr may raise
+        raise DamagedTargetError(f"{location.name} cannot be opened: {type(error).__name__}: {error}") from error
+    if missing:
+        raise DamagedTargetError(f"{location.name} has no {', '.join(missing)}")
 
 
-def set_attributes(location: Location, attributes: dict[str, Any]) -> None:
-    """Change attributes of a target; those not named stay."""
-    with unspecified():
-        zarr.open_group(location.store(), mode="r+").update_attributes(attributes)
+def set_complete(writer: Writer, generation: str, complete: bool) -> None:
+    """Mark a target as complete, the last write of a job, or as incomplete again.
 
+    Raises
+    ------
+    TakenOverError
+        If another creation of it is there.
+    """
 
-def mark_incomplete(location: Location) -> None:
-    """Mark a target as incomplete again."""
-    set_attributes(location, {"complete": 0})
+    def changed(root: bytes | None) -> bytes:
+        if (read_mark(_attributes_in(root)) or {}).get("generation") != generation:
+            raise TakenOverError("the target was removed or replaced by another run")
+        return with_attributes(root or b"", {"complete": int(complete)})
+
+    writer.change(ROOT, changed)
 
 
 def remove_partial_chunks(location: Location) -> None:
@@ -275,14 +282,6 @@ def remove_partial_chunks(location: Location) -> None:
     if location.is_local:
         for folder, _, files in os.walk(location.url):
             for name in files:
-                if _PARTIAL.search(name):
+                if PARTIAL.search(name):
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(folder, name))
-
-
-def finish(location: Location, *, durable: bool) -> None:
-    """Mark the target as complete: the last write of a job."""
-    set_attributes(location, {"complete": 1})
-    if durable and location.is_local:
-        sync_path(os.path.join(location.url, "zarr.json"))
-        sync_path(location.url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,16 +13,14 @@ import zarr
 
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.outputs import OUTPUTS, Output
-from dask_batchinv.job.results import Array, TileResult, TileRow, as_results
+from dask_batchinv.job.results import Array, LostTargetError, TileResult, TileRow, as_results
 from dask_batchinv.job.source.source import Source
-from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.chunks import Chunk, open_array, sync_chunk, write_chunks
+from dask_batchinv.job.target.chunks import Chunk, open_array, write_chunks
+from dask_batchinv.job.target.holder import holder_of
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.job.versions import VersionError, Versions, differing, versions
 from dask_batchinv.kernels import invert_block
 from dask_batchinv.kernels.device import device_for
 from dask_batchinv.location import Location
-from dask_batchinv.outcome import TargetError
 from dask_batchinv.stack import Device, result_dtype
 
 
@@ -37,14 +34,12 @@ class TileTask:
     """Where to read."""
     target: Location
     """Where to write."""
-    generation: str
-    """Which target: another one may have taken its place since."""
+    holder: str
+    """Which run holds the target: another one may have taken its place since."""
     tiling: Tiling
     """Which region each tile has."""
     options: JobOptions
     """How to invert."""
-    versions: Versions
-    """What the driver runs."""
 
 
 def invert_tiles(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
@@ -59,10 +54,9 @@ def invert_tiles(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
 def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     """Do tiles that lie side by side at a time."""
     start = time.perf_counter()
-    _check_versions(tuple(sorted(task.versions.items())))
     device = device_for(None, task.options.device)
     whole, results = _read_and_invert(task, numbers, device)
-    _check_generation(task)
+    _check_holder(task)
     parts = {output.name: _split(task.tiling, output, results[output.name], numbers) for output in OUTPUTS}
     checksums = {output.name: _write(task, output, parts[output.name], whole) for output in OUTPUTS}
     rows = {
@@ -71,6 +65,7 @@ def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
             parts["rcond"][number],
             {output.name: checksums[output.name][number] for output in OUTPUTS},
             device,
+            _count_filled(task, number),
         )
         for number in numbers
     }
@@ -78,11 +73,12 @@ def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     return [TileResult(number, row, milliseconds=milliseconds) for number, row in rows.items()]
 
 
-@lru_cache(maxsize=4)
-def _check_versions(mine: tuple[tuple[str, str], ...]) -> None:
-    """Raise VersionError if this worker, which may have joined at any time, runs other versions."""
-    if found := differing(dict(mine), versions()):
-        raise VersionError(f"a worker on {socket.gethostname()} has other versions than the driver: {found}")
+def _count_filled(task: TileTask, number: int) -> int:
+    """Return how many chunks of the source were not there."""
+    if task.options.missing == "error":
+        return 0
+    opened = open_source_once(task.run, task.source, "fill")
+    return task.source.count_missing(opened, task.tiling.region(number, core=True))
 
 
 def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Chunk | None, dict[str, Array]]:
@@ -110,14 +106,14 @@ def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Ch
 
 def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tiles: int | range) -> Array:
     """Read tiles of the source, core dimensions last."""
-    block = source.read_block(_open_source(run, source, missing), tiling.region(tiles, core=True))
+    block = source.read_block(open_source_once(run, source, missing), tiling.region(tiles, core=True))
     return np.moveaxis(block, tiling.core, (-2, -1))
 
 
-def _check_generation(task: TileTask) -> None:
-    """Hold back a worker that was cut off for so long that its target was replaced meanwhile."""
-    if targets.generation_of(task.target) != task.generation:
-        raise TargetError(f"{task.target.name} was removed or replaced while the job was running")
+def _check_holder(task: TileTask) -> None:
+    """Hold back a worker that was cut off for so long that its target was taken over meanwhile, or sees another one."""
+    if holder_of(task.target) != task.holder:
+        raise LostTargetError(f"{task.target.name} was removed, replaced, or is another place on this worker")
 
 
 def _split(tiling: Tiling, output: Output, values: Array, numbers: range) -> dict[int, Array]:
@@ -139,15 +135,13 @@ def _write(task: TileTask, output: Output, parts: dict[int, Array], whole: Chunk
     chunks = {number: ready or Chunk.of(array, part) for number, part in parts.items()}
     checksums = {number: chunk.seal() for number, chunk in chunks.items()}
     keys = {number: task.tiling.chunk_key(number, core=output.core) for number in parts}
-    write_chunks(array, {keys[number]: chunk for number, chunk in chunks.items()})
-    if task.options.durable:
-        for key in keys.values():
-            sync_chunk(array, key)
+    write_chunks(array, {keys[number]: chunk for number, chunk in chunks.items()}, synced=task.options.durable)
     return checksums
 
 
 @lru_cache(maxsize=8)
-def _open_source(run: str, source: Source, missing: Missing) -> zarr.Array[Any]:
+def open_source_once(run: str, source: Source, missing: Missing) -> zarr.Array[Any]:
+    """Return the source, kept open for a run."""
     return source.open(missing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from crc32c import crc32c
 
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.job.results import COLUMNS, Rows, TileResult
+from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES
-from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, read_rows
+from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, read_chunk
 from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.worker.invert_tiles import open_source_once
 from dask_batchinv.location import Location
-from dask_batchinv.text import redact
+from dask_batchinv.text import clean
 
 #: How many read at a time for each thread of a worker: a disk or a store that is asked for one chunk after the other
 #: keeps us waiting. And how many tiles each of them takes at a time: so few large ones are read back at a time, see
@@ -38,6 +41,10 @@ class ReadBackTask:
     """Where they are."""
     tiling: Tiling
     """Which they are."""
+    nbytes: tuple[int, ...]
+    """Bytes of a stored chunk of each output."""
+    source: Source
+    """What they were made from: chunks that were not there may have come."""
 
 
 def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]:
@@ -57,30 +64,38 @@ def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]
 
 @lru_cache(maxsize=4)
 def _rows_of_chunk(run: str, target: Location, chunk: int) -> Rows:
-    return read_rows(target, slice(chunk * ROWS_PER_CHUNK, (chunk + 1) * ROWS_PER_CHUNK))
+    return read_chunk(target, chunk)
 
 
 def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:
-    for output in OUTPUTS:
+    for output, nbytes in zip(OUTPUTS, task.nbytes, strict=True):
         key = f"{output.name}/{task.tiling.chunk_key(number, core=output.core)}"
         recorded = int(row[COLUMNS.index(output.checksum)])
         if recorded < 0:  # it is empty
             continue
         try:
-            content = _read(task.target, key)
+            content = _read(task.target, key, nbytes + 1)
         except Exception as error:  # whatever a file system may raise
-            return redact(f"{key} cannot be read: {type(error).__name__}: {error}")
+            return clean(f"{key} cannot be read: {type(error).__name__}: {error}")
         if _checksum(content) != recorded:
             return f"{key} is not what was written"
+    filled = int(row[COLUMNS.index("filled")])
+    if filled and (now := _count_missing(task, number)) != filled:
+        return f"{filled} chunks of the source were not there when it was made, and {now} are not now"
     return None
 
 
-def _read(target: Location, key: str) -> bytes:
+def _count_missing(task: ReadBackTask, number: int) -> int:
+    source = open_source_once(task.run, task.source, "fill")
+    return task.source.count_missing(source, task.tiling.region(number, core=True))
+
+
+def _read(target: Location, key: str, limit: int) -> bytes:
     if target.is_local:
-        return _read_file(f"{target.url}/{key}")
+        return _read_file(f"{target.url}/{key}", limit)
     for attempt in range(_ATTEMPTS):
         try:
-            return target.read(key)
+            return target.read(key, limit)
         except FileNotFoundError:
             raise
         except Exception:
@@ -90,11 +105,14 @@ def _read(target: Location, key: str) -> bytes:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _read_file(path: str) -> bytes:
+def _read_file(path: str, limit: int) -> bytes:
     """Read a file with as few calls as there can be: where tiles are small, they are all that costs."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # what is not a file might never open
     try:
-        left, parts = os.fstat(handle).st_size, []
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a file")
+        left, parts = min(found.st_size, limit), []
         while left and (part := os.read(handle, left)):
             parts.append(part)
             left -= len(part)

@@ -13,10 +13,10 @@ from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import checksum
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.invert_tiles import open_output, read_stack
-from dask_batchinv.kernels import read_part
+from dask_batchinv.kernels import invert_block, read_part
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
-from dask_batchinv.stack import AssumeA
+from dask_batchinv.stack import AssumeA, result_dtype
 
 #: The multiples of the golden ratio, taken modulo 1, are spread evenly.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -40,8 +40,10 @@ class VerifyTask:
     """Structure of the matrices."""
     lower: bool
     """Whether symmetric ones were read from their lower triangles."""
+    min_rcond: float
+    """Below it a matrix counts as failed."""
     sample: float
-    """The share of tiles whose residuals are computed."""
+    """The share of tiles that are compared with the source."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class VerifiedTile:
     """Matrices multiplied with their inverse."""
     largest_ratio: float
     """The largest of `residual_ratios`."""
+    refuted: str | None = None
+    """What the source says against it."""
 
 
 def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTile]]:
@@ -71,17 +75,40 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
     n = task.tiling.n
     inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(info.size, n, n)
     _check_account(inverse, info, rcond, region)
-    ratios = np.empty(0)
+    ratios, refuted = np.empty(0), None
     if task.source is not None and n and _is_sampled(number, task.sample):
-        good = info == int(Info.GOOD)
         # A tile that is done was read, or filled as it was asked for.
         stack = read_stack(task.run, task.source, "fill", task.tiling, number).reshape(info.size, n, n)
+        good = info == int(Info.GOOD)
         ratios = residual_ratios(read_part(stack[good], task.assume_a, lower=task.lower), inverse[good])
-        large = np.zeros(len(info), bool)
-        large[good] = ~(ratios <= LARGEST_RATIO)
-        _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
-    verified = VerifiedTile(TileRow.of(info, rcond, checksums), len(ratios), float(ratios.max(initial=0.0)))
-    return [TileResult(number, verified)]
+        try:
+            _compare_with_source(task, stack, info, rcond, ratios, region)
+        except ValueError as error:
+            refuted = str(error)
+    row = TileRow.of(info, rcond, checksums)
+    return [TileResult(number, VerifiedTile(row, len(ratios), float(ratios.max(initial=0.0)), refuted))]
+
+
+def _compare_with_source(
+    task: VerifyTask, stack: Array, info: Array, rcond: Array, ratios: Array, region: tuple[slice, ...]
+) -> None:
+    """Raise ValueError where matrices are not as the target says of them: good, failed, or below the minimum."""
+    good = info == int(Info.GOOD)
+    large = np.zeros(len(info), bool)
+    large[good] = ~(ratios <= LARGEST_RATIO)
+    _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
+    _refuse(good & (rcond < task.min_rcond), region, f"good, but their rcond is below {task.min_rcond:g}")
+    if good.all():
+        return
+    again = invert_block(
+        stack[~good], dtype=result_dtype(stack.dtype), assume_a=task.assume_a, lower=task.lower, device="cpu",
+        min_rcond=task.min_rcond,
+    )  # fmt: skip
+    differs = np.zeros(len(info), bool)
+    # Another device may have found a zero where rounding leaves next to nothing.
+    nearly = (again.info == int(Info.GOOD)) & (again.rcond < np.finfo(again.rcond.dtype).eps)
+    differs[~good] = (np.minimum(again.info, 1) != np.minimum(info[~good], 1)) & ~nearly  # every zero pivot is one kind
+    _refuse(differs, region, "called failed, but are not, or for another reason")
 
 
 def _check_account(inverse: Array, info: Array, rcond: Array, region: tuple[slice, ...]) -> None:

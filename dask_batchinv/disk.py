@@ -1,0 +1,87 @@
+"""Files and folders on a disk: written whole, by names that nobody else can have made, and put on the disk for good."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from contextlib import suppress
+from typing import Any
+
+#: What a file is written to before it gets its name; Zarr's are called the same.
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
+#: What is known of what a key holds, to tell whether it still does; None where it holds nothing.
+Stamp = str | None
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """Return what two paths have in common if and only if they lead to one file or folder; None if to none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def is_file_or_absent(path: str) -> bool:
+    """Tell whether a path does not lead to what is no file, such as a pipe, which might never end, or a broken link."""
+    return os.path.isfile(path) or not os.path.lexists(path)
+
+
+def stamp_of(path: str) -> Stamp:
+    """Return what is known of a file; a link is a file of its own."""
+    try:
+        return _stamp(os.lstat(path))
+    except FileNotFoundError:
+        return None
+
+
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
+def write_file(path: str, content: Any, *, synced: bool) -> str:
+    """Write bytes to a file of a name that nobody else can have made, then rename it: a link is not followed."""
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            if synced:
+                os.fsync(handle)
+            stamp = _stamp(os.fstat(handle))
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+    if synced:
+        sync_path(os.path.dirname(path))
+    return stamp
+
+
+def make_folders(path: str, *, synced: bool) -> bool:
+    """Make a folder and those above it; with `synced` they are on the disk. Return whether it was not there."""
+    if os.path.isdir(path):
+        return False
+    above = os.path.dirname(path)
+    make_folders(above, synced=synced)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if os.path.isdir(path):  # made by another meanwhile
+            return False
+        raise
+    if synced:
+        sync_path(above)
+    return True
+
+
+def sync_path(path: str) -> None:
+    """Have the operating system put a file or a folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,175 @@
+"""The documents of a target: its metadata and coordinates as bytes, made in memory, compared with what is there.
+
+Creating a target, finding what of it was lost, and mending that are then one thing: writing documents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from crc32c import crc32c
+from zarr.abc.buffer import Buffer
+from zarr.codecs import ZstdCodec
+
+from dask_batchinv.attributes import of_inverse
+from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS, Output
+from dask_batchinv.job.target import ledger
+from dask_batchinv.job.target.mark import Mark, marked
+from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.location import JSON_NBYTES, Location
+from dask_batchinv.stack import AssumeA
+from dask_batchinv.storage import array_options, unspecified
+
+ROOT = "zarr.json"
+#: The attribute of the ledger that has the checksums of what coordinates are stored in.
+CHECKSUMS = "coordinates_crc32c"
+#: Attributes by which Xarray keeps what is stored otherwise here.
+_OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
+#: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
+#: itself: very small ones then took 1.8 times as long to write, and 3.5 times as long to read from a disk.
+_FLAT: Any = {"name": "default", "separator": "."}
+
+Documents = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a target is created with."""
+
+    tiling: Tiling
+    """Shape and tiles of the inverse."""
+    dtype: np.dtype[Any]
+    """Its dtype."""
+    dims: tuple[str, ...]
+    """Names of its dimensions."""
+    coordinates: xr.Dataset | None
+    """Coordinates, undecoded, in memory."""
+    attributes: dict[str, Any]
+    """Attributes of what is inverted."""
+    group_attributes: dict[str, Any]
+    """Attributes of the group that it is in."""
+    assume_a: AssumeA
+    """Structure of the matrices."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the coordinates."""
+        return [] if self.coordinates is None else sorted(map(str, self.coordinates.variables))
+
+    @property
+    def members(self) -> list[str]:
+        """What a target has in it."""
+        return [*MEMBERS, *self.names]
+
+    def attributes_of(self, output: Output) -> dict[str, Any]:
+        """Return the attributes of an output."""
+        found = output.attributes(self.assume_a)
+        placing = {name: value for name, value in self.attributes.items() if name == "grid_mapping"}
+        if not output.core:
+            return found | placing
+        inherited = {name: value for name, value in of_inverse(self.attributes).items() if name not in _OF_XARRAY}
+        return found | inherited | ({"coordinates": " ".join(self.names)} if self.names else {})
+
+
+def make_documents(contents: Contents, mark: Mark) -> Documents:
+    """Return all that a new target consists of, by key."""
+    kept: dict[str, Buffer] = {}
+    store = zarr.storage.MemoryStore(kept)
+    # What was itself a target of ours is no more than a source here.
+    group = zarr.create_group(store, zarr_format=3, attributes=contents.group_attributes | marked(False, mark))
+    _create_outputs(group, contents)
+    if contents.coordinates is not None:
+        _write_coordinates(store, contents.coordinates, dict(group.attrs))
+    checksums = {key: crc32c(value.to_bytes()) for key, value in kept.items() if _is_coordinate(key)}
+    ledger.create(group, contents.tiling.n_tiles, marked(False, mark) | {CHECKSUMS: checksums})
+    with unspecified():
+        zarr.consolidate_metadata(store)
+    return {key: value.to_bytes() for key, value in kept.items()}
+
+
+def _is_coordinate(key: str) -> bool:
+    return "/" in key and key.partition("/")[0] not in MEMBERS
+
+
+def _create_outputs(group: zarr.Group, contents: Contents) -> None:
+    tiling = contents.tiling
+    for output in OUTPUTS:
+        axes, own = tiling.axes(output.core), output.dtype(contents.dtype)
+        group.create_array(
+            output.name,
+            shape=tuple(tiling.shape[axis] for axis in axes),
+            chunks=tuple(tiling.tile[axis] for axis in axes),
+            dtype=own,
+            dimension_names=[contents.dims[axis] for axis in axes],
+            attributes=contents.attributes_of(output),
+            chunk_key_encoding=_FLAT,
+            **array_options(own) | {"fill_value": output.fill},
+        )
+
+
+def _write_coordinates(store: Any, coordinates: xr.Dataset, attributes: dict[str, Any]) -> None:
+    with unspecified():
+        # Xarray replaces the attributes of the group: by those that it has already.
+        coordinates.assign_attrs(attributes).to_zarr(
+            store, mode="a", zarr_format=3, consolidated=False,
+            encoding={str(name): {"compressors": [ZstdCodec(checksum=True)]} for name in coordinates.variables},
+        )  # fmt: skip
+
+
+def damaged_keys(location: Location, expected: Documents) -> list[str]:
+    """Return the keys of those documents that are lost or damaged, the group's own last.
+
+    What users may have changed, attributes, is left to them. Of a coordinate all documents are returned, or none.
+    """
+    checksums = _recorded_checksums(location)
+    bad = [key for key, content in expected.items() if _is_damaged(location, key, content, checksums.get(key))]
+    broken = {key.partition("/")[0] for key in bad if _is_coordinate(key)}
+    bad += [key for key in expected if _is_coordinate(key) and key.partition("/")[0] in broken and key not in bad]
+    return sorted(bad, key=lambda key: key == ROOT)
+
+
+def _recorded_checksums(location: Location) -> dict[str, int]:
+    try:
+        meta = (location / LEDGER).read_json(ROOT) or {}
+    except ValueError:
+        return {}
+    found = (meta.get("attributes") or {}).get(CHECKSUMS)
+    return found if isinstance(found, dict) else {}
+
+
+def _is_damaged(location: Location, key: str, expected: bytes, recorded: int | None) -> bool:
+    try:
+        found = location.read(key, len(expected) + JSON_NBYTES)
+        if recorded is not None:
+            return not (crc32c(found) == recorded or _says_the_same(key, found, expected))
+        return not (found == expected or _says_the_same(key, found, expected))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return True
+
+
+def _says_the_same(key: str, found: bytes, expected: bytes) -> bool:
+    if not key.endswith(ROOT):
+        return False
+    mine, theirs = json.loads(expected), json.loads(found)
+    return isinstance(theirs, dict) and _structure(mine, key) == _structure(theirs, key)
+
+
+def _structure(meta: dict[str, Any], key: str) -> Any:
+    """Return what a metadata document says of an array or a group, and of those that are consolidated in it."""
+    own = {name: value for name, value in meta.items() if name not in ("attributes", "consolidated_metadata")}
+    # Zarr writes them in a node of its own as in the consolidated metadata, but for the latter themselves.
+    if key == f"{LEDGER}/{ROOT}":  # nobody's but ours
+        own["attributes"] = {name: value for name, value in meta.get("attributes", {}).items() if name != CHECKSUMS}
+    inner = (meta.get("consolidated_metadata") or {}).get("metadata") or {}
+    return own, dict(_structures(inner)) if key == ROOT else {}
+
+
+def _structures(metadata: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, meta in metadata.items():
+        yield name, _structure(meta, name)

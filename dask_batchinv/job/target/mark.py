@@ -1,0 +1,37 @@
+"""Our mark on a group: what it is made of, and how far it is. As text, for that is what every format of files can hold.
+
+It stands in the group, and a copy of it in the ledger, by which a group whose own document was lost is still ours.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+#: The attribute that says a group is ours.
+MARK = "dask_batchinv"
+#: Raised when targets of older versions cannot be continued by this one.
+FORMAT = 5
+
+Mark = dict[str, Any]
+
+
+def read_mark(attributes: dict[str, Any]) -> Mark | None:
+    """Return the mark among the attributes of a group; None if it is not ours."""
+    mark = attributes.get(MARK)
+    if isinstance(mark, str):
+        with suppress(ValueError):
+            mark = json.loads(mark)
+    return mark if isinstance(mark, dict) else None
+
+
+def marked(complete: bool, mark: Mark) -> dict[str, Any]:
+    """Return the attributes of a target. NetCDF has no truth values."""
+    return {"complete": int(complete), MARK: json.dumps(mark)}
+
+
+def with_attributes(document: bytes, changes: dict[str, Any]) -> bytes:
+    """Return the metadata document of a group with some attributes changed; those not named stay."""
+    meta = json.loads(document)
+    return json.dumps(meta | {"attributes": (meta.get("attributes") or {}) | changes}, indent=2).encode()
