@@ -12,7 +12,7 @@ import xarray as xr
 import zarr
 from xarray.backends.zarr import FillValueCoder
 
-from dask_batchinv.attributes import packing_of
+from dask_batchinv.attributes import is_nan, packing_of
 from dask_batchinv.job.source.metadata import Node
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import fill_means_missing
@@ -42,8 +42,7 @@ def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
     found = dict(node.attributes)
     if fill_means_missing(array, node.attributes):
         found["_FillValue"] = array.fill_value
-    elif "_FillValue" in found and not (array.dtype.kind in "fc" and isinstance(found["_FillValue"], (int, float))):
-        # A number, where Xarray would write text, is taken for what it is.
+    elif "_FillValue" in found and not _is_plain(found["_FillValue"], array):
         try:
             found["_FillValue"] = FillValueCoder.decode(found["_FillValue"], array.dtype)
         except (TypeError, ValueError, struct.error) as error:
@@ -51,6 +50,15 @@ def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
                 f"the attribute _FillValue of {node.location.name} is not one of {array.dtype}: {error}"
             ) from error
     return packing_of(found)
+
+
+def _is_plain(value: Any, array: zarr.Array[Any]) -> bool:
+    """Tell whether a fill value is meant as it stands, and not encoded by Xarray."""
+    if array.metadata.zarr_format == 2:  # there Xarray encodes none; several numbers are several that are missing
+        values = value if isinstance(value, list) else [value]
+        return is_nan(value) or all(isinstance(each, (int, float)) for each in values)
+    # A number, where Xarray would write text, is taken for what it is.
+    return array.dtype.kind in "fc" and isinstance(value, (int, float))
 
 
 def decode(block: Array, packing: Packing) -> Array:
