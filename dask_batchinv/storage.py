@@ -16,7 +16,8 @@ from zarr.codecs import Crc32cCodec
 
 from dask_batchinv.text import CleanError
 
-_METADATA_KEYS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
+#: What Zarr keeps beside chunks.
+METADATA_KEYS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 
 class DamagedChunkError(CleanError):
@@ -65,7 +66,7 @@ class StrictStore(GuardedStore):
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         """Return the value of a key; MissingChunkError if it is a chunk and not there."""
         value = await self._store.get(key, prototype, byte_range)
-        if value is None and key.rpartition("/")[2] not in _METADATA_KEYS:
+        if value is None and key.rpartition("/")[2] not in METADATA_KEYS:
             raise MissingChunkError(f"chunk {key} is not in the store")
         return value
 

@@ -15,13 +15,13 @@ import numpy.typing as npt
 import xarray as xr
 import zarr
 
-from dask_batchinv.attributes import PLACING, packing_of
+from dask_batchinv.attributes import PLACING
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
 from dask_batchinv.job.source.bounded_decoding import open_bounded
 from dask_batchinv.job.source.bounded_store import BoundedStore
 from dask_batchinv.job.source.coordinate import Coordinate
-from dask_batchinv.job.source.coordinates import Found, array_nodes, find
+from dask_batchinv.job.source.coordinates import Found, find
 from dask_batchinv.job.source.coordinates import read as read_coordinates
 from dask_batchinv.job.source.decoding import Packing, decode, decoded_dtype, read_packing
 from dask_batchinv.job.source.metadata import (
@@ -32,16 +32,18 @@ from dask_batchinv.job.source.metadata import (
     checked_dtype,
     digest_of,
     is_checksummed,
-    is_floating,
     read_node,
     stored_names,
 )
+from dask_batchinv.job.source.variable import find_stack
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.storage import StrictStore, write_unit
+from dask_batchinv.storage import METADATA_KEYS, StrictStore, write_unit
 from dask_batchinv.text import redact
 
+#: What the files of ours begin with that are no arrays.
+_OURS = ".dask_batchinv"
 #: An error may say so much.
 _TEXT_LENGTH = 1500
 
@@ -203,7 +205,7 @@ def open_source(path: str | os.PathLike[str], variable: str | None = None, dims:
 
 def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
     root = Location.parse(path)
-    node, variable = _find(root, variable, dims)
+    node, variable = find_stack(root, variable, dims)
     inner, _, name = (variable or "").rpartition("/")
     group = None if variable is None else root / inner if inner else root
     location = node.location
@@ -217,7 +219,7 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         _check_square(location, names, _axes(names, stored, dims), array.shape)
     sizes = dict(zip(names, array.shape, strict=True))
     beside = Found() if group is None else find(root, inner, node, sizes, name)
-    if taken := sorted({*names, *beside.coordinates} & set(MEMBERS)):
+    if taken := sorted(filter(_is_reserved, {*names, *beside.coordinates})):
         raise SourceError(
             f"{', '.join(taken)} of {location.name} are names that the target needs itself: rename those "
             "dimensions or coordinates first"
@@ -256,51 +258,14 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
     )
 
 
-def _find(root: Location, variable: str | None, dims: Sequence[str] | None) -> tuple[Node, str | None]:
-    """Return the array that is meant, and its name in the group if it is in one."""
-    node = read_node(root)
-    if node is None:
-        raise SourceError(f"there is no Zarr array or group at {root.name}")
-    if node.is_array:
-        if variable is not None:
-            raise SourceError(f"{root.name} is an array, not a group: leave --variable out")
-        return node, None
-    variable = _known_variable(root, variable, dims)
-    node = read_node(root / variable)
-    if node is None or not node.is_array:
-        raise SourceError(f"there is no variable {variable!r} in {root.name}; it has {_listed(root)}")
-    return node, variable
-
-
 def _shortened(text: str) -> str:
     return text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]} ..."
 
 
-def _known_variable(group: Location, variable: str | None, dims: Sequence[str] | None) -> str:
-    if variable is not None:
-        if not variable or {"..", "."} & set(variable.split("/")) or variable.startswith("/"):
-            raise SourceError(f"variable {variable!r} is not a name inside the group")
-        return variable
-    nodes, _ = array_nodes(group, group.children())
-    stacks = {name: node for name, node in nodes.items() if _may_be_stack(node, dims)}
-    # Masks and counts often have the same dimensions.
-    real = [name for name, node in stacks.items() if is_floating(node) or packing_of(node.attributes)]
-    for chosen in (real, [*stacks]):
-        if len(chosen) == 1:
-            return chosen[0]
-    raise SourceError(f"{group.name} is a group: name the stack with --variable; it has {_listed(group)}")
-
-
-def _may_be_stack(node: Node, dims: Sequence[str] | None) -> bool:
-    if dims is not None:
-        return set(dims) <= set(stored_names(node) or ())
-    return len(node.shape) >= 2 and node.shape[-1] == node.shape[-2]
-
-
-def _listed(group: Location) -> str:
-    nodes, broken = array_nodes(group, group.children())
-    texts = [f"{name} {node.shape}" for name, node in nodes.items()]
-    return ", ".join([*texts, *(f"{name} (its metadata make no sense)" for name in broken)]) or "no arrays"
+def _is_reserved(name: str) -> bool:
+    """Tell whether a target has something of that name, on file systems that do not tell case apart, too."""
+    folded = name.casefold()
+    return folded in {*MEMBERS, *METADATA_KEYS} or folded.startswith(_OURS)
 
 
 def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

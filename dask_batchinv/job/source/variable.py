@@ -1,0 +1,54 @@
+"""Which array of a source is the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dask_batchinv.attributes import packing_of
+from dask_batchinv.job.source.coordinates import array_nodes
+from dask_batchinv.job.source.metadata import Node, is_floating, read_node, stored_names
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import SourceError
+
+
+def find_stack(root: Location, variable: str | None, dims: Sequence[str] | None) -> tuple[Node, str | None]:
+    """Return the array that is meant, and its name in the group if it is in one."""
+    node = read_node(root)
+    if node is None:
+        raise SourceError(f"there is no Zarr array or group at {root.name}")
+    if node.is_array:
+        if variable is not None:
+            raise SourceError(f"{root.name} is an array, not a group: leave --variable out")
+        return node, None
+    variable = _known_variable(root, variable, dims)
+    node = read_node(root / variable)
+    if node is None or not node.is_array:
+        raise SourceError(f"there is no variable {variable!r} in {root.name}; it has {_listed(root)}")
+    return node, variable
+
+
+def _known_variable(group: Location, variable: str | None, dims: Sequence[str] | None) -> str:
+    if variable is not None:
+        if not variable or {"..", "."} & set(variable.split("/")) or variable.startswith("/"):
+            raise SourceError(f"variable {variable!r} is not a name inside the group")
+        return variable
+    nodes, _ = array_nodes(group, group.children())
+    stacks = {name: node for name, node in nodes.items() if _may_be_stack(node, dims)}
+    # Masks and counts often have the same dimensions.
+    real = [name for name, node in stacks.items() if is_floating(node) or packing_of(node.attributes)]
+    for chosen in (real, [*stacks]):
+        if len(chosen) == 1:
+            return chosen[0]
+    raise SourceError(f"{group.name} is a group: name the stack with --variable; it has {_listed(group)}")
+
+
+def _may_be_stack(node: Node, dims: Sequence[str] | None) -> bool:
+    if dims is not None:
+        return set(dims) <= set(stored_names(node) or ())
+    return len(node.shape) >= 2 and node.shape[-1] == node.shape[-2]
+
+
+def _listed(group: Location) -> str:
+    nodes, broken = array_nodes(group, group.children())
+    texts = [f"{name} {node.shape}" for name, node in nodes.items()]
+    return ", ".join([*texts, *(f"{name} (its metadata make no sense)" for name in broken)]) or "no arrays"
