@@ -146,3 +146,53 @@ def test_plans_speak_to_people_and_machines():
     assert "decoded" in text
     assert facts["matrices"] == 1000
     assert facts["projected_bytes_per_worker"] == plan.projected_nbytes
+
+
+# --- very many tiles ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "unit", "nbytes", "tile"),
+    [
+        ((10**15, 4, 4), (1, 4, 4), 128, None),
+        ((10**15, 4, 4), (7, 4, 4), 1000, None),
+        ((2**40, 2**19, 2, 2), (1, 1, 2, 2), MIB, None),
+        ((10**17, 0, 0), (10**17, 1, 1), MIB, None),
+        ((2**61 - 1, 1, 1), (2**61 - 1, 1, 1), MIB, None),  # a prime
+        ((10**15, 4, 4), (1000, 4, 4), MIB, (1, 4, 4)),
+        ((10_000_001, 4, 4), (1, 4, 4), MIB, (1, 4, 4)),
+    ],
+)
+def test_very_many_tiles_are_refused_at_once(shape, unit, nbytes, tile):
+    match = r"has [\d,]{10,} tiles of shape .* may have 10,000,000: .*--tile-size"
+    with pytest.raises(PlanError, match=match) as caught:
+        make_plan(layout(shape, unit), UNLIMITED, tile_nbytes=nbytes, tile=tile)
+    assert ("another target" in str(caught.value)) == (tile is not None)
+
+
+def test_memory_that_makes_very_many_tiles():
+    limits = Limits(IDLE_WORKER_NBYTES * 5 // 4 + 5 * MIB, 1, 0, 10)
+    with pytest.raises(PlanError, match=r"has [\d,]+ tiles of shape .*--memory-limit"):
+        make_plan(layout((10**14, 8, 8), (1000, 8, 8)), limits, tile_nbytes=64 * MIB)
+
+
+def test_many_tiles_that_are_not_too_many():
+    plan = make_plan(layout((10**7 * 32, 4, 4), (3, 4, 4)), UNLIMITED, tile_nbytes=MIB, tile=(32, 4, 4))
+    assert plan.tiling.n_tiles == 10**7
+    assert plan.read_amplification == pytest.approx(1 + (10**7 - 3333334) / 106666667)
+
+
+@given(st.integers(1, 200), st.integers(1, 30), st.integers(1, 30))
+def test_reads_are_those_that_can_be_counted(size, unit, step):
+    some = layout((size, 1, 1), (unit, 1, 1))
+    units = [set(range(start // unit, -(-min(start + step, size) // unit))) for start in range(0, size, step)]
+    times = sum(map(len, units)) / len(set().union(*units))
+    assert make_plan(some, UNLIMITED, tile_nbytes=1, tile=(step, 1, 1)).read_amplification == pytest.approx(times)
+
+
+@given(st.integers(2, 3000))
+def test_a_read_unit_is_cut_into_equal_parts_where_it_can(size):
+    found = make_plan(layout((size, 1, 1), (size, 1, 1)), UNLIMITED, tile_nbytes=size + 1).tiling.tile[0]
+    assert found <= size // 2
+    equal = [part for part in range(size // 4, size // 2 + 1) if part and size % part == 0]
+    assert found == max(equal, default=size // 2)

@@ -25,6 +25,8 @@ LARGEST_SPAN = 256
 MASKS_NBYTES = 24
 #: Copies of a decoded tile that are alive at once while Xarray decodes it, and bytes of masks per number: measured.
 DECODING_COPIES, DECODING_MASKS = 2, 2
+#: A job may have so many tiles: the ledger takes about 110 bytes of the driver's memory for each.
+LARGEST_COUNT = 10_000_000
 #: Dask stops giving tasks to a worker at 80 % of its limit (distributed.worker.memory.pause).
 USABLE = 0.8
 
@@ -151,7 +153,7 @@ def make_plan(layout: StackLayout, limits: Limits, *, tile_nbytes: int, tile: tu
     Raises
     ------
     PlanError
-        If not even the smallest tile fits, with the numbers and what to change.
+        If not even the smallest tile fits, or there were too many tiles, with the numbers and what to change.
     """
     shape = tile or _tile_of(layout, tile_nbytes)
     while not tile and layout.itemsize_out * math.prod(shape) > LARGEST_TILE * tile_nbytes:
@@ -164,8 +166,11 @@ def make_plan(layout: StackLayout, limits: Limits, *, tile_nbytes: int, tile: tu
         if smaller is None:
             raise PlanError(_does_not_fit(layout, limits, shape, need))
         shape = smaller
+    tiling = Tiling(layout.shape, layout.core, shape)
+    if tiling.n_tiles > LARGEST_COUNT:
+        raise PlanError(_too_many(tiling, begun=tile is not None))
     return Plan(
-        tiling=Tiling(layout.shape, layout.core, shape),
+        tiling=tiling,
         projected_nbytes=need,
         limits=limits,
         nbytes_in=math.prod(layout.shape) * layout.itemsize_in,
@@ -237,9 +242,9 @@ def _shrunk(layout: StackLayout, tile: tuple[int, ...]) -> tuple[int, ...] | Non
 
 def _divisor_near(size: int, wanted: int) -> int:
     """Return the largest divisor of `size` in [wanted / 2, wanted], so that tiles keep the bounds of read units."""
-    for candidate in range(wanted, max(1, wanted // 2) - 1, -1):
-        if size % candidate == 0:
-            return candidate
+    for parts in range(cuts(size, wanted), size // max(1, wanted // 2) + 1):
+        if size % parts == 0:
+            return size // parts
     return wanted
 
 
@@ -249,7 +254,8 @@ def _read_amplification(layout: StackLayout, tile: tuple[int, ...]) -> float:
     for axis in layout.batch:
         size, unit, step = layout.shape[axis], layout.read_unit[axis], tile[axis]
         if size:
-            cut = sum(1 for start in range(0, size, step) if start % unit) if step % unit else 0
+            # Every tile but those that begin where a read unit does cuts one.
+            cut = cuts(size, step) - cuts(size, math.lcm(step, unit))
             times *= 1 + cut / cuts(size, unit)
     return times
 
@@ -265,4 +271,17 @@ def _does_not_fit(layout: StackLayout, limits: Limits, tile: tuple[int, ...], ne
         f"{format_bytes(USABLE * limits.memory)} of the {format_bytes(limits.memory)} allowed are usable, because Dask "
         f"pauses a worker at {USABLE:.0%}. Raise --memory-limit to {format_bytes(need / USABLE)}, or lower "
         "--threads-per-worker"
+    )
+
+
+def _too_many(tiling: Tiling, *, begun: bool) -> str:
+    way_out = (
+        "the tiles of a target that is there stay as they are: choose another target and a larger --tile-size"
+        if begun
+        else "pass a larger --tile-size, with more --memory-limit where that is what keeps tiles small, or rechunk the "
+        "source if its chunks are very large"
+    )
+    return (
+        f"this job has {tiling.n_tiles:,} tiles of shape {tiling.tile}, but the account of them is kept in memory and "
+        f"may have {LARGEST_COUNT:,}: {way_out}"
     )
