@@ -47,6 +47,8 @@ class StackLayout(StackShape):
     """Whether a block must be copied to another dtype or order before it can be inverted."""
     itemsize_decoded: int = 0
     """Bytes of an element once decoded, where numbers are packed; else 0."""
+    itemsize_held: int = 0
+    """Bytes alive at once for an element of a chunk that is being decoded; 0 for twice `itemsize_in`."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,9 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...]) -
         for size, unit, whole in zip(tile, layout.read_unit, layout.shape, strict=True)
     )
     in_flight = units if limits.read_concurrency is None else min(units, limits.read_concurrency)
-    # A unit in flight stands in memory encoded and decoded.
-    reading = source + in_flight * 2 * math.prod(layout.read_unit) * layout.itemsize_in + units * CHUNK_NBYTES
+    # A unit in flight stands in memory encoded, decoded, and as one codec gives it to the next.
+    held = math.prod(layout.read_unit) * (layout.itemsize_held or 2 * layout.itemsize_in)
+    reading = source + in_flight * held + units * CHUNK_NBYTES
     decoding = source + elements * (DECODING_COPIES * layout.itemsize_decoded + DECODING_MASKS)
     stack = elements * (layout.itemsize_decoded or layout.itemsize_in)
     inverting = stack + result * (2 if layout.needs_copy else 1) + limits.scratch

@@ -105,6 +105,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         core=source.core,
         read_unit=source.read_unit,
         itemsize_in=source.dtype.itemsize,
+        itemsize_held=source.itemsize_held,
         itemsize_decoded=source.decoded_dtype.itemsize if source.packing else 0,
         itemsize_out=dtype.itemsize,
         nbytes_per_matrix=nbytes_per_matrix(dtype),

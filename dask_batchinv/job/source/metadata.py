@@ -144,6 +144,24 @@ def codecs_of(node: Node) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from chain
 
 
+def data_codecs(node: Node) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (name, configuration) of every codec that would decode numbers, as they encode: not those of an index."""
+    chain = next(_chains(node))
+    while chain:
+        inner: list[Any] = []
+        for codec in chain:
+            yield codec
+            if codec[0] == "sharding_indexed":
+                inner = codec[1].get("codecs", ["bytes"])
+        chain = [_codec_v3(node, codec) for codec in inner]
+
+
+def wholly_decoded(node: Node) -> bool:
+    """Tell whether Zarr decodes whole shards, whatever is asked for: where anything stands beside them in the chain."""
+    chain = next(_chains(node))
+    return len(chain) > 1 and any(name == "sharding_indexed" for name, _ in chain)
+
+
 def _chains(node: Node) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Yield the codecs that run one after the other, as (name, configuration); for shards, also those inside."""
     if node.zarr_format == 2:

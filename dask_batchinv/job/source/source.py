@@ -24,16 +24,19 @@ from dask_batchinv.job.source.coordinate import Coordinate
 from dask_batchinv.job.source.coordinates import Found, find
 from dask_batchinv.job.source.coordinates import read as read_coordinates
 from dask_batchinv.job.source.decoding import Packing, decode, decoded_dtype, read_packing
+from dask_batchinv.job.source.held import itemsize_held
 from dask_batchinv.job.source.metadata import (
     Node,
     allowed_codecs,
     check_codecs,
     check_layout,
     checked_dtype,
+    data_codecs,
     digest_of,
     is_checksummed,
     read_node,
     stored_names,
+    wholly_decoded,
 )
 from dask_batchinv.job.source.variable import find_stack
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
@@ -68,6 +71,8 @@ class Source:
     """dtype as stored, byte order included."""
     read_unit: tuple[int, ...]
     """Shape of what must be decoded whole: a chunk (of a shard, where there are shards)."""
+    itemsize_held: int
+    """Bytes alive at once for an element of it while it is decoded."""
     sharded: bool
     """Whether chunks stand together in shards, which Zarr reads many chunks at a time."""
     dims: tuple[str, ...]
@@ -240,7 +245,8 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         zarr_format=node.zarr_format,
         shape=tuple(array.shape),
         dtype=dtype,
-        read_unit=tuple(array.chunks),
+        read_unit=write_unit(array) if wholly_decoded(node) else tuple(array.chunks),
+        itemsize_held=itemsize_held(dtype, data_codecs(node), sharded=array.shards is not None),
         sharded=array.shards is not None,
         dims=names,
         core=core,
