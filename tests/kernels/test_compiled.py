@@ -240,11 +240,3 @@ def test_without_a_cache_it_works_too(tmp_path):
     folder = tmp_path / "a file, not a folder"
     folder.write_text("")
     assert outcome(call(folder)) == ["compiled", "good"]
-
-
-def test_a_cache_that_others_may_write_to_is_not_trusted(tmp_path):
-    folder = tmp_path / "dask_batchinv"
-    folder.mkdir()
-    folder.chmod(0o777)
-    assert outcome(call(tmp_path)) == ["compiled", "good"]
-    assert not list(folder.iterdir())
