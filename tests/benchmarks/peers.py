@@ -128,9 +128,8 @@ def peak_gflops(itemsize: int) -> float:
             e.store(total.get(), e.at(e.a, i * lanes))
         return e.finish()
 
-    function, keep_alive = compiler.load(name, write, b"")
+    function = compiler.load(name, write, b"")
     memory = np.zeros(chains * lanes, f"f{itemsize}")
     run = _timed(lambda: function(*[memory.ctypes.data] * 4, rounds, memory.ctypes.data, 0))
     seconds = min(run() for _ in range(5))
-    del keep_alive
     return 2 * chains * lanes * rounds / seconds / 1e9

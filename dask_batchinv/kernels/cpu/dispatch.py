@@ -11,6 +11,7 @@ Beyond the largest of each structure LAPACK's blocked routines take over.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,12 +115,13 @@ class _Loaded:
     """A compiled kernel."""
 
     function: compiler.Function
-    keep_alive: Any
     workspace: Workspace
 
 
 _loaded: dict[KernelSpec, _Loaded] = {}
-_lock = threading.Lock()
+#: Forks wait for it as they do for that of the compiler, which is taken within: before a fork, too, as it is younger.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
@@ -215,8 +217,8 @@ def _load(spec: KernelSpec) -> _Loaded | None:
         if spec not in _loaded:
             if (layout := layout_of(spec)) is None:
                 return None
-            function, keep_alive = compiler.load(spec.name, partial(layout.write, spec), _sources())
-            kernel = _Loaded(function, keep_alive, layout.workspace(spec))
+            function = compiler.load(spec.name, partial(layout.write, spec), _sources())
+            kernel = _Loaded(function, layout.workspace(spec))
             _test(kernel, spec)
             _loaded[spec] = kernel
         return _loaded[spec]

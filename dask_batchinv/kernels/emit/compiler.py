@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -19,10 +19,13 @@ from dask_batchinv.kernels.code_cache import cached, digest_of_sources
 #: ``f(a, inverse, info, rcond, count, scratch, nontemporal)``; ctypes lets go of the interpreter lock while it runs.
 Function = Callable[[int, int, int, int, int, int, int], None]
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
-#: LLVM's compiler is shared by the threads of a process.
-_lock = threading.Lock()
-#: Libraries need names of their own.
-_count = itertools.count()
+#: LLVM's compiler is shared by the threads of a process. A child forked while one of them uses it would find it in use
+#: for ever: forks wait until it is not. The lock is one that its thread may take again, should it fork itself.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+#: All that were loaded, for good: to let go of one is another use of LLVM, at any time and in any thread. Each needs a
+#: name of its own.
+_libraries: list[Any] = []
 
 
 @cache
@@ -44,7 +47,8 @@ def _engine() -> Any:
 @cache
 def vector_nbytes() -> int:
     """Bytes of the widest vectors that this machine computes with."""
-    features = llvm.get_host_cpu_features()
+    with _lock:
+        features = llvm.get_host_cpu_features()
     if all(features.get(name) for name in ("avx512f", "avx512dq", "avx512bw", "avx512vl")):
         return 64
     return 32 if features.get("avx2") else 16
@@ -60,15 +64,15 @@ def _toolchain() -> bytes:
 
 def description() -> str:
     """Processor and compiler, in words."""
-    version = ".".join(map(str, llvm.llvm_version_info))
-    return f"{llvm.get_host_cpu_name()}, LLVM {version}, llvmlite {llvmlite.__version__}"
+    with _lock:
+        version, processor = ".".join(map(str, llvm.llvm_version_info)), llvm.get_host_cpu_name()
+    return f"{processor}, LLVM {version}, llvmlite {llvmlite.__version__}"
 
 
-def load(name: str, write: Callable[[], str], sources: bytes, signature: Any = _SIGNATURE) -> tuple[Any, Any]:
+def load(name: str, write: Callable[[], str], sources: bytes, signature: Any = _SIGNATURE) -> Any:
     """Return the function `name`, compiled from what `write` returns or read from the cache: by default a `Function`.
 
-    `sources` is a digest of what `write` is made of. The second value keeps the machine code alive: hold on to it as
-    long as to the function.
+    `sources` is a digest of what `write` is made of. The machine code stays as long as the process.
     """
 
     def make() -> bytes:
@@ -83,9 +87,10 @@ def load(name: str, write: Callable[[], str], sources: bytes, signature: Any = _
             .add_object_img(code)
             .add_current_process()
             .export_symbol(name)
-            .link(_engine(), f"{name}-{next(_count)}")
+            .link(_engine(), f"{name}-{len(_libraries)}")
         )
-    return signature(library[name]), library
+        _libraries.append(library)
+    return signature(library[name])
 
 
 def _compile(text: str) -> bytes:

@@ -7,12 +7,10 @@ results, or an inverse of zeros that counts as good, would be what comes of that
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import llvmlite.binding as llvm
 
 from dask_batchinv.kernels.emit import compiler
 
@@ -87,13 +85,12 @@ class _Access:
 
     exchange: Callable[[int], int]
     standard: int
-    keep_alive: Any = None
 
 
 @cache
 def _access() -> _Access:
-    register = REGISTERS.get(llvm.get_default_triple().partition("-")[0])
+    register = REGISTERS.get(platform.machine())
     if register is None:
         return _Access(lambda environment: environment, 0)
-    exchange, keep_alive = compiler.load(_NAME, lambda: register.text, register.text.encode(), _SIGNATURE)
-    return _Access(exchange, register.standard, keep_alive)
+    exchange = compiler.load(_NAME, lambda: register.text, register.text.encode(), _SIGNATURE)
+    return _Access(exchange, register.standard)
