@@ -46,6 +46,8 @@ FILTERS: dict[str, list[dict[str, Any]]] = {
     "shuffle": [{"id": "shuffle", "elementsize": 8}],
     "shuffle, crc32, delta": [DELTA, {"id": "shuffle", "elementsize": 8}, {"id": "crc32"}],
 }
+#: Filters that in format 3 stand among the compressors.
+OF_BYTES = ("shuffle", "crc32")
 #: Where tiles are a share of a chunk, and where they are of several.
 TILES = {"1/16 chunk": CHUNK // 64, "4 chunks": 4 * CHUNK}
 
@@ -67,7 +69,10 @@ def cases() -> Iterator[tuple[str, Case]]:
             codec = None if kind == "none" else numcodecs.get_codec({"id": kind} | FAST[kind])
             made = [numcodecs.get_codec(dict(own)) for own in filters]
             yield f"2 {name}, {kind}", {"zarr_format": 2, "filters": made, "compressors": codec}
-            yield f"3 {name}, {kind}", {"filters": list(map(named, filters)), "compressors": in_format_3(kind)}
+            turning, of_bytes = (
+                [named(own) for own in filters if (own["id"] in OF_BYTES) is is_so] for is_so in (False, True)
+            )
+            yield f"3 {name}, {kind}", {"filters": turning, "compressors": [*of_bytes, *in_format_3(kind)]}
     yield "2 packbits, zlib", {
         "zarr_format": 2, "dtype": "bool", "filters": [numcodecs.PackBits()], "compressors": numcodecs.Zlib(1)
     }  # fmt: skip
