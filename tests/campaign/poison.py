@@ -34,7 +34,8 @@ def poison(work: Work, folder: Path, each: int, chance: random.Random) -> Iterat
 
 def _one(work: Work, row: Row, address: str, value: float, bad: int, settings: dict[str, Any]) -> None:
     target = work.fresh()
-    command = work.command(target, "--scheduler", address)
+    # The cluster is the campaign's own, though not the job's: a tile that hangs would hold its threads for good.
+    command = work.command(target, "--scheduler", address, "--restart-stalled")
     with _poisoned(work, bad, value):
         ended = Client(work.folder, command, settings=settings).wait()
         check(ended.code == 1, f"exit code {ended.code}, expected 1: {ended.out[-300:]} {ended.err[-500:]}")

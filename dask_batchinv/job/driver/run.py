@@ -106,19 +106,24 @@ class Run:
         """Read a complete target back, and return its ledger if nothing is wrong: then nothing is locked or written."""
         if not self._has_metadata():
             return None
-        ledger = targets.read_ledger(self.job.target, self.job.found)
+        ledger, totals = self._ledger_as_found(), self.totals
         self._read_back(ledger, None)
-        if self.totals.stopped is not None:  # perhaps no worker was sure to see this target: the lock will tell
-            self.totals.stopped, self.totals.has_read_back = None, False
+        if totals.stopped is not None:  # perhaps no worker was sure to see this target: the lock will tell
+            totals.stopped, totals.has_read_back, totals.read_back = None, False, 0
+            totals.damaged.clear()
         elif ledger.done.all() and not self._damage():
             return ledger
         return None
 
     def is_all_there(self) -> bool:
         """Tell whether all tiles are recorded, and nothing of the metadata is damaged."""
-        job = self.job
-        is_done = self._has_metadata() and bool(targets.read_ledger(job.target, job.found).done.all())
-        return is_done and not self._damage()
+        return self._has_metadata() and bool(self._ledger_as_found().done.all()) and not self._damage()
+
+    def _ledger_as_found(self) -> Ledger:
+        """Return the ledger of the target that was found, to be read, without tiles that are not wanted."""
+        ledger = targets.read_ledger(self.job.target, self.job.found)
+        self._forget_filled(ledger)
+        return ledger
 
     def _has_metadata(self) -> bool:
         try:
@@ -155,8 +160,9 @@ class Run:
             if job.action != "create":
                 self.totals.mended += targets.mend(job.target, target, self.contents, writer)
             ledger = Ledger(job.target, target.generation, tiling.n_tiles, writer=writer, durable=job.options.durable)
-        for number in [*(result.number for result in self.totals.damaged), *self._unwanted(ledger)]:
-            ledger.forget(number)
+        self._forget_filled(ledger)
+        for result in self.totals.damaged:
+            ledger.forget(result.number)
         return lock, writer, target, ledger
 
     def _read_back(self, ledger: Ledger, lock: Lock | None) -> None:
@@ -165,8 +171,6 @@ class Run:
             return
         start, totals, job = time.monotonic(), self.totals, self.job
         totals.has_read_back = True
-        for number in self._unwanted(ledger):
-            ledger.forget(number)
         recorded, matrices = int(ledger.done.sum()), ledger.total("matrices")
         task = ReadBackTask(
             uuid.uuid4().hex, job.target, self.plan.tiling, self._chunk_nbytes(), job.source.for_workers()
@@ -186,11 +190,11 @@ class Run:
         except ClusterLostError as error:
             totals.stopped = str(error)
 
-    def _unwanted(self, ledger: Ledger) -> list[int]:
-        """Return the tiles in which chunks are filled that were not there, where that is not wanted any more."""
-        if self.job.options.missing == "fill":
-            return []
-        return list(map(int, np.flatnonzero(ledger.done & (ledger.column("filled") > 0))))
+    def _forget_filled(self, ledger: Ledger) -> None:
+        """Forget tiles in which chunks are filled that were not there, where that is not wanted any more."""
+        if self.job.options.missing == "error":
+            for number in np.flatnonzero(ledger.done & (ledger.column("filled") > 0)):
+                ledger.forget(int(number))
 
     def _chunk_nbytes(self) -> tuple[int, ...]:
         """Return the bytes of a stored chunk of each output."""
