@@ -5,6 +5,7 @@ All that jobs do to stores beside Zarr goes through `Location`: another kind of 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -230,11 +231,14 @@ class Location:
         try:
             fs.pipe_file(path, content, **conditions)
         except Exception as error:
-            # The answer to a first attempt may have been lost, and the second one met what the first had written.
-            if conditions and _says_other(error) and self.stamp(key) != _digest(content):
-                raise lost from error
-            if not (conditions and _says_other(error)):
+            if conditions and _knows_no_conditions(error):
+                _without_conditions.add(fs)
+                fs.pipe_file(path, content)
+            elif not (conditions and _says_other(error)):
                 raise
+            # The answer to a first attempt may have been lost, and the second one met what the first had written.
+            elif self.stamp(key) != _digest(content):
+                raise lost from error
         return _digest(content)
 
     def delete(self, key: str) -> None:
@@ -331,9 +335,18 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+#: File systems of servers that were found not to have conditional writes.
+_without_conditions: set[Any] = set()
+
+
+def _knows_no_conditions(error: Exception) -> bool:
+    """Tell whether a server has no conditional writes: 501 NotImplemented, which s3fs makes an ENOSYS."""
+    return getattr(error, "errno", None) == errno.ENOSYS or "NotImplemented" in str(error)
+
+
 def _conditions(fs: Any, path: str, expected: Stamp) -> dict[str, Any]:
     """Return what makes a store refuse to write a key that has changed, where it can do that."""
-    if "s3" not in fs.protocol:
+    if "s3" not in fs.protocol or fs in _without_conditions:
         return {}
     if expected is None:
         return {"mode": "create"}

@@ -168,3 +168,49 @@ def test_json_that_is_no_object(tmp_path):
         Location.parse(tmp_path).read_json("zarr.json")
     assert Location.parse(tmp_path).read_json(".zgroup") is None
     assert Location.parse(tmp_path / "zarr.json").read_json("x") is None
+
+
+class ObjectStore:
+    """What of an S3 file system is used to write on a condition, with the answers that servers give."""
+
+    protocol = ("s3", "s3a")
+
+    def __init__(self, answer):
+        self.answer, self.kept, self.asked = answer, {}, []
+
+    def info(self, path, refresh):
+        return {"ETag": str(hash(self.kept[path]))}
+
+    def cat_file(self, path, start, end):
+        if path not in self.kept:
+            raise FileNotFoundError(path)
+        return self.kept[path]
+
+    def pipe_file(self, path, content, **conditions):
+        self.asked.append(sorted(conditions))
+        if conditions and self.answer == "none":
+            raise OSError(38, "Conditional object PUTs are not supported.")
+        if conditions and self.answer == "another's":
+            self.kept[path] = b"another's"
+            raise FileExistsError(path)
+        self.kept[path] = content
+        if conditions and self.answer == "late":  # the second attempt, of which the first had its effect
+            raise OSError("An error occurred (PreconditionFailed) when calling the PutObject operation")
+
+
+@pytest.mark.parametrize("answer", ["good", "none", "another's", "late"])
+def test_stores_with_conditional_writes_and_without(monkeypatch, answer):
+    store, location = ObjectStore(answer), Location("s3://bucket/t")
+    monkeypatch.setattr(Location, "_filesystem", lambda self: (store, "bucket/t"))
+    if answer == "another's":
+        with pytest.raises(TakenOverError):
+            location.replace("key", b"one", None)
+        assert store.kept == {"bucket/t/key": b"another's"}
+        return
+    stamp = location.replace("key", b"one", None)
+    location.replace("key", b"two", stamp)
+    assert store.kept == {"bucket/t/key": b"two"}
+    # A server that has none is not asked for them twice.
+    assert store.asked == ([["mode"], [], []] if answer == "none" else [["mode"], ["IfMatch"]])
+    with pytest.raises(TakenOverError):
+        location.replace("key", b"late", stamp)
