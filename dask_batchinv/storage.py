@@ -16,6 +16,8 @@ from zarr.codecs import Crc32cCodec
 
 from dask_batchinv.text import CleanError
 
+#: The attribute by which an array or a group is known to be ours. It holds a text, as every format of files can.
+MARK = "dask_batchinv"
 #: What Zarr keeps beside chunks.
 METADATA_KEYS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 

@@ -36,7 +36,7 @@ _remembered: set[str] = set()
 def redact(text: str) -> str:
     """Return `text` without credentials: those known to this process, and what looks like one in a URL.
 
-    Known are those of URLs that became a `Location`, of options that were remembered, of fsspec's configuration, and
+    Known are those of URLs that became a `Location`, of fsspec's configuration, and
     of environment variables with names such as ``AWS_SECRET_ACCESS_KEY``.
 
     Examples
@@ -54,11 +54,6 @@ def redact(text: str) -> str:
 def remember_url(url: str) -> None:
     """Let `redact` know the credentials in a URL, or a chain of them."""
     _remembered.update(form for secret in _secrets_of_url(url) for form in _forms(secret))
-
-
-def remember_options(options: Mapping[str, Any]) -> None:
-    """Let `redact` know the credentials in the options of a file system."""
-    _remembered.update(form for secret in _secrets_of_options(options) for form in _forms(secret))
 
 
 def without_user(url: str) -> str:

@@ -14,10 +14,8 @@ import zarr
 
 from dask_batchinv.location import Location, raised_as
 from dask_batchinv.stack import OnError
-from dask_batchinv.storage import StrictStore, array_options
+from dask_batchinv.storage import MARK, StrictStore, array_options
 
-#: The attribute of an array that is not finished. A text, as in the targets of jobs.
-MARK = "dask_batchinv"
 #: From the strictest on: what one lets pass as done, the next ones do too.
 _STRICTNESS: tuple[OnError, ...] = ("raise", "skipna", "nan")
 

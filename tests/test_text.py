@@ -11,7 +11,7 @@ from dask_batchinv import ClusterError, DeviceError, PlanError, RefusedError, So
 from dask_batchinv.job.results import TileResult
 from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.storage import MissingChunkError
-from dask_batchinv.text import clean, clean_lines, clean_values, harmless, printable, redact, remember_options
+from dask_batchinv.text import clean, clean_lines, clean_values, harmless, printable, redact
 
 #: As Amazon makes them.
 SECRET = "CANARY7/f3a+Kq=="
@@ -110,7 +110,8 @@ def test_what_only_has_the_name_of_a_credential_is_not_one(monkeypatch, tmp_path
 
 def test_credentials_of_options(monkeypatch):
     monkeypatch.setitem(fsspec.config.conf, "s3", {"client_kwargs": {"aws_secret_access_key": SECRET}, "anon": "never"})
-    remember_options({"fo": "/x", "target_options": {"password": "CANARY9z", "proxy": "http://u:CANARY8z@h"}})
+    chain = {"fo": "/x", "target_options": {"password": "CANARY9z", "proxy": "http://u:CANARY8z@h"}}
+    monkeypatch.setitem(fsspec.config.conf, "simplecache", chain)
     assert redact(f"{SECRET} CANARY9z CANARY8z never /x") == "*** *** *** never /x"
 
 

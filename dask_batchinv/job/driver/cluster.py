@@ -30,6 +30,7 @@ from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.stack import Device
+from dask_batchinv.text import harmless
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
@@ -113,7 +114,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
         try:
             client = Client(options.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
-            raise ClusterError(f"no scheduler at {options.scheduler}: {error}") from error
+            raise ClusterError(f"no scheduler at {options.scheduler}: {error}") from harmless(error)
         with client:
             yield client, _workers_of(client)
     else:
@@ -168,7 +169,7 @@ def _check_address(address: str, *, insecure: bool) -> None:
     except ClusterError:
         raise
     except (OSError, ValueError) as error:
-        raise ClusterError(f"no scheduler at {address}: {error}") from error
+        raise ClusterError(f"no scheduler at {address}: {error}") from harmless(error)
 
 
 def _is_loopback(location: str) -> bool:

@@ -16,6 +16,7 @@ from dask_batchinv.attributes import is_nan, packing_of
 from dask_batchinv.job.source.metadata import Node
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import fill_means_missing
+from dask_batchinv.text import harmless
 
 Array = npt.NDArray[Any]
 Packing = dict[str, Any]
@@ -48,7 +49,7 @@ def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
         except (TypeError, ValueError, struct.error) as error:
             raise SourceError(
                 f"the attribute _FillValue of {node.location.name} is not one of {array.dtype}: {error}"
-            ) from error
+            ) from harmless(error)
     return packing_of(found)
 
 
@@ -84,7 +85,7 @@ def decoded_dtype(dtype: np.dtype[Any], packing: Packing) -> np.dtype[Any]:
     try:
         found = decode(np.zeros(1, dtype), packing).dtype
     except Exception as error:  # whatever Xarray makes of attributes that make no sense
-        raise SourceError(f"numbers packed by {packing} cannot be decoded: {error}") from error
+        raise SourceError(f"numbers packed by {packing} cannot be decoded: {error}") from harmless(error)
     if found.kind not in ("fc" if dtype.kind in "fc" else "biufc"):
         raise SourceError(
             f"by the attributes {packing} Xarray decodes {dtype} to {found}, which loses digits: write the attributes "

@@ -43,7 +43,7 @@ from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_di
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import METADATA_KEYS, StrictStore, write_unit
-from dask_batchinv.text import redact
+from dask_batchinv.text import clean, harmless
 
 #: What the files of ours begin with that are no arrays.
 _OURS = ".dask_batchinv"
@@ -204,8 +204,10 @@ def open_source(path: str | os.PathLike[str], variable: str | None = None, dims:
     except Exception as error:  # whatever a file system may raise
         if isinstance(error, SourceError) and len(str(error)) <= _TEXT_LENGTH:
             raise
-        text = f"the source {os.fspath(path)} cannot be opened: {type(error).__name__}: {error}"
-        raise SourceError(_shortened(redact(text if not isinstance(error, SourceError) else str(error)))) from error
+        text = str(error)
+        if not isinstance(error, SourceError):
+            text = f"the source {os.fspath(path)} cannot be opened: {type(error).__name__}: {text}"
+        raise SourceError(_shortened(clean(text))) from harmless(error)
 
 
 def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:

@@ -20,6 +20,7 @@ from dask_batchinv.disk import make_folders
 from dask_batchinv.job.target.holder import LOCK, read_lock
 from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.outcome import TargetError
+from dask_batchinv.text import harmless
 
 #: A lease is renewed this often, and given up for dead after so many renewals that did not come.
 RENEWAL_SECONDS = 5.0
@@ -125,7 +126,7 @@ def _lock_file(target: Location) -> _FileLock | None:
                 continue  # another run has just removed the folder, having done nothing
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise _not_ours(target) from error
-            raise TargetError(f"the target {target.name} cannot be written: {error}") from error
+            raise TargetError(f"the target {target.name} cannot be written: {error}") from harmless(error)
         try:
             if not _is_lock_of_ours(handle):
                 raise _not_ours(target)

@@ -1,4 +1,4 @@
-"""Our mark on a group: what it is made of, and how far it is. As text, for that is what every format of files can hold.
+"""Our mark on a group: what it is made of, and how far it is.
 
 It stands in the group, and a copy of it in the ledger, by which a group whose own document was lost is still ours.
 """
@@ -9,8 +9,8 @@ import json
 from contextlib import suppress
 from typing import Any
 
-#: The attribute that says a group is ours.
-MARK = "dask_batchinv"
+from dask_batchinv.storage import MARK
+
 #: Raised when targets of older versions cannot be continued by this one.
 FORMAT = 5
 

@@ -26,6 +26,7 @@ from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.storage import unspecified
+from dask_batchinv.text import harmless
 
 #: The keys of a target, below its members: metadata, chunks of arrays, the record of runs, what was half written.
 _KEY = re.compile(r"(tiles/)?(zarr\.json|c(/\d+)*|c(\.\d+)*|runs\.json)(\.[0-9a-f]{32}\.partial)?")
@@ -36,7 +37,7 @@ def parse_location(path: str | os.PathLike[str]) -> Location:
     try:
         return Location.parse(path)
     except ValueError as error:
-        raise TargetError(str(error)) from error
+        raise TargetError(str(error)) from harmless(error)
 
 
 def inspect(location: Location) -> Target:
@@ -255,7 +256,8 @@ def open_as_reader(location: Location) -> None:
         with unspecified(), xr.open_zarr(location.store(read_only=True), decode_cf=False, chunks=None) as found:
             missing = [output.name for output in OUTPUTS if output.name not in found]
     except Exception as error:  # whatever Xarray and Zarr may raise
-        raise DamagedTargetError(f"{location.name} cannot be opened: {type(error).__name__}: {error}") from error
+        text = f"{location.name} cannot be opened: {type(error).__name__}: {error}"
+        raise DamagedTargetError(text) from harmless(error)
     if missing:
         raise DamagedTargetError(f"{location.name} has no {', '.join(missing)}")
 
