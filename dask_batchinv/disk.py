@@ -10,6 +10,8 @@ from typing import Any
 
 #: What a file is written to before it gets its name; Zarr's are called the same.
 PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
+#: A part of the name of a chunk: ``c``, ``0``, ``0.1``, ``c.0.1``.
+_CHUNK_PART = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 #: What is known of what a key holds, to tell whether it still does; None where it holds nothing.
 Stamp = str | None
 
@@ -21,6 +23,31 @@ def identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def chunk_folders(path: str, *, linked: bool) -> set[tuple[int, int]]:
+    """Return the identities of all folders in which chunks of a Zarr array are, be those mounts or links.
+
+    With `linked` also of folders with files to which links in those lead.
+    """
+    found: set[tuple[int, int]] = set()
+    todo = [path]
+    while todo:
+        folder = todo.pop()
+        if (own := identity(folder)) is None or own in found:
+            continue
+        found.add(own)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _CHUNK_PART.fullmatch(entry.name) and entry.is_dir():
+                    todo.append(entry.path)
+                elif linked and entry.is_symlink() and (above := _identity_above(entry.path)):
+                    found.add(above)
+    return found
+
+
+def _identity_above(link: str) -> tuple[int, int] | None:
+    return identity(os.path.dirname(os.path.realpath(link)))
 
 
 def is_file_or_absent(path: str) -> bool:

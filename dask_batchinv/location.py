@@ -19,7 +19,7 @@ import zarr.abc.store
 import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_batchinv.disk import Stamp, identity, is_file_or_absent, make_folders, stamp_of, write_file
+from dask_batchinv.disk import Stamp, chunk_folders, identity, is_file_or_absent, make_folders, stamp_of, write_file
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import CleanError, clean, harmless, remember_url, without_user
 
@@ -115,12 +115,26 @@ class Location:
         above = ("/" + "/".join(others[1:end]) for end in range(len(others), 0, -1))
         return folder is not None and any(identity(path) == folder for path in above)
 
+    def has_chunks_in(self, others: Iterable[Location]) -> bool:
+        """Tell whether files of the Zarr array here lie among the chunks of others, by whatever link or mount."""
+        paths = [path for other in others if (path := other._folder())]
+        if not paths or not (own := self._folder()):
+            return False
+        mine = chunk_folders(own, linked=True)
+        return any(not mine.isdisjoint(chunk_folders(path, linked=False)) for path in paths)
+
     def folders(self) -> list[Location]:
         """Return what is directly inside and a folder on a disk."""
         if not self.is_local or not os.path.isdir(self.url):
             return []
         with os.scandir(self.url) as entries:
             return [self / entry.name for entry in entries if entry.is_dir()]
+
+    def _folder(self) -> str | None:
+        """Return the path of the folder on a disk that this is, if it is one."""
+        protocol, *parts = self._parts()
+        path = "/" + "/".join(parts)
+        return path if protocol == "file" and os.path.isdir(path) else None
 
     def _parts(self) -> list[str]:
         """Return the file system, and the way to the location in it."""

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import zarr
 import zarr.storage
 from dask.base import get_scheduler
+from fsspec.implementations.cached import CachingFileSystem
+from fsspec.implementations.dirfs import DirFileSystem
 
 from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.kernels.device import is_gpu_array
@@ -86,7 +88,7 @@ def _fill_new(location: Location, result: da.Array, call: Call) -> zarr.Array[An
         raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
     sources = [source for source in _arrays_in(result) if isinstance(source, zarr.Array)]
     for source in sources:
-        if isinstance(place := _location(source), str) and Location(place).contains(location):
+        if isinstance(place := _location(source), Location) and place.contains(location):
             raise ValueError(f"out, {location.name}, is in the array that the input is read from: write elsewhere")
     if any(map(is_in_memory, sources)):  # in another process the same names mean other data
         call = replace(call, token=f"{call.token} {_PROCESS}")
@@ -237,7 +239,7 @@ def refuse_overlap(out: Any, result: da.Array) -> None:
         if isinstance(out, np.ndarray):
             if isinstance(source, np.ndarray) and shares_memory(source, out):
                 raise ValueError("out overlaps the input: pass an array of its own memory")
-        elif isinstance(source, zarr.Array) and _location(source) == _location(out):
+        elif isinstance(source, zarr.Array) and _are_one(_location(source), _location(out)):
             raise ValueError(f"out is the array at {out.store_path} that the input is read from: write elsewhere")
 
 
@@ -254,15 +256,28 @@ def _protocol(store: zarr.storage.FsspecStore) -> str:
     return protocol if isinstance(protocol, str) else protocol[0]
 
 
-def _location(array: zarr.Array[Any]) -> object:
-    """Return what two arrays have in common if and only if they are one."""
+def _location(array: zarr.Array[Any]) -> Location | tuple[Any, str]:
+    """Return where an array is; its store and its name there if that is no place that others could open."""
     store = innermost(array.store)
     if isinstance(store, zarr.storage.LocalStore):
-        return os.path.realpath(os.path.join(store.root, array.path))
-    if isinstance(store, zarr.storage.FsspecStore):
-        protocol, path = _protocol(store), f"{store.path}/{array.path}".rstrip("/")
-        return os.path.realpath(path) if protocol in ("file", "local") else f"{protocol}://{path}"
-    return store, array.path
+        return Location(os.path.realpath(os.path.join(store.root, array.path)))
+    if not isinstance(store, zarr.storage.FsspecStore):
+        return store, array.path
+    fs, path = store.fs, f"{store.path}/{array.path}".rstrip("/")
+    # What is wrapped around the file system in which the bytes are: it is asynchronous, caches, or gives a folder.
+    while inner := getattr(fs, "sync_fs", None) or (
+        fs.fs if isinstance(fs, (CachingFileSystem, DirFileSystem)) else None
+    ):
+        path = f"{fs.path}/{path}" if isinstance(fs, DirFileSystem) else path
+        fs = inner
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    return Location(os.path.realpath(path) if protocol in ("file", "local") else f"{protocol}://{path}")
+
+
+def _are_one(source: Location | tuple[Any, str], out: Location | tuple[Any, str]) -> bool:
+    if not (isinstance(source, Location) and isinstance(out, Location)):
+        return source == out
+    return source.contains(out) or out.contains(source) or source.has_chunks_in([out])
 
 
 def _arrays_in(collection: da.Array) -> Iterator[Any]:

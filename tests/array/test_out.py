@@ -1,5 +1,6 @@
 """`out=`: where results may be written, and what happens there when something fails."""
 
+import shutil
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from dask_batchinv import SingularMatrixError, inverse
 from tests.support.stacks import assert_same_bits, conditioned
@@ -65,6 +69,31 @@ def test_overlapping_input_and_output_are_refused(tmp_path):
             with pytest.raises(ValueError, match="that the input is read from"):
                 inverse(source, out=out)
     assert_same_bits(z[...], a)
+
+
+def test_one_array_under_other_names(tmp_path):
+    """A chain of file systems, a folder of one, links in the place of chunks: what is read would be overwritten."""
+    a = conditioned(8, 3, 10)
+    zarr.create_array(tmp_path / "z", data=a, chunks=(2, 3, 3))
+    (tmp_path / "linked").mkdir()
+    shutil.copy(tmp_path / "z" / "zarr.json", tmp_path / "linked")
+    (tmp_path / "linked" / "c").symlink_to(tmp_path / "z" / "c")
+    (tmp_path / "links").mkdir()
+    shutil.copy(tmp_path / "z" / "zarr.json", tmp_path / "links")
+    for number in range(4):
+        (tmp_path / "links" / "c" / str(number) / "0").mkdir(parents=True)
+        (tmp_path / "links" / "c" / str(number) / "0" / "0").symlink_to(tmp_path / "z" / "c" / str(number) / "0" / "0")
+    folder = AsyncFileSystemWrapper(DirFileSystem(path=str(tmp_path), fs=LocalFileSystem()), asynchronous=True)
+    names = [
+        tmp_path / "z", f"file://{tmp_path}/z", f"simplecache::file://{tmp_path}/z",
+        zarr.storage.FsspecStore(folder, path="z"), tmp_path / "linked",
+    ]  # fmt: skip
+    for name in [*names, tmp_path / "links"]:
+        for other in names:
+            source, out = zarr.open_array(name, mode="r"), zarr.open_array(other, mode="r+")
+            with pytest.raises(ValueError, match="that the input is read from"):
+                inverse(da.from_zarr(source).rechunk((8, 3, 3)), out=out)
+    assert_same_bits(zarr.open_array(tmp_path / "z")[...], a)
 
 
 def test_overlap_is_seen_through_dask_and_xarray(tmp_path):

@@ -137,6 +137,46 @@ def test_what_this_run_wrote_last_must_still_be_there(tmp_path, source):
     assert serially(source, tmp_path / "t").complete
 
 
+def test_a_source_whose_files_lie_in_the_target_by_links(tmp_path, source, make_source):
+    """To replace the target would remove what the links lead to."""
+    target, array = tmp_path / "t", tmp_path / "linked"
+    serially(source, target)
+    before = tree(target)
+    array.mkdir()
+    shutil.copy(target / "inverse" / "zarr.json", array)
+    for chunk in (target / "inverse").glob("c.*"):
+        (array / chunk.name).symlink_to(chunk)
+    chunked = make_source(conditioned(60, 3, 10), chunks=(10, 3, 3), name="chunked")
+    shutil.rmtree(chunked / "c")
+    (chunked / "c").symlink_to(target / "inverse")
+    for linked in (array, chunked, f"simplecache::file://{array}"):
+        for overwrite in (False, True):
+            with pytest.raises(TargetError, match=r"lie inside the target .* by links"):
+                serially(linked, target, overwrite=overwrite)
+    assert tree(target) == before
+
+
+def test_what_others_keep_in_a_target_stays(tmp_path, source):
+    """Also where it is called as what we write half, or as what the ledger has."""
+    target = tmp_path / "t"
+    serially(source, target)
+    partial = f"c.0.{'0123456789abcdef' * 2}.partial"
+    kept = [target / "mine" / partial, target / "inverse" / "tiles" / "zarr.json", target / "rcond" / "c" / "0" / "0"]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (target / "info" / partial).touch()
+    (target / "rcond" / "c.1").unlink()
+    assert serially(source, target).complete
+    assert not (target / "info" / partial).exists()
+    for _ in kept:
+        with pytest.raises(TargetError, match="contains what dask_batchinv did not put there"):
+            serially(source, target, overwrite=True)
+        path = kept.pop()
+        assert path.read_text() == "{}"
+        shutil.rmtree(path.parent)
+
+
 def test_rows_of_another_creation_of_a_target_do_not_count(tmp_path, source, make_source, client):
     """A ledger that was copied from another target, with all its chunks, proves nothing here."""
     other = make_source(conditioned(60, 3, 10, seed=1), "other.zarr", chunks=(10, 3, 3))

@@ -282,7 +282,7 @@ class Run:
         location = self.job.target
         lock.confirm()
         with raised_as(OSError, f"{location.name} cannot be finished", AGAIN):
-            targets.remove_partial_chunks(location)
+            targets.remove_partial_chunks(location, target.members)
             if ledger.done.all() and self.totals.stopped is None:
                 self._look_for_losses(target, ledger)
             with suppress(Exception):  # the disk may be full: the report matters more

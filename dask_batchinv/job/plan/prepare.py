@@ -76,6 +76,9 @@ def refuse_overlap(source: Source, target: Location) -> None:
             raise TargetError(f"the target {target.name} is, or lies inside, the source {location.name}")
         if any(part.contains(location) for part in inside):
             raise TargetError(f"the source {location.name} lies inside the target {target.name}")
+    for location in (source.location, *(coordinate.node.location for coordinate in source.coordinates)):
+        if location.has_chunks_in(inside):
+            raise TargetError(f"chunks of the source {location.name} lie inside the target {target.name}, by links")
 
 
 def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerprint:

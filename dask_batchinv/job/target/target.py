@@ -28,8 +28,10 @@ from dask_batchinv.outcome import TargetError
 from dask_batchinv.storage import unspecified
 from dask_batchinv.text import harmless
 
-#: The keys of a target, below its members: metadata, chunks of arrays, the record of runs, what was half written.
-_KEY = re.compile(r"(tiles/)?(zarr\.json|c(/\d+)*|c(\.\d+)*|runs\.json)(\.[0-9a-f]{32}\.partial)?")
+#: The keys of the members of a target: metadata and chunks of outputs and coordinates, and what is in the ledger.
+_OUTPUT_KEY = re.compile(r"zarr\.json|c(\.\d+)*")
+_COORDINATE_KEY = re.compile(r"zarr\.json|c(/\d+)*")
+_LEDGER_KEY = re.compile(r"(tiles/)?zarr\.json|tiles/c/\d+/\d+|runs\.json")
 
 
 def parse_location(path: str | os.PathLike[str]) -> Location:
@@ -193,11 +195,14 @@ def _clear(location: Location, old: Target, writer: Writer) -> None:
     writer.delete_all([ROOT])
 
 
-def _is_ours(key: str, members: tuple[str, ...]) -> bool:
-    name, _, below = key.partition("/")
+def _is_ours(key: str, members: Iterable[str]) -> bool:
+    """Tell whether a key is one that jobs write, or what one was half written to."""
+    name, _, below = PARTIAL.sub("", key).partition("/")
     if not below:
-        return PARTIAL.sub("", key) in (ROOT, LOCK)
-    return name in members and bool(_KEY.fullmatch(below))
+        return name in (ROOT, LOCK)
+    if name == LEDGER:
+        return bool(_LEDGER_KEY.fullmatch(below))
+    return name in members and bool((_OUTPUT_KEY if name in MEMBERS else _COORDINATE_KEY).fullmatch(below))
 
 
 def mend(location: Location, target: Target, contents: Contents, writer: Writer) -> list[str]:
@@ -279,11 +284,13 @@ def set_complete(writer: Writer, generation: str, complete: bool) -> None:
     writer.change(ROOT, changed)
 
 
-def remove_partial_chunks(location: Location) -> None:
-    """Remove what killed workers left half written."""
+def remove_partial_chunks(location: Location, members: Iterable[str]) -> None:
+    """Remove what killed workers left half written, in the members of a target."""
     if location.is_local:
+        members = {*MEMBERS, *members}
         for folder, _, files in os.walk(location.url):
-            for name in files:
-                if PARTIAL.search(name):
+            paths = (os.path.join(folder, name) for name in files if PARTIAL.search(name))
+            for path in paths:
+                if _is_ours(os.path.relpath(path, location.url), members):
                     with suppress(FileNotFoundError):
-                        os.unlink(os.path.join(folder, name))
+                        os.unlink(path)
