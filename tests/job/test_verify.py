@@ -111,6 +111,18 @@ def test_residuals_of_verify_are_those_of_lapack():
             assert_same_bits(scaled, residual_ratios(a, x))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8", "c8", "c16"])
+def test_matrices_at_the_ends_of_the_range_are_verified(tmp_path, make_source, client, dtype):
+    finfo = np.finfo(dtype)
+    a = np.array([[[0.9, 0.5], [-0.5, 0.9]], [[0.9, 0.0], [0.0, 0.8]], [[0.5, 0.4], [0.3, -0.9]]]).astype(dtype)
+    if a.dtype.kind == "c":
+        a *= 1 + 0.99j
+    source = make_source(np.concatenate([a * finfo.max, a * (4 * finfo.tiny)]), chunks=(2, 2, 2))
+    report = invert_store(source, tmp_path / "t", client=client)
+    assert report.failed == dict.fromkeys(report.failed, 0)
+    assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
 def test_what_is_known_of_a_target(tmp_path, make_source, client):
     assert inspect(Location.parse(tmp_path / "nothing")).state is State.ABSENT
     invert_store(make_source(conditioned(4, 3, 10)), tmp_path / "t", client=client)

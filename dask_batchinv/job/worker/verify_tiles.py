@@ -148,19 +148,22 @@ def residual_ratios(a: Array, x: Array) -> Array:
     step = max(1, _GROUP_NBYTES // (n * n * wide.itemsize))
     with np.errstate(all="ignore"):
         for start in range(0, len(x), step):
-            # Norms first brought to 1: the product of large and small numbers must not overflow.
-            ag, norm_a = _normed(a[start : start + step].astype(wide))
-            xg, norm_x = _normed(x[start : start + step].astype(wide))
-            unit = np.eye(n) / norm_a / norm_x
+            # Norms first brought to 1: products of numbers at the ends of the range must not overflow.
+            ag, norm_a, exponent_a = _normed(a[start : start + step].astype(wide))
+            xg, norm_x, exponent_x = _normed(x[start : start + step].astype(wide))
+            unit = np.ldexp(np.eye(n) / norm_a / norm_x, -exponent_a - exponent_x)
             left, right = (_norm1(product - unit) for product in (xg @ ag, ag @ xg))
             ratios[start : start + step] = np.minimum(left, right) / (n * eps)
     return ratios
 
 
-def _normed(a: Array) -> tuple[Array, Array]:
-    largest = np.abs(a).max(axis=(1, 2), keepdims=True)
-    norm = np.abs(a / largest).sum(axis=1, keepdims=True).max(axis=2, keepdims=True)
-    return a / largest / norm, largest * norm
+def _normed(a: Array) -> tuple[Array, Array, Array]:
+    """Return matrices of norm 1, and the norms that they had: a factor, and the exponent of a power of two."""
+    parts = np.ascontiguousarray(a).view(a.real.dtype)  # of complex numbers: their magnitude may overflow
+    exponent = np.frexp(np.abs(parts).max(axis=(1, 2), keepdims=True))[1]
+    scaled = np.ldexp(parts, -exponent).view(a.dtype)
+    norm = np.abs(scaled).sum(axis=1, keepdims=True).max(axis=2, keepdims=True)
+    return scaled / norm, norm, exponent
 
 
 def _norm1(a: Array) -> Array:
