@@ -78,7 +78,11 @@ def write_file(path: str, content: Any, *, synced: bool) -> str:
             if synced:
                 os.fsync(handle)
             stamp = _stamp(os.fstat(handle))
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except IsADirectoryError:
+            os.rmdir(path)  # if nothing is in it
+            os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(partial)

@@ -42,6 +42,17 @@ def raised_as(kind: type[Exception], what: str, advice: str = "") -> Iterator[No
         raise kind(clean(f"{what}: {type(error).__name__}: {error}{advice}")) from harmless(error)
 
 
+def json_object(text: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object that a text is; ValueError, with its name, if it is none that can be read."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {name}, got {type(content).__name__}")
+    return content
+
+
 @dataclass(frozen=True)
 class Location:
     """A location in a file system that Zarr can use."""
@@ -276,10 +287,7 @@ class Location:
             return None
         if len(text) > JSON_NBYTES:
             raise ValueError(f"{key} of {self.name} is longer than {JSON_NBYTES >> 20} MiB, which metadata never are")
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object in {key}, got {type(content).__name__}")
-        return content
+        return json_object(text, key)
 
     def children(self) -> list[str]:
         """Return the names of what is directly inside."""

@@ -58,6 +58,11 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
     action = decide(found.state, same_job=not changed, overwrite=options.overwrite)
     if action == "refuse" and found.state is State.OTHER_FORMAT:
         raise TargetError(f"{targets.other_format(location, found)}, or pass --overwrite to replace it")
+    if action == "refuse" and not found.fingerprint:
+        raise TargetError(
+            f"{location.name} is what was left when a target was being replaced: pass --overwrite again, or choose "
+            "another target"
+        )
     if action == "refuse":
         raise TargetError(
             f"{location.name} belongs to another job: {'; '.join(changed)}. Choose another target, or pass --overwrite "

@@ -20,6 +20,7 @@ from zarr.core.sync import sync
 from dask_batchinv.disk import write_file
 from dask_batchinv.location import Location
 from dask_batchinv.storage import StrictStore, innermost
+from dask_batchinv.text import harmless
 
 #: Every chunk of ours ends with its CRC-32C.
 CHECKSUM_NBYTES = 4
@@ -75,12 +76,16 @@ def open_array(location: Location, *, read_only: bool = False) -> zarr.Array[Any
     meta = None
     with suppress(ValueError):  # not JSON, or not even a file
         meta = location.read_json("zarr.json")
+    damaged = DamagedTargetError(
+        f"the metadata of {location.name} are lost or damaged: run the command again that made the target"
+    )
     if meta is None or (nbytes := _chunk_nbytes(meta)) is None:
-        raise DamagedTargetError(
-            f"the metadata of {location.name} are lost or damaged: run the command again that made the target"
-        )
+        raise damaged
     store = OwnStore(location.store(read_only=read_only), nbytes + CHECKSUM_NBYTES)
-    return zarr.Array.from_dict(zarr.storage.StorePath(store), meta)
+    try:
+        return zarr.Array.from_dict(zarr.storage.StorePath(store), meta)
+    except Exception as error:  # whatever Zarr makes of members that it does not expect
+        raise damaged from harmless(error)
 
 
 def _chunk_nbytes(meta: dict[str, Any]) -> int | None:

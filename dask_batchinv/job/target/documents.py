@@ -5,7 +5,6 @@ Creating a target, finding what of it was lost, and mending that are then one th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,9 @@ from zarr.codecs import ZstdCodec
 from dask_batchinv.attributes import of_inverse
 from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS, Output
 from dask_batchinv.job.target import ledger
-from dask_batchinv.job.target.mark import Mark, marked
+from dask_batchinv.job.target.mark import Mark, attributes_of, marked
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import JSON_NBYTES, Location
+from dask_batchinv.location import JSON_NBYTES, Location, json_object
 from dask_batchinv.stack import AssumeA
 from dask_batchinv.storage import array_options, unspecified
 
@@ -34,6 +33,9 @@ _OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
 #: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
 #: itself: very small ones then took 1.8 times as long to write, and 3.5 times as long to read from a disk.
 _FLAT: Any = {"name": "default", "separator": "."}
+
+#: What reading raises where there is no file.
+_NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 Documents = dict[str, bytes]
 
@@ -139,7 +141,7 @@ def _recorded_checksums(location: Location) -> dict[str, int]:
         meta = (location / LEDGER).read_json(ROOT) or {}
     except ValueError:
         return {}
-    found = (meta.get("attributes") or {}).get(CHECKSUMS)
+    found = attributes_of(meta).get(CHECKSUMS)
     return found if isinstance(found, dict) else {}
 
 
@@ -149,15 +151,16 @@ def _is_damaged(location: Location, key: str, expected: bytes, recorded: int | N
         if recorded is not None:
             return not (crc32c(found) == recorded or _says_the_same(key, found, expected))
         return not (found == expected or _says_the_same(key, found, expected))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and not isinstance(error, _NOT_A_FILE):
+            raise
         return True
 
 
 def _says_the_same(key: str, found: bytes, expected: bytes) -> bool:
     if not key.endswith(ROOT):
         return False
-    mine, theirs = json.loads(expected), json.loads(found)
-    return isinstance(theirs, dict) and _structure(mine, key) == _structure(theirs, key)
+    return bool(_structure(json_object(expected, key), key) == _structure(json_object(found, key), key))
 
 
 def _structure(meta: dict[str, Any], key: str) -> Any:
@@ -165,7 +168,7 @@ def _structure(meta: dict[str, Any], key: str) -> Any:
     own = {name: value for name, value in meta.items() if name not in ("attributes", "consolidated_metadata")}
     # Zarr writes them in a node of its own as in the consolidated metadata, but for the latter themselves.
     if key == f"{LEDGER}/{ROOT}":  # nobody's but ours
-        own["attributes"] = {name: value for name, value in meta.get("attributes", {}).items() if name != CHECKSUMS}
+        own["attributes"] = {name: value for name, value in attributes_of(meta).items() if name != CHECKSUMS}
     inner = (meta.get("consolidated_metadata") or {}).get("metadata") or {}
     return own, dict(_structures(inner)) if key == ROOT else {}
 

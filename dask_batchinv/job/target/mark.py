@@ -9,6 +9,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
+from dask_batchinv.location import json_object
 from dask_batchinv.storage import MARK
 
 #: Raised when targets of older versions cannot be continued by this one.
@@ -32,6 +33,15 @@ def marked(complete: bool, mark: Mark) -> dict[str, Any]:
 
 
 def with_attributes(document: bytes, changes: dict[str, Any]) -> bytes:
-    """Return the metadata document of a group with some attributes changed; those not named stay."""
-    meta = json.loads(document)
-    return json.dumps(meta | {"attributes": (meta.get("attributes") or {}) | changes}, indent=2).encode()
+    """Return the metadata document of a group with some attributes changed; those not named stay, if it has any."""
+    try:
+        meta = json_object(document, "metadata")
+    except ValueError:
+        meta = {"zarr_format": 3, "node_type": "group"}
+    return json.dumps(meta | {"attributes": attributes_of(meta) | changes}, indent=2).encode()
+
+
+def attributes_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes in metadata; none if they are damaged."""
+    attributes = meta.get("attributes")
+    return attributes if isinstance(attributes, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import uuid
@@ -19,13 +18,13 @@ from dask_batchinv.job.target.chunks import DamagedTargetError, open_array
 from dask_batchinv.job.target.documents import ROOT, Contents, damaged_keys, make_documents
 from dask_batchinv.job.target.holder import LOCK
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.mark import FORMAT, Mark, marked, read_mark, with_attributes
+from dask_batchinv.job.target.mark import FORMAT, Mark, attributes_of, marked, read_mark, with_attributes
 from dask_batchinv.job.target.state import Fingerprint, State, Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Location, TakenOverError, raised_as
+from dask_batchinv.location import Location, TakenOverError, json_object, raised_as
 from dask_batchinv.outcome import TargetError
-from dask_batchinv.storage import unspecified
+from dask_batchinv.storage import MARK, unspecified
 from dask_batchinv.text import harmless
 
 #: The keys of the members of a target: metadata and chunks of outputs and coordinates, and what is in the ledger.
@@ -62,7 +61,8 @@ def _inspect(location: Location) -> Target:
         return Target(State.ABSENT, {})
     mark = read_mark(root or {})
     copy = read_mark(_read_group(location / LEDGER) or {})
-    if not root and copy is not None:  # the document of the group was lost, or is damaged
+    is_lost = not root or (MARK in root and mark is None)
+    if is_lost and copy is not None:  # the document of the group was lost, or is damaged
         mark = copy | {"ready": True}
     # Attributes travel with data that a user makes from a target; the ledger does not.
     copied = mark is not None and mark.get("ready") and not location.is_kept(LEDGER)
@@ -91,7 +91,7 @@ def _read_group(location: Location) -> dict[str, Any] | None:
         meta = location.read_json(ROOT)
     except ValueError:
         return {}
-    return None if meta is None else meta.get("attributes") or {}
+    return None if meta is None else attributes_of(meta)
 
 
 def _checked(value: Any, kind: type) -> Any:
@@ -120,10 +120,14 @@ def other_format(location: Location, target: Target) -> str:
 
 
 def refuse_links(location: Location, members: Iterable[str] = MEMBERS) -> None:
-    """Raise TargetError if a folder of a target is a link that leads out of it."""
+    """Raise TargetError if what must be a folder of a target is a link, or a file."""
     for name in [*members, *(f"{LEDGER}/{below}" for below in ("tiles", "tiles/c"))]:
-        if not location.contains(location / name):
-            raise TargetError(f"{name} in {location.name} is a link to elsewhere: replace it by the array itself")
+        path = os.path.join(location.url, name)
+        if location.is_local and os.path.lexists(path):
+            if (location / name).url != path:
+                raise TargetError(f"{name} in {location.name} is a link to elsewhere: replace it by the array itself")
+            if not os.path.isdir(path):
+                raise TargetError(f"{name} in {location.name} is not a folder: move it elsewhere, then run this again")
 
 
 def tiling_of(location: Location, target: Target) -> Tiling:
@@ -231,8 +235,8 @@ def _documents(target: Target, contents: Contents) -> dict[str, bytes]:
 
 def _attributes_in(document: bytes | None) -> dict[str, Any]:
     """Return the attributes in a document, as far as it can be read."""
-    with suppress(ValueError, AttributeError, TypeError):
-        return dict(json.loads(document or b"{}").get("attributes") or {})
+    with suppress(ValueError):
+        return attributes_of(json_object(document or b"{}", ROOT))
     return {}
 
 
