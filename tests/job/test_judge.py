@@ -8,6 +8,7 @@ import zarr
 
 from dask_batchinv import JobFailedError, invert_store, verify_store
 from tests.support.stacks import conditioned
+from tests.support.targets import tree
 
 OPTIONS = {"tile_size": 720, "max_failed": None}
 
@@ -104,6 +105,25 @@ def test_chunks_that_were_not_there_are_part_of_what_a_tile_was_made_from(tmp_pa
         report = invert_store(source, tmp_path / "t", client=client, missing=missing, **OPTIONS)
         assert (report.exit_code, report.n_failed) == (0, 0)
     assert verify_store(tmp_path / "t", source=source, client=client).ok
+
+
+def test_a_chunk_of_the_source_that_has_gone_refutes_nothing(tmp_path, source, client):
+    """What is read in its place is the fill value: the tile that was made of it is still right."""
+    target, chunk = tmp_path / "t", source / "c" / "1" / "0" / "0"
+    invert_store(source, target, client=client, **OPTIONS)
+    content, before = chunk.read_bytes(), tree(target)
+    chunk.unlink()
+    report = verify_store(target, source=source, client=client)
+    assert [(tile.number, tile.cause) for tile in report.bad_tiles] == [
+        (1, "the source has changed: chunk c/1/0/0 is not in the store")
+    ]
+    chunk.write_bytes(content[:-9])
+    report = verify_store(target, source=source, client=client)
+    assert [tile.number for tile in report.bad_tiles] == [1]
+    assert "the source cannot be read" in report.bad_tiles[0].cause
+    assert tree(target) == before
+    chunk.write_bytes(content)
+    assert verify_store(target, source=source, client=client).ok
 
 
 def test_no_advice_to_fill_where_nothing_is_there(tmp_path, source, client):

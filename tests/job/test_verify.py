@@ -29,7 +29,7 @@ def test_verify_finds_any_flipped_bit(done, client):
             assert [tile.number for tile in report.bad_tiles] == [2]
         (path / name).unlink()
         assert [tile.cause for tile in verify_store(path, client=client).bad_tiles] == [
-            f"MissingChunkError: chunk {name.partition('/')[2]} is not in the store"
+            f"MissingChunkError: {name} of the target is missing"
         ]
         (path / name).write_bytes(content)
     assert verify_store(path, source=source, client=client).ok

@@ -85,12 +85,18 @@ def verify(
 
 def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> None:
     """Compare a tile with the ledger, and add it to what was found."""
-    error = result.error
+    error, is_done = result.error, bool(ledger.done[result.number])
+    if not is_done:
+        error = "not recorded in the ledger: run the job again"
+    elif (tile := result.value) is not None:
+        if tile.missing and not ledger.row(result.number).filled:  # what stands in its place proves nothing
+            error = f"the source has changed: {tile.missing}"
+        else:
+            error = tile.refuted or _unlike_ledger(tile.row, ledger.row(result.number))
+            if tile.refuted:
+                found.refuted.append(result.number)
     if result.value is not None:
         found.verified.append(result.value)
-        error = result.value.refuted or _unlike_ledger(result.value.row, ledger, result.number)
-        if result.value.refuted and ledger.done[result.number]:
-            found.refuted.append(result.number)
     if error:
         found.bad.append(TileResult(result.number, None, error))
 
@@ -118,11 +124,8 @@ def _same_source(path: str | os.PathLike[str], fingerprint: Fingerprint) -> Sour
     return source
 
 
-def _unlike_ledger(row: TileRow, ledger: Ledger, number: int) -> str | None:
+def _unlike_ledger(row: TileRow, recorded: TileRow) -> str | None:
     """Return in what a tile is not as it is recorded, or None."""
-    if not ledger.done[number]:
-        return "not recorded in the ledger: run the job again"
-    recorded = ledger.row(number)
     for name, found in row.checksums.items():
         if recorded.checksums[name] != found:
             return f"{name} is not what was written"

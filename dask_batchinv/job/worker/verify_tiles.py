@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +19,7 @@ from dask_batchinv.kernels import invert_block, read_part
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA, result_dtype
+from dask_batchinv.storage import DamagedChunkError, MissingChunkError
 
 #: The multiples of the golden ratio, taken modulo 1, are spread evenly.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -58,6 +61,8 @@ class VerifiedTile:
     """The largest of `residual_ratios`."""
     refuted: str | None = None
     """What the source says against it."""
+    missing: str | None = None
+    """Which chunk of the source is not there."""
 
 
 def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTile]]:
@@ -68,17 +73,20 @@ def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTi
 def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]]:
     region, parts, checksums = task.tiling.region(number), {}, {}
     for output in OUTPUTS:
-        array = open_output(task.run, task.target, output.name, read_only=True)
-        parts[output.name] = np.asarray(array[task.tiling.region(number, core=output.core)])
-        checksums[output.name] = checksum(array, task.tiling.chunk_key(number, core=output.core))
+        key = task.tiling.chunk_key(number, core=output.core)
+        with _reading(f"{output.name}/{key} of the target"):
+            array = open_output(task.run, task.target, output.name, read_only=True)
+            parts[output.name] = np.asarray(array[task.tiling.region(number, core=output.core)])
+        checksums[output.name] = checksum(array, key)
     info, rcond = parts["info"].reshape(-1), parts["rcond"].reshape(-1)
     n = task.tiling.n
     inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(info.size, n, n)
     _check_account(inverse, info, rcond, region)
-    ratios, refuted = np.empty(0), None
+    ratios, refuted, missing = np.empty(0), None, None
     if task.source is not None and n and _is_sampled(number, task.sample):
-        # A tile that is done was read, or filled as it was asked for.
-        stack = read_stack(task.run, task.source, "fill", task.tiling, number).reshape(info.size, n, n)
+        with _reading("the source"):
+            stack, missing = _read_source(task, task.source, number)
+        stack = stack.reshape(info.size, n, n)
         good = info == int(Info.GOOD)
         ratios = residual_ratios(read_part(stack[good], task.assume_a, lower=task.lower), inverse[good])
         try:
@@ -86,7 +94,26 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
         except ValueError as error:
             refuted = str(error)
     row = TileRow.of(info, rcond, checksums)
-    return [TileResult(number, VerifiedTile(row, len(ratios), float(ratios.max(initial=0.0)), refuted))]
+    return [TileResult(number, VerifiedTile(row, len(ratios), float(ratios.max(initial=0.0)), refuted, missing))]
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Say in errors what could not be read."""
+    try:
+        yield
+    except MissingChunkError as error:
+        raise MissingChunkError(f"{what} is missing") from error
+    except Exception as error:
+        raise DamagedChunkError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_source(task: VerifyTask, source: Source, number: int) -> tuple[Array, str | None]:
+    """Return a tile of the source, and which chunk is filled because it was not there."""
+    try:
+        return read_stack(task.run, source, "error", task.tiling, number), None
+    except MissingChunkError as error:
+        return read_stack(task.run, source, "fill", task.tiling, number), str(error)
 
 
 def _compare_with_source(
