@@ -20,6 +20,8 @@ _LONG_USER = 16
 _WORDS = "key|secret|token|sig|signature|password|passwd|pwd|credential|auth|sas"
 _SECRET = re.compile(rf"(?i)((?:{_WORDS})[^=&\s]*=)[^&\s]+")
 _OPTION = re.compile(rf"(?i){_WORDS}|passphrase|connection_string")
+#: Of the query of a URL, also what the keys of Azure's functions and web tokens are called.
+_PARAMETER = re.compile(rf"{_OPTION.pattern}|jwt|^code$")
 _VARIABLE = re.compile(
     r"(?i)secret|token|passw|passphrase|credential|connection_string|(?:^|_)(?:api|access)?key(?:_|$)|_(?:pwd|pass|sas)$"
 )
@@ -98,7 +100,7 @@ def _secrets_of_url(url: str) -> Iterator[str]:
             yield name
         for pair in rest[len(user) :].partition("?")[2].split("&"):
             option, _, value = pair.partition("=")
-            if _OPTION.search(option):
+            if _PARAMETER.search(option):
                 yield value
 
 

@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 T = TypeVar("T")
 
+#: Errors of operating systems that have no more room.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 DEVICES = ("cpu", "gpu")
 #: LAPACK's own tests accept a residual of 30 n eps ‖A‖₁ ‖X‖₁.
 LARGEST_RATIO = 30.0
@@ -32,6 +34,10 @@ COLUMNS = (
 
 class LostTargetError(RuntimeError):
     """A worker does not find the target that it was told of."""
+
+
+class LostArrayError(RuntimeError):
+    """An array of the target is not there any more."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def as_results(number: int, work: Callable[[], list[TileResult[T]]]) -> list[Til
                 number,
                 None,
                 clean(f"{type(error).__name__}: {error}"),
-                stops=isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT),
+                stops=isinstance(error, LostArrayError) or getattr(error, "errno", None) in _FULL,
                 is_final=isinstance(error, (DamagedChunkError, SourceError)),
                 is_workers=isinstance(error, LostTargetError),
             )

@@ -186,6 +186,9 @@ def test_what_is_removed_while_a_job_runs_is_seen_at_its_end(tmp_path, source, c
     except Exception as error:
         report = getattr(error, "report", None)
         assert report is None or report.exit_code == 1
+        if part in ("inverse", "info"):
+            assert f"{part} of {target} was removed while the job ran" in report.stopped
+            assert report.retries == 0
     else:
         raise AssertionError(f"the job says that all is well: {report}")
     again = invert_store(source, target, client=client, **OPTIONS)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 
 import psutil
 import pytest
@@ -104,6 +105,16 @@ def test_a_scheduler_elsewhere_without_tls_needs_a_flag(address, monkeypatch):
         _check_address(address, insecure=False)
     monkeypatch.setattr("socket.create_connection", lambda *args, **options: io.StringIO())
     _check_address(address, insecure=True)
+
+
+@pytest.mark.parametrize("address", ["tcp://user:{}@127.0.0.1:1", "user:{}@127.0.0.1:1", "tcp://u:{}:99@127.0.0.1:1",
+                                     "inproc://user:{}@x", "foo://u:{}@h", "foo://h?code={}"])  # fmt: skip
+def test_passwords_in_the_address_of_a_scheduler(address):
+    with pytest.raises(ClusterError, match="no scheduler at") as caught:
+        _check_address(address.format(CANARY), insecure=True)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "***" in shown
+    assert CANARY not in shown
 
 
 def test_a_scheduler_here_or_behind_tls_needs_none(monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.stack import Device
-from dask_batchinv.text import harmless
+from dask_batchinv.text import harmless, remember_url
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
@@ -150,8 +150,11 @@ def _own_cluster(options: ClusterOptions, wanted: Workers) -> Iterator[LocalClus
 
 def _check_address(address: str, *, insecure: bool) -> None:
     """Raise ClusterError if nobody listens there: a Client would be slow to give up, and loud."""
+    remember_url(address if "://" in address else f"tcp://{address}")
     try:
         scheme, location = parse_address(address)
+        if scheme == "inproc":
+            raise ValueError("inproc:// leads nowhere from another process")
         if scheme not in backends:
             raise ValueError(f"expected one of {', '.join(sorted(backends))} before ://, got {scheme}")
         if scheme == "tls" and Security().get_connection_args("client")["ssl_context"] is None:

@@ -13,7 +13,7 @@ import zarr
 
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.outputs import OUTPUTS, Output
-from dask_batchinv.job.results import Array, LostTargetError, TileResult, TileRow, as_results
+from dask_batchinv.job.results import Array, LostArrayError, LostTargetError, TileResult, TileRow, as_results
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import Chunk, open_array, write_chunks
 from dask_batchinv.job.target.holder import holder_of
@@ -135,7 +135,10 @@ def _write(task: TileTask, output: Output, parts: dict[int, Array], whole: Chunk
     chunks = {number: ready or Chunk.of(array, part) for number, part in parts.items()}
     checksums = {number: chunk.seal() for number, chunk in chunks.items()}
     keys = {number: task.tiling.chunk_key(number, core=output.core) for number in parts}
-    write_chunks(array, {keys[number]: chunk for number, chunk in chunks.items()}, synced=task.options.durable)
+    try:
+        write_chunks(array, {keys[number]: chunk for number, chunk in chunks.items()}, synced=task.options.durable)
+    except FileNotFoundError as error:
+        raise LostArrayError(f"{output.name} of {task.target.name} was removed while the job ran") from error
     return checksums
 
 
