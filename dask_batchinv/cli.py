@@ -169,7 +169,7 @@ def run(dry_run: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
         if as_json or not quiet or report.exit_code:
             _print(report, as_json)
         if report.exit_code == 1:
-            _complain("Fix the cause and run the same command again: it will do the remaining tiles.")
+            _complain("Fix the cause and run the same command again: it does what is not done.")
         sys.exit(report.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import zarr.abc.store
 import zarr.storage
 from zarr.codecs import Crc32cCodec
 
+from dask_batchinv.disk import is_file_or_absent
 from dask_batchinv.text import CleanError
 
 #: The attribute by which an array or a group is known to be ours. It holds a text, as every format of files can.
@@ -57,6 +59,21 @@ class GuardedStore(zarr.storage.WrapperStore[zarr.abc.store.Store]):
     async def _get_many(self, requests: Any) -> AsyncGenerator[tuple[str, Any], None]:
         for key, prototype, byte_range in requests:
             yield key, await self.get(key, prototype, byte_range)
+
+
+class FilesStore(GuardedStore):
+    """A store that on a disk reads nothing but files: a pipe might never end."""
+
+    def __init__(self, store: zarr.abc.store.Store):
+        super().__init__(store)
+        inner = innermost(store)
+        self._root = str(inner.root) if isinstance(inner, zarr.storage.LocalStore) else None
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        """Return the value of a key; ChunkSizeError if it is not a file."""
+        if self._root is not None and not is_file_or_absent(os.path.join(self._root, key)):
+            raise ChunkSizeError(f"{key} is not a file")
+        return await self._store.get(key, prototype, byte_range)
 
 
 class StrictStore(GuardedStore):

@@ -14,7 +14,7 @@ import zarr
 
 from dask_batchinv.location import Location, raised_as
 from dask_batchinv.stack import OnError
-from dask_batchinv.storage import MARK, StrictStore, array_options
+from dask_batchinv.storage import MARK, FilesStore, StrictStore, array_options
 
 #: From the strictest on: what one lets pass as done, the next ones do too.
 _STRICTNESS: tuple[OnError, ...] = ("raise", "skipna", "nan")
@@ -133,6 +133,8 @@ class Unfinished:
         """Take the mark off, and return the array."""
         with raised_as(OSError, f"{self.location.name} cannot be finished"):
             self.check()
+            if missing := array.nchunks - array.nchunks_initialized:
+                raise FileNotFoundError(f"{missing} chunks were removed meanwhile")
             array.attrs.put({})
         return array
 
@@ -148,7 +150,7 @@ def _is_done(block: Any, location: Location, block_info: Any = None) -> Any:
     done = True
     if block_info:
         try:
-            array = zarr.open_array(StrictStore(location.store(read_only=True)), mode="r")
+            array = zarr.open_array(StrictStore(FilesStore(location.store(read_only=True))), mode="r")
             array[tuple(slice(*span) for span in block_info[0]["array-location"])]
         except Exception:  # whatever is wrong with it: it is done again, and what cannot be written will be said
             done = False

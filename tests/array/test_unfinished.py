@@ -17,6 +17,7 @@ import pytest
 import zarr
 
 from dask_batchinv import SingularMatrixError, inverse
+from dask_batchinv.unfinished import Unfinished
 from tests.support.stacks import assert_same_bits, conditioned
 from tests.support.targets import tree
 
@@ -60,6 +61,25 @@ def noting(tmp_path):
         return found
 
     return conditioned(24, 3, 10), stack, since
+
+
+def test_a_chunk_that_is_lost_before_the_end_is_not_passed_over(tmp_path, noting, monkeypatch):
+    a, stack, since = noting
+    chunk, finish = tmp_path / "x" / "c" / "1" / "0" / "0", Unfinished.finish
+
+    def lose(self, array):
+        chunk.unlink()
+        return finish(self, array)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Unfinished, "finish", lose)
+        with pytest.raises(OSError, match="1 chunks were removed meanwhile"):
+            inverse(stack(), out=tmp_path / "x")
+    since()
+    os.mkfifo(tmp_path / "x" / "c" / "3" / "0" / "0.pipe")
+    os.replace(tmp_path / "x" / "c" / "3" / "0" / "0.pipe", tmp_path / "x" / "c" / "3" / "0" / "0")
+    assert_same_bits(inverse(stack(), out=tmp_path / "x")[...], inverse(a))
+    assert since() == [1, 3]
 
 
 def left(computed, *fails):

@@ -211,6 +211,35 @@ def test_a_target_that_cannot_be_opened_is_not_called_verified(tmp_path, source,
         account_of(target)
 
 
+def test_damage_that_shows_without_the_source_is_not_called_verified(tmp_path, source, client):
+    target = tmp_path / "t"
+    invert_store(source, target, client=client, **OPTIONS)
+    whole = shutil.copytree(target, tmp_path / "whole")
+    for name in ("time/c/0", "name/zarr.json", "ledger/zarr.json", "ledger/tiles/zarr.json"):
+        for how in ("removed", "a pipe", "an endless link", *WAYS):
+            path = target / name
+            content = path.read_bytes()
+            if how in ("no attributes", "other members"):  # users may change attributes
+                continue
+            path.unlink()
+            if how == "a pipe":
+                os.mkfifo(path)
+            elif how == "an endless link":
+                path.symlink_to("/dev/zero")
+            elif how != "removed":
+                path.write_bytes(WAYS[how](content))
+            report = verify_store(target, client=client)
+            assert report.problems == (f"{name} of {target} are lost or damaged: run the command again that made it",)
+            shutil.rmtree(target)
+            shutil.copytree(whole, target)
+    meta = json.loads((target / "zarr.json").read_text())
+    (target / "zarr.json").write_text(json.dumps({**meta, "consolidated_metadata": None}))
+    assert "cannot be opened" in verify_store(target, client=client).problems[0]
+    (target / "ledger" / "tiles" / "c" / "0" / "0").unlink()
+    assert "complete, but its ledger is damaged" in str(account_of(target))
+    assert account_of(tmp_path / "whole").tiles_done == 6
+
+
 # --- power failures -------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from dask_batchinv import TargetError, invert_store, verify_store
+from dask_batchinv import SourceError, TargetError, invert_store, verify_store
 from dask_batchinv.job.driver.executor import Serial
 from dask_batchinv.job.driver.run import Run
 from dask_batchinv.job.options import JobOptions
@@ -282,6 +282,75 @@ def test_the_source_is_not_removed_with_a_target_that_it_lies_in_by_another_name
     with pytest.raises(TargetError, match=r"did not put there \(rcond/notes\)"):
         serially(source, tmp_path / "t", assume_a="diagonal", overwrite=True)
     assert (tmp_path / "t" / "inverse" / "c.0.0.0").exists()
+
+
+def test_the_lock_of_a_killed_run_that_a_snapshot_has_too(tmp_path, source):
+    """Snapshots of hard links, as rsnapshot makes them: that of the lock is not written to, and not in the way."""
+    target, kept = tmp_path / "t", tmp_path / "kept"
+    serially(source, target)
+    content = json.dumps({"run": "x", "holder": "process 1 on elsewhere"})
+    (target / LOCK).write_text(content)
+    os.link(target / LOCK, kept)
+    (target / "rcond" / "c.2").unlink()
+    assert serially(source, target).complete
+    assert kept.read_text() == content
+    assert not (target / LOCK).exists()
+    with locked(Location.parse(target)):
+        os.link(target / LOCK, tmp_path / "of one that is at work")
+        with pytest.raises(TargetError, match="another run is writing"), locked(Location.parse(target)):
+            pass
+    for text in ("", "mine"):  # nobody knows whose
+        (target / LOCK).write_text(text)
+        os.link(target / LOCK, tmp_path / f"other {text}")
+        with pytest.raises(TargetError, match="was not made by dask_batchinv"), locked(Location.parse(target)):
+            pass
+        (target / LOCK).unlink()
+
+
+def test_members_that_are_files_or_links_are_named(tmp_path, source):
+    target = tmp_path / "t"
+    serially(source, target)
+    shutil.move(target / "info", tmp_path / "moved")
+    for name, make, match in (
+        ("a file", lambda path: path.write_text("x"), "not a folder: move it"),
+        ("a link inside", lambda path: path.symlink_to("rcond"), "a link to elsewhere"),
+        ("a link to nothing", lambda path: path.symlink_to("nowhere"), "a link to elsewhere"),
+    ):
+        make(target / "info")
+        before = tree(target / "rcond")
+        for overwrite in (False, True):
+            with pytest.raises(TargetError, match=rf"info .* is {match}"):
+                serially(source, target, overwrite=overwrite)
+        assert tree(target / "rcond") == before, name
+        (target / "info").unlink()
+    assert serially(source, target).complete
+
+
+def test_a_target_that_was_being_replaced_is_named(tmp_path, source, monkeypatch):
+    target = tmp_path / "t"
+    serially(source, target)
+
+    def dies(self, keys):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Location, "delete_all", dies)
+        with pytest.raises(KeyboardInterrupt):
+            serially(source, target, overwrite=True)
+    with pytest.raises(TargetError, match="left when a target was being replaced"):
+        serially(source, target)
+    assert serially(source, target, overwrite=True).complete
+
+
+def test_attributes_that_would_make_metadata_too_long(tmp_path, source):
+    """They are refused before anything is written, not written and never read again."""
+    path = source / "zarr.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"attributes": {"flags": [1] * 1_200_000}}, separators=(",", ":")))
+    for overwrite in (False, True):
+        with pytest.raises(SourceError, match="the metadata of the target would have 1[67] MiB"):
+            serially(source, tmp_path / "t", overwrite=overwrite)
+    assert not (tmp_path / "t").exists()
 
 
 def test_overwrite_always_does_it_again(tmp_path, source):

@@ -18,6 +18,17 @@ from tests.support.stacks import conditioned
 from tests.support.targets import tree
 
 
+def test_a_busy_target_is_refused_before_workers_are_asked(tmp_path, make_source, monkeypatch):
+    monkeypatch.setattr("dask_batchinv.job.driver.run.connect", None)
+    source, target = make_source(conditioned(4, 3, 10)), tmp_path / "t"
+    with locked(Location.parse(target)), pytest.raises(TargetError, match="another run is writing"):
+        invert_store(source, target)
+    target.mkdir()
+    (target / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(TargetError, match="was not made by dask_batchinv"):
+        invert_store(source, target)
+
+
 def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path, make_source, client):
     source = make_source(conditioned(40, 3, 10))
     seen = []

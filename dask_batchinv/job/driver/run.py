@@ -29,7 +29,7 @@ from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES, DamagedTargetError
 from dask_batchinv.job.target.documents import Contents
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
-from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock
+from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
@@ -58,6 +58,8 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         run = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
         if run.is_all_there():
             return run()
+    if job.action != "check":
+        refuse_held(job.target)  # before workers are started, or asked
     with connect(options) as (client, workers):
         if not options.is_local:
             workers = replace(workers, gpus=count_gpus(job.options.device, client))

@@ -15,6 +15,7 @@ from dask_batchinv.job.results import TileResult, TileRow
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.chunks import DamagedTargetError
+from dask_batchinv.job.target.documents import visibly_damaged_keys
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.lock import locked
 from dask_batchinv.job.target.state import Fingerprint, State, Target
@@ -24,6 +25,9 @@ from dask_batchinv.job.worker.verify_tiles import VerifiedTile, VerifyTask, veri
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import FAILURE_KINDS, RefusedError, TargetError
 from dask_batchinv.text import clean
+
+#: What mends a target.
+AGAIN = ": run the command again that made it"
 
 
 @dataclass
@@ -55,8 +59,10 @@ def verify(
     )  # fmt: skip
     try:
         targets.open_as_reader(location)
+        if keys := visibly_damaged_keys(location):
+            problems.append(f"{', '.join(keys[:3])} of {location.name} are lost or damaged{AGAIN}")
     except DamagedTargetError as error:
-        problems.append(f"{error}: run the command again that made it")
+        problems.append(f"{error}{AGAIN}")
     with connect(cluster) as (client, _):
         dispatcher = Dispatcher(
             client, meet_workers(client, opened, location, writes=False)[0], is_own=cluster.is_local,

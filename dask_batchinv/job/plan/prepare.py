@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from dask_batchinv.job.outputs import MEMBERS, nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.documents import refuse_long
 from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences
 from dask_batchinv.job.versions import COMPUTING, versions
 from dask_batchinv.kernels import Kernel, choose_kernel
@@ -49,6 +51,7 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
         With what to change; nothing was written.
     """
     opened = open_source(source, options.variable, options.dims)
+    _refuse_long_attributes(opened)
     location = targets.parse_location(target)
     refuse_overlap(opened, location)
     kernel = choose_kernel(options.assume_a, options.device)
@@ -71,6 +74,13 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
     if found.state is not State.ABSENT and not changed:
         targets.refuse_links(location, (*MEMBERS, *found.members))
     return Job(opened, location, options, kernel, fingerprint, found, action)
+
+
+def _refuse_long_attributes(source: Source) -> None:
+    members = {coordinate.name: coordinate.node.attributes for coordinate in source.coordinates}
+    members["inverse"] = source.attributes
+    consolidated = {"metadata": {name: {"attributes": attributes} for name, attributes in members.items()}}
+    refuse_long(len(json.dumps({"attributes": source.group_attributes, "consolidated": consolidated}, indent=2)))
 
 
 def refuse_overlap(source: Source, target: Location) -> None:

@@ -63,9 +63,9 @@ class Account:
         lines = []
         for failure in failures_of(self.assume_a):
             first, number = self.first_failed[failure.kind], self.failed[failure.kind]
-            more = ", ..." if number > len(first) else ""
+            named = [*map(str, first), *(["..."] if number > len(first) else [])]
             if number:
-                lines.append(f"{number:,} {failure.words}: {', '.join(map(str, first))}{more}")
+                lines.append(f"{number:,} {failure.words}" + (f": {', '.join(named)}" if first else ""))
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -74,6 +74,8 @@ class Account:
 
     def __str__(self) -> str:
         state = "complete" if self.complete else "not complete: run the same command again to continue"
+        if self.complete and self.tiles_done < self.tiles:
+            state = "complete, but its ledger is damaged: run the same command again to mend it"
         kinds = [f"{self.failed[f.kind]:,} {f.words}" for f in failures_of(self.assume_a) if self.failed[f.kind]]
         lines = [
             f"{self.source} -> {self.target}",

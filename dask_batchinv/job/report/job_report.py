@@ -95,6 +95,6 @@ class JobFailedError(RuntimeError):
             first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
             missing = report.tiles - report.tiles_done
             return (f"{missing} of {report.tiles} tiles failed, first cause: {clean(first)}. Fix the cause and "
-                    f"make the same call again: it will do the remaining tiles.\n{report}")  # fmt: skip
+                    f"make the same call again: it does what is not done.\n{report}")  # fmt: skip
         return (f"{report.n_failed} matrices have no inverse, {report.max_failed} were allowed. The target is "
                 f"complete, with NaN in their place; pass max_failed to allow them.\n{report}")  # fmt: skip

@@ -5,7 +5,7 @@ Creating a target, finding what of it was lost, and mending that are then one th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,12 @@ from dask_batchinv.job.target import ledger
 from dask_batchinv.job.target.mark import Mark, attributes_of, marked
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import JSON_NBYTES, Location, json_object
+from dask_batchinv.outcome import SourceError
 from dask_batchinv.stack import AssumeA
 from dask_batchinv.storage import array_options, unspecified
 
 ROOT = "zarr.json"
-#: The attribute of the ledger that has the checksums of what coordinates are stored in.
+#: The attribute of the ledger that has the length and the checksum of each key that coordinates are stored in.
 CHECKSUMS = "coordinates_crc32c"
 #: Attributes by which Xarray keeps what is stored otherwise here.
 _OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
@@ -88,11 +89,26 @@ def make_documents(contents: Contents, mark: Mark) -> Documents:
     _create_outputs(group, contents)
     if contents.coordinates is not None:
         _write_coordinates(store, contents.coordinates, dict(group.attrs))
-    checksums = {key: crc32c(value.to_bytes()) for key, value in kept.items() if _is_coordinate(key)}
+    checksums = {key: _checksum(value.to_bytes()) for key, value in kept.items() if _is_coordinate(key)}
     ledger.create(group, contents.tiling.n_tiles, marked(False, mark) | {CHECKSUMS: checksums})
     with unspecified():
         zarr.consolidate_metadata(store)
+    refuse_long(max(len(value) for key, value in kept.items() if key.endswith(ROOT)))
     return {key: value.to_bytes() for key, value in kept.items()}
+
+
+def refuse_long(nbytes: int) -> None:
+    """Raise SourceError if metadata would be longer than any that are read."""
+    if nbytes > JSON_NBYTES:
+        raise SourceError(
+            f"with the attributes of the source the metadata of the target would have {nbytes >> 20} MiB, and none are "
+            f"read that have more than {JSON_NBYTES >> 20}: shorten the attributes of the array, its coordinates and "
+            "its group"
+        )
+
+
+def _checksum(content: bytes) -> list[int]:
+    return [len(content), crc32c(content)]
 
 
 def _is_coordinate(key: str) -> bool:
@@ -127,30 +143,54 @@ def _write_coordinates(store: Any, coordinates: xr.Dataset, attributes: dict[str
 def damaged_keys(location: Location, expected: Documents) -> list[str]:
     """Return the keys of those documents that are lost or damaged, the group's own last.
 
-    What users may have changed, attributes, is left to them. Of a coordinate all documents are returned, or none.
+    What users may have changed, attributes, is left to them. Of a damaged coordinate all is returned that is not as it
+    would be written now.
     """
-    checksums = _recorded_checksums(location)
-    bad = [key for key, content in expected.items() if _is_damaged(location, key, content, checksums.get(key))]
+    recorded = _recorded_checksums(location)
+
+    def is_right(key: str, found: bytes) -> bool:
+        known = _checksum(found) == recorded[key] if key in recorded else found == expected[key]
+        return known or (key.endswith(ROOT) and _says_the_same(key, found, expected[key]))
+
+    def is_damaged(key: str, is_right: Callable[[str, bytes], bool]) -> bool:
+        return _is_damaged(location, key, len(expected[key]) + JSON_NBYTES, is_right)
+
+    bad = [key for key in expected if is_damaged(key, is_right)]
     broken = {key.partition("/")[0] for key in bad if _is_coordinate(key)}
-    bad += [key for key in expected if _is_coordinate(key) and key.partition("/")[0] in broken and key not in bad]
+    beside = [key for key in expected if _is_coordinate(key) and key.partition("/")[0] in broken and key not in bad]
+    bad += [key for key in beside if is_damaged(key, lambda key, found: found == expected[key])]
     return sorted(bad, key=lambda key: key == ROOT)
 
 
-def _recorded_checksums(location: Location) -> dict[str, int]:
+def visibly_damaged_keys(location: Location) -> list[str]:
+    """Return the keys of those documents whose damage is seen without the source: of coordinates, and of the ledger."""
+    recorded = _recorded_checksums(location)
+
+    def is_right(key: str, found: bytes) -> bool:
+        is_as_recorded = key in recorded and _checksum(found) == recorded[key]
+        return is_as_recorded or (key.endswith(ROOT) and bool(json_object(found, key)))
+
+    keys = (f"{LEDGER}/{ROOT}", f"{LEDGER}/tiles/{ROOT}", *recorded)
+    limits = {key: JSON_NBYTES if key.endswith(ROOT) else recorded[key][0] + 1 for key in keys}
+    return [key for key in keys if _is_damaged(location, key, limits[key], is_right)]
+
+
+def _recorded_checksums(location: Location) -> dict[str, list[int]]:
     try:
         meta = (location / LEDGER).read_json(ROOT) or {}
     except ValueError:
         return {}
     found = attributes_of(meta).get(CHECKSUMS)
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and all(map(_is_checksum, found.values())) else {}
 
 
-def _is_damaged(location: Location, key: str, expected: bytes, recorded: int | None) -> bool:
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)
+
+
+def _is_damaged(location: Location, key: str, limit: int, is_right: Callable[[str, bytes], bool]) -> bool:
     try:
-        found = location.read(key, len(expected) + JSON_NBYTES)
-        if recorded is not None:
-            return not (crc32c(found) == recorded or _says_the_same(key, found, expected))
-        return not (found == expected or _says_the_same(key, found, expected))
+        return not is_right(key, location.read(key, limit))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and not isinstance(error, _NOT_A_FILE):
             raise
@@ -158,8 +198,6 @@ def _is_damaged(location: Location, key: str, expected: bytes, recorded: int | N
 
 
 def _says_the_same(key: str, found: bytes, expected: bytes) -> bool:
-    if not key.endswith(ROOT):
-        return False
     return bool(_structure(json_object(expected, key), key) == _structure(json_object(found, key), key))
 
 

@@ -105,6 +105,12 @@ def locked(target: Location) -> Iterator[Lock]:
         held.release()
 
 
+def refuse_held(target: Location) -> None:
+    """Raise the TargetError that `locked` would, where that can be told at once; a stale lock is removed."""
+    if target.is_local and os.path.lexists(os.path.join(target.url, LOCK)) and (held := _lock_file(target)):
+        held.release()
+
+
 def remove_stale_lock(target: Location) -> None:
     """Remove the lock of a run that was killed, if it left one."""
     if LOCK in target.children():
@@ -130,8 +136,7 @@ def _lock_file(target: Location) -> _FileLock | None:
         try:
             if not _is_lock_of_ours(handle):
                 raise _not_ours(target)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, path):
+            if _is_taken(handle, path):
                 return _FileLock(target, handle, made_folder=made_folder)
         except BaseException as error:
             os.close(handle)
@@ -144,13 +149,26 @@ def _lock_file(target: Location) -> _FileLock | None:
     raise AssertionError("counting has no end")
 
 
+def _is_taken(handle: int, path: str) -> bool:
+    """Lock an open file; tell whether it is the lock of the target from now on."""
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not _is_at(handle, path):
+        return False
+    if os.fstat(handle).st_nlink > 1:  # a killed run's, which is in a snapshot too: there it stays as it is
+        os.unlink(path)
+        return False
+    return True
+
+
 def _is_lock_of_ours(handle: int) -> bool:
-    """Tell whether a file may be written over: it is empty, or says what locks of ours say."""
+    """Tell whether a file may be replaced: it says what locks of ours say, or is empty and has no other name."""
     found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _LOCK_NBYTES:
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _LOCK_NBYTES:
         return False
     content = os.pread(handle, _LOCK_NBYTES, 0)
-    if not content or content.startswith(b"process "):  # the latter by versions before 0.2
+    if not content:
+        return found.st_nlink <= 1
+    if content.startswith(b"process "):  # by versions before 0.2
         return True
     try:
         return "run" in json.loads(content)

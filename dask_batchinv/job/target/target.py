@@ -24,7 +24,7 @@ from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location, TakenOverError, json_object, raised_as
 from dask_batchinv.outcome import TargetError
-from dask_batchinv.storage import MARK, unspecified
+from dask_batchinv.storage import MARK, FilesStore, unspecified
 from dask_batchinv.text import harmless
 
 #: The keys of the members of a target: metadata and chunks of outputs and coordinates, and what is in the ledger.
@@ -158,10 +158,10 @@ def create(location: Location, fingerprint: Fingerprint, contents: Contents, wri
     if (old.state, old.generation) != (replaced.state, replaced.generation):
         raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the command again")
     with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
-        if old.state is not State.ABSENT:
-            _clear(location, old, writer)
         mark = _mark_of(fingerprint, uuid.uuid4().hex, contents)
         documents = make_documents(contents, mark)
+        if old.state is not State.ABSENT:
+            _clear(location, old, writer)
         for key in sorted(documents, key=lambda key: key != ROOT):
             writer.create(key, documents[key])
         writer.change(
@@ -262,7 +262,11 @@ def lost_tiles(location: Location, tiling: Tiling) -> list[int]:
 def open_as_reader(location: Location) -> None:
     """Open a target as those will who use it; DamagedTargetError if that fails."""
     try:
-        with unspecified(), xr.open_zarr(location.store(read_only=True), decode_cf=False, chunks=None) as found:
+        store = FilesStore(location.store(read_only=True))
+        with (
+            unspecified(),
+            xr.open_zarr(store, decode_cf=False, chunks=None, consolidated=True, create_default_indexes=False) as found,
+        ):
             missing = [output.name for output in OUTPUTS if output.name not in found]
     except Exception as error:  # whatever Xarray and Zarr may raise
         text = f"{location.name} cannot be opened: {type(error).__name__}: {error}"
