@@ -348,7 +348,7 @@ def test_attributes_that_would_make_metadata_too_long(tmp_path, source):
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"attributes": {"flags": [1] * 1_200_000}}, separators=(",", ":")))
     for overwrite in (False, True):
-        with pytest.raises(SourceError, match="the metadata of the target would have 1[67] MiB"):
+        with pytest.raises(SourceError, match=r"the metadata of the target would have 1[67] MiB"):
             serially(source, tmp_path / "t", overwrite=overwrite)
     assert not (tmp_path / "t").exists()
 
