@@ -202,7 +202,9 @@ def test_other_labels_are_another_job(tmp_path, ds, client):
     ds.to_zarr(tmp_path / "s", consolidated=False)
     invert_store(tmp_path / "s", tmp_path / "t", client=client, max_failed=None)
     zarr.open_array(tmp_path / "s" / "i")[...] = np.array(list("cba"))
-    with pytest.raises(TargetError, match="belongs to another job: exchanged was 'nothing', is 'labels'; labels was"):
+    with pytest.raises(
+        TargetError, match="belongs to another job: exchanged was 'nothing', is 'labels'; the labels of its rows"
+    ):
         invert_store(tmp_path / "s", tmp_path / "t", client=client)
 
 

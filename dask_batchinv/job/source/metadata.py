@@ -301,7 +301,7 @@ def stored_names(node: Node) -> list[str | None] | None:
     ok = isinstance(names, list) and all(
         name in (None, "") or (isinstance(name, str) and is_name(name)) for name in names
     )
-    node.expect(ok, "dimension names that are text without '/' or control characters, or null", names)
+    node.expect(ok, "dimension names that are text other than '..', without '/' or what cannot be seen, or null", names)
     node.expect(len(names) == len(node.shape), f"{len(node.shape)} dimension names", names)
     return list(names)
 

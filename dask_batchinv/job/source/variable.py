@@ -51,4 +51,7 @@ def _may_be_stack(node: Node, dims: Sequence[str] | None) -> bool:
 def _listed(group: Location) -> str:
     nodes, broken = array_nodes(group, group.children())
     texts = [f"{name} {node.shape}" for name, node in nodes.items()]
-    return ", ".join([*texts, *(f"{name} (its metadata make no sense)" for name in broken)]) or "no arrays"
+    return (
+        ", ".join([*texts, *(f"{name} (not usable: name it with --variable to see why)" for name in broken)])
+        or "no arrays"
+    )

@@ -70,7 +70,14 @@ def decide(state: State, *, same_job: bool, overwrite: bool) -> Action:
     return actions[state]
 
 
+#: What to say of what is known by its digest alone.
+_DIGESTS = {
+    "source metadata": "the metadata of the source have changed (its shape, chunks, codecs or attributes)",
+    "labels": "the labels of its rows or columns have changed",
+}
+
+
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     """Return what differs between two fingerprints, in words."""
-    keys = sorted({*old, *new})
-    return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return [_DIGESTS.get(key) or f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys]
