@@ -303,6 +303,30 @@ class Location:
                 return []
             raise
 
+    def known_sizes(self) -> Iterator[tuple[str, int | None]]:
+        """Yield the names of what is directly inside, and the sizes of files; nothing where it cannot be listed."""
+        if self.is_local:
+            with os.scandir(self.url) as entries:
+                for entry in entries:
+                    yield entry.name, os.stat(entry.path).st_size if entry.is_file() else None
+            return
+        fs, path = self._filesystem()
+        with suppress(Exception):  # whatever a web server's answer becomes
+            for found in fs.ls(path, detail=True):
+                yield found["name"].rstrip("/").rpartition("/")[2], found.get("size")
+
+    def nbytes(self, key: str) -> int | None:
+        """Return the size of what is stored under a key; None if nothing is."""
+        if self.is_local:
+            path = os.path.join(self.url, key)
+            return os.path.getsize(path) if os.path.isfile(path) else None
+        fs, path = self._filesystem()
+        try:
+            size = fs.info(f"{path}/{key}", refresh=True)["size"] if "s3" in fs.protocol else fs.size(f"{path}/{key}")
+        except FileNotFoundError:
+            return None
+        return None if size is None else int(size)
+
     def keys(self) -> list[str]:
         """Return all keys that are inside, at any depth; links are keys, and not followed."""
         if self.is_local:

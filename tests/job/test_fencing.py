@@ -124,6 +124,15 @@ def test_a_driver_whose_lease_was_taken_over_writes_nothing(source, memory, monk
     assert serially(source, target).tiles_now == 0
 
 
+@pytest.mark.parametrize("name", ["inverse", "info"])
+def test_an_array_that_is_removed_stops_the_run_at_once(tmp_path, source, name):
+    target = tmp_path / "t"
+    report = serially(source, target, lambda at: at.matrices_done == 20 and shutil.rmtree(target / name))
+    assert f"{name} of {target} was removed while the job ran" in report.stopped
+    assert (report.tiles_now, len(report.failed_tiles), report.retries) == (2, 1, 0)
+    assert serially(source, target).complete
+
+
 def test_what_this_run_wrote_last_must_still_be_there(tmp_path, source):
     """Even with the lock: what somebody has put into the ledger is not written over."""
     chunk = tmp_path / "t" / "ledger" / "tiles" / "c" / "0" / "0"

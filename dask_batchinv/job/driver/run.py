@@ -294,15 +294,15 @@ class Run:
                 targets.set_complete(writer, target.generation, True)
 
     def _look_for_losses(self, target: Target, ledger: Ledger) -> None:
-        """Open what was made as a reader would: something may have been removed while the job ran."""
+        """Look for all that was made: something may have been removed or emptied while the job ran."""
         location = self.job.target
         if keys := targets.damage(location, target, self.contents):
             self.totals.stopped = f"{', '.join(keys[:3])} of {location.name} was removed or damaged meanwhile"
-        elif lost := targets.lost_tiles(location, self.plan.tiling):
+        elif lost := targets.lost_tiles(location, self.plan.tiling, self._chunk_nbytes()):
             for number in lost:
                 ledger.forget(number)
             self._flush(ledger, FINAL_ATTEMPTS)
-            self.totals.stopped = f"chunks of {len(lost)} tiles of {location.name} were removed meanwhile"
+            self.totals.stopped = f"chunks of {len(lost)} tiles of {location.name} were removed or damaged meanwhile"
 
     def report(self, ledger: Ledger) -> JobReport:
         """Return what the ledger knows, and what this run did."""

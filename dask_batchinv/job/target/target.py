@@ -240,22 +240,23 @@ def _attributes_in(document: bytes | None) -> dict[str, Any]:
     return {}
 
 
-def lost_tiles(location: Location, tiling: Tiling) -> list[int]:
-    """Return the numbers of tiles of which a chunk is not there, of a target that is complete.
+def lost_tiles(location: Location, tiling: Tiling, nbytes: tuple[int, ...]) -> list[int]:
+    """Return the numbers of tiles of which a chunk is not there, or not of its size, of a target that is complete.
 
-    Nothing is decided by listing a store, which may be late: a chunk that is not listed is asked for by its key.
+    `nbytes` are those of a chunk of each output. Nothing is decided by listing a store, which may be late: a chunk that
+    is not listed as it must be is asked for by its key.
     """
     if 0 in tiling.shape:
         return []
     lost: set[int] = set()
-    for output in OUTPUTS:
+    for output, expected in zip(OUTPUTS, nbytes, strict=True):
         inside = location / output.name
         listed = np.zeros(tiling.n_tiles, bool)
-        for name in inside.known_children():
-            if (number := tiling.number_of(name, core=output.core)) is not None:
+        for name, size in inside.known_sizes():
+            if size == expected and (number := tiling.number_of(name, core=output.core)) is not None:
                 listed[number] = True
         unseen = (int(number) for number in np.flatnonzero(~listed))
-        lost |= {number for number in unseen if not inside.is_kept(tiling.chunk_key(number, core=output.core))}
+        lost |= {n for n in unseen if inside.nbytes(tiling.chunk_key(n, core=output.core)) != expected}
     return sorted(lost)
 
 
