@@ -37,7 +37,7 @@ def chunk_folders(path: str, *, linked: bool) -> set[tuple[int, int]]:
         if (own := identity(folder)) is None or own in found:
             continue
         found.add(own)
-        with os.scandir(folder) as entries:
+        with suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed, nobody will read
             for entry in entries:
                 if _CHUNK_PART.fullmatch(entry.name) and entry.is_dir():
                     todo.append(entry.path)

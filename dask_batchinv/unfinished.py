@@ -94,7 +94,7 @@ class Unfinished:
     def _mark(self) -> dict[str, Any] | None:
         """Return our mark on what is there; None if there is none."""
         mark = None
-        with suppress(ValueError):  # it is not ours
+        with suppress(ValueError, RecursionError):  # it is not ours
             meta = self.location.read_json("zarr.json") or {}
             attributes = meta.get("attributes")
             text = attributes.get(MARK) if isinstance(attributes, dict) else None

@@ -172,7 +172,7 @@ def _is_lock_of_ours(handle: int) -> bool:
         return True
     try:
         return "run" in json.loads(content)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 

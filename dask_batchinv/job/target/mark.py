@@ -22,7 +22,7 @@ def read_mark(attributes: dict[str, Any]) -> Mark | None:
     """Return the mark among the attributes of a group; None if it is not ours."""
     mark = attributes.get(MARK)
     if isinstance(mark, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             mark = json.loads(mark)
     return mark if isinstance(mark, dict) else None
 
