@@ -335,22 +335,6 @@ def test_members_that_are_files_or_links_are_named(tmp_path, source):
     assert serially(source, target).complete
 
 
-def test_a_target_that_was_being_replaced_is_named(tmp_path, source, monkeypatch):
-    target = tmp_path / "t"
-    serially(source, target)
-
-    def dies(self, keys):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Location, "delete_all", dies)
-        with pytest.raises(KeyboardInterrupt):
-            serially(source, target, overwrite=True)
-    with pytest.raises(TargetError, match="left when a target was being replaced"):
-        serially(source, target)
-    assert serially(source, target, overwrite=True).complete
-
-
 def test_attributes_that_would_make_metadata_too_long(tmp_path, source):
     """They are refused before anything is written, not written and never read again."""
     path = source / "zarr.json"

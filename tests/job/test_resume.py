@@ -169,7 +169,7 @@ def test_what_killed_workers_left_is_swept_up(tmp_path, make_source, client):
 
     with pytest.raises(KeyboardInterrupt):
         invert_store(source, tmp_path / "t", client=client, on_progress=stop)
-    left = tmp_path / "t" / "inverse" / f"0.{'5d9f' * 8}.partial"
+    left = tmp_path / "t" / "inverse" / f"c.0.0.0.{'5d9f' * 8}.partial"
     mine = left.with_name("notes.partial")
     left.write_text("half a chunk")
     mine.write_text("keep")
@@ -246,7 +246,7 @@ def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, clie
             invert_store(source, path, client=client, assume_a="diagonal", overwrite=True)
     with pytest.raises(TargetError, match="no target"):
         account_of(path)
-    with pytest.raises(TargetError, match="belongs to another job"):
+    with pytest.raises(TargetError, match="left when a target was being replaced: pass --overwrite again"):
         invert_store(source, path, client=client)
     assert invert_store(source, path, client=client, assume_a="diagonal", overwrite=True, max_failed=None).complete
 
