@@ -20,7 +20,7 @@ import zarr
 from click.testing import CliRunner
 
 import dask_batchinv
-from dask_batchinv import inverse_ex
+from dask_batchinv import inverse_ex, verify_store
 from dask_batchinv.cli import main
 from dask_batchinv.job.report.display import shown
 from dask_batchinv.job.report.run_record import Guarded, Progress
@@ -264,15 +264,16 @@ def test_a_stream_that_cannot_have_every_letter():
     ("ending", "code"),
     [("2>&1 | head -1", 3), ("2>&1 | true", 3), (">&-", 3), ("2>&-", 3), ("<&- >&- 2>&-", 3), ("--json | true", 3)],
 )
-def test_a_job_outlives_those_who_read_what_it_prints(source, tmp_path, ending, code):
+def test_a_job_outlives_those_who_read_what_it_prints(source, tmp_path, client, ending, code):
     target = tmp_path / "t"
     line = f'{{ "$@" {ending.partition("|")[0]}; echo $? >{tmp_path / "code"}; }} |{ending.partition("|")[2] or "cat"}'
     command = ["sh", "-c", line, "sh", *COMMAND, "run", source, target, "--tile-size", "720", "--workers", "1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (tmp_path / "code").read_text() == f"{code}\n", ended
     assert not re.search("Broken|Errno|Traceback|Exception", ended.stdout + ended.stderr)
-    assert "complete" in cli("status", target)[0]
-    cli("verify", target, "--source", source)
+    report = verify_store(target, source=source, client=client)
+    assert report.complete
+    assert report.ok
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
