@@ -33,6 +33,7 @@ def _stores(work: Work, folder: Path) -> Iterator[tuple[Server, Any, list[str], 
             "s3", endpoint_url=server.endpoint, key=server.key, secret=server.secret, skip_instance_cache=True,
             use_listings_cache=False,
         )  # fmt: skip
+        _remove(server, store, "source.zarr")  # of another part, in the same folder
         store.put(str(work.source), f"{server.bucket}/source.zarr", recursive=True)
         arguments = [*work.command(Path("-"))]
         arguments[1:3] = [f"s3://{server.bucket}/source.zarr", f"s3://{server.bucket}/target.zarr"]
@@ -51,9 +52,9 @@ def _is_complete(server: Server, store: Any) -> bool:
     return bool(json.loads(store.cat_file(f"{server.bucket}/target.zarr/zarr.json"))["attributes"]["complete"])
 
 
-def _remove_target(server: Server, store: Any) -> None:
-    if store.exists(f"{server.bucket}/target.zarr"):
-        store.rm(f"{server.bucket}/target.zarr", recursive=True)
+def _remove(server: Server, store: Any, name: str = "target.zarr") -> None:
+    if store.exists(f"{server.bucket}/{name}"):
+        store.rm(f"{server.bucket}/{name}", recursive=True)
 
 
 def objects(work: Work, folder: Path, runs: int, chance: random.Random) -> Iterator[Row]:
@@ -66,7 +67,7 @@ def objects(work: Work, folder: Path, runs: int, chance: random.Random) -> Itera
         worst = 0.0
         for number in range(runs):
             with row.run(f"run {number}", faults=0):
-                _remove_target(server, store)
+                _remove(server, store)
                 with fault_proxy(server.endpoint, seed=chance.randrange(2**31)) as proxy:
                     _run(arguments, variables | environment(server, proxy.endpoint))
                     row.faults += sum(proxy.faults.values())
@@ -85,7 +86,7 @@ def zombies(work: Work, folder: Path, runs: int, chance: random.Random) -> Itera
         late = 0
         for number in range(runs):
             with row.run(f"run {number}"):
-                _remove_target(server, store)
+                _remove(server, store)
                 with subprocess.Popen(
                     command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
                 ) as sleeper:
@@ -95,7 +96,8 @@ def zombies(work: Work, folder: Path, runs: int, chance: random.Random) -> Itera
                         time.sleep(chance.uniform(0.0, 6.0))
                         os.killpg(sleeper.pid, signal.SIGSTOP)
                         if number % 2:
-                            _remove_target(server, store)
+                            time.sleep(1.0)  # what it had sent must have come
+                            _remove(server, store)
                         _run(arguments, variables)
                         os.killpg(sleeper.pid, signal.SIGCONT)
                         sleeper.communicate(timeout=120)
@@ -103,12 +105,14 @@ def zombies(work: Work, folder: Path, runs: int, chance: random.Random) -> Itera
                         with suppress(ProcessLookupError):
                             os.killpg(sleeper.pid, signal.SIGKILL)
                 check(sleeper.returncode in (0, 1, 2), f"the sleeper ended with {sleeper.returncode}")
-                # The server has no conditional writes: a request that was on its way when the driver was stopped
-                # arrives, and may say what was true before. The same command puts that right.
-                late += not _is_complete(server, store)
-                check(_run(arguments, variables)["tiles_now"] == 0, "something was left to do")
+                # The server has no conditional writes: of a request that was on its way when the driver was stopped the
+                # rest arrives, and says what was true before. The same command puts that right.
+                was_complete = _is_complete(server, store)
+                was_left = _run(arguments, variables)["tiles_now"]
+                late += not was_complete or was_left > 0
+                check(was_left == 0 or _run(arguments, variables)["tiles_now"] == 0, "something was left to do")
                 _check_target(server, store, folder, work)
-    row.remarks["targets that a request on its way had called not complete"] = late
+    row.remarks["runs in which the rest of a request that was on its way had to be put right"] = late
     yield row
 
 
