@@ -40,7 +40,7 @@ def shared():
 
 
 def workers_of(client):
-    return list(client.scheduler_info(n_workers=-1)["workers"])
+    return list(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
 
 
 def test_a_worker_that_others_keep_busy_is_neither_waited_for_nor_harmed(tmp_path, source, shared):
@@ -200,6 +200,13 @@ async def main():
                 print("refused")
 asyncio.run(main())
 """
+
+
+def test_workers_are_found_whatever_the_client_last_heard(tmp_path, make_source, client, monkeypatch):
+    """A background task of the client asks the scheduler, but for no workers, and may be the last to be answered."""
+    identity = client.sync(client.scheduler.identity, n_workers=0)
+    monkeypatch.setattr(type(client), "scheduler_info", lambda self, **_: identity)
+    assert invert_store(make_source(conditioned(40, 3, 10)), tmp_path / "t", client=client).complete
 
 
 def listening():

@@ -183,9 +183,19 @@ def _is_loopback(location: str) -> bool:
     )
 
 
+def _known_workers(client: Client) -> dict[str, Any]:
+    """Return what the scheduler knows of its workers, by address.
+
+    Not by `Client.scheduler_info`: now and then a background task of the client puts an answer without workers in place
+    of the one that it waited for.
+    """
+    workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    return workers
+
+
 def _workers_of(client: Client) -> Workers:
     deadline = time.monotonic() + WORKER_SECONDS
-    while not (known := client.scheduler_info(n_workers=-1)["workers"].values()):
+    while not (known := _known_workers(client).values()):
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"the scheduler has had no workers for {WORKER_SECONDS} s: start some with `dask worker`"
@@ -226,7 +236,7 @@ def meet_workers(
 
 def _ask_all(client: Client, function: Any, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
     """Return what a function returns on those workers that answer, and who does not; ClusterError if none does."""
-    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    addresses = list(_known_workers(client))
     answers = client.sync(ask_workers, client, addresses, function, *arguments)
     heard = {address: answer for address, answer in answers.items() if not is_silent(answer)}
     if not heard:
