@@ -311,9 +311,14 @@ class Location:
                     yield entry.name, os.stat(entry.path).st_size if entry.is_file() else None
             return
         fs, path = self._filesystem()
-        with suppress(Exception):  # whatever a web server's answer becomes
-            for found in fs.ls(path, detail=True):
-                yield found["name"].rstrip("/").rpartition("/")[2], found.get("size")
+        try:
+            listed = fs.ls(path, detail=True)
+        except Exception:  # whatever a web server's answer becomes
+            if "http" not in self.url.partition("://")[0]:
+                raise
+            return
+        for found in listed:
+            yield found["name"].rstrip("/").rpartition("/")[2], found.get("size")
 
     def nbytes(self, key: str) -> int | None:
         """Return the size of what is stored under a key; None if nothing is."""
