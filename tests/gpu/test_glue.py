@@ -33,8 +33,14 @@ def spoilt_stack(n, dtype="float64"):
     return a, info
 
 
-@pytest.mark.parametrize("n", [2, 12, 40, 130])
-@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [
+        *[(2, "complex128"), (12, "float32"), (130, "float32")],
+        *(pytest.param(40, dtype, marks=pytest.mark.slow) for dtype in ("float32", "complex128")),
+        *(pytest.param(130, dtype, marks=pytest.mark.slow) for dtype in ("float64", "complex128")),
+    ],
+)
 def test_a_stack_from_main_memory_goes_over_the_gpu_in_pieces(monkeypatch, n, dtype):
     a, info = spoilt_stack(n, dtype)
     whole = run_gpu(a)
@@ -47,7 +53,10 @@ def test_a_stack_from_main_memory_goes_over_the_gpu_in_pieces(monkeypatch, n, dt
             assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "complex128", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("float64", "complex64"))],
+)
 @pytest.mark.parametrize("kind", TYPES)
 def test_types_of_lapack(kind, dtype):
     for n in (3, 13, 34, 129):

@@ -108,12 +108,15 @@ def test_quiet(source, tmp_path):
     ],
     ids=lambda value: " ".join(value[2:]) or "bad place" if isinstance(value, list) else None,
 )
-def test_refused_with_exit_code_2_before_anything_is_written(source, tmp_path, arguments, message):
+def test_refused_with_exit_code_2_before_anything_is_written(source, tmp_path, arguments, message, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").touch()
     before = sorted(tmp_path.rglob("*"))
     start = time.monotonic()
-    out, err = cli("run", *(text.format(tmp=tmp_path, source=source) for text in arguments), code=2)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *(text.format(tmp=tmp_path, source=source) for text in arguments)])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
     assert re.search(message, err)
     assert out == ""
     assert sorted(tmp_path.rglob("*")) == before

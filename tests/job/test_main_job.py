@@ -166,7 +166,7 @@ def finish(source, target):
     return len(recorded)
 
 
-@pytest.mark.parametrize("tiles", [20, 120])
+@pytest.mark.parametrize("tiles", [pytest.param(20, marks=pytest.mark.slow), 120])
 def test_kill_9_of_the_whole_process_group_then_the_same_command(planted, local, tiles):
     source, _, _ = planted
     target = source.with_name(f"killed{tiles}.zarr")
