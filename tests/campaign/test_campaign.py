@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 #: What the short form has; the others need root, a server, or many minutes.
-SHORT = ["workers", "clients", "stores"]
+SHORT = ["workers", "stores"]
 
 
 @pytest.mark.parametrize("part", SHORT)
@@ -26,6 +26,6 @@ def test_nothing_is_lost(tmp_path, part):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["schedulers", "bits", "stops", "groups", "poison"])
+@pytest.mark.parametrize("part", ["clients", "schedulers", "bits", "stops", "groups", "poison"])
 def test_nothing_is_lost_in_minutes(tmp_path, part):
     test_nothing_is_lost(tmp_path, part)

@@ -136,7 +136,7 @@ def test_a_damaged_source_is_exit_code_1_and_mended_by_the_same_command(source, 
     cli("verify", target, "--source", source)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp_path, sign):
     a = conditioned(4000, 40, 10)
     # So many tiles that some are left however late this process sees the first ones.

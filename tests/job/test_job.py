@@ -301,7 +301,7 @@ def test_tiles_that_fail_at_first_are_tried_again(tmp_path, make_source, client,
     assert sorted(log.read_text()) == list("012223")
 
 
-@pytest.mark.parametrize("allowed", [0, 3])
+@pytest.mark.parametrize("allowed", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_tile_that_kills_its_workers_is_left_out_by_name_and_all_others_are_done(
     tmp_path, make_source, processes, monkeypatch, allowed
 ):
