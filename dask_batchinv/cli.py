@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import click
 
@@ -22,7 +22,7 @@ from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, plan_for, prepare
 from dask_batchinv.job.report import display
-from dask_batchinv.job.report.account import account_of
+from dask_batchinv.job.report.freshness import Freshness, Status, check_job, status_of
 from dask_batchinv.job.report.run_record import Progress
 from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
 from dask_batchinv.job.versions import check_optimized
@@ -41,6 +41,8 @@ Exit codes:
     1  some tiles could not be done: run the same command again
     2  refused before anything was written
     3  done, but more than --max-failed matrices have no inverse
+    4  status and run --check: the target is not up to date with its source
+    5  status and run --check: whether it is cannot be told
   130  interrupted: run the same command again
 """
 
@@ -77,7 +79,7 @@ _job_options = _options(
                  help="Begin anew: replace a target of dask-batchinv, of this job or another, and nothing else ever. "
                       "To continue what was interrupted, leave it out."),
     click.option("--trust-ledger", is_flag=True,
-                 help="Do not read back what earlier runs have recorded as done."),
+                 help="Do not read back, or look for, what earlier runs have recorded as done."),
     click.option("--durable", is_flag=True,
                  help="Record a tile only when it is on the disk, so that a power failure loses nothing. Slower."),
 )  # fmt: skip
@@ -139,14 +141,15 @@ def main() -> None:
 @_job_options
 @_cluster_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `dask-batchinv plan`.")
+@click.option("--check", is_flag=True, help="Print whether TARGET is up to date with SOURCE, and stop.")
 @_json_option
 @click.option("--quiet", is_flag=True, help="No progress, and no report if all is well.")
-def run(dry_run: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
+def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
     """Invert all matrices of SOURCE into the Zarr group TARGET.
 
     SOURCE is a Zarr array (*, n, n), or a group with --variable: a path or an fsspec URL, format 2 or 3. TARGET gets
     `inverse` (*, n, n), `info` and `rcond` (*). If the command is interrupted, in whatever way, the same command
-    does what is left.
+    does what is left. Once all is done, it does again what has changed in SOURCE since, and what has been appended.
 
     \b
     Examples:
@@ -158,6 +161,8 @@ def run(dry_run: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
         if dry_run:
             _print_plan(_plan(job, cluster), as_json)
             return
+        if check:
+            _print_and_exit(check_job(job), as_json)
         with display.shown(enabled=not quiet) as on_progress:
 
             def heed(now: Progress) -> None:
@@ -185,11 +190,19 @@ def plan(as_json: bool, **arguments: Any) -> None:
 
 @main.command()
 @click.argument("target")
+@click.option(
+    "--source",
+    metavar="SOURCE",
+    help="The array that it was made from, if its address has changed or has credentials in it.",
+)
 @_json_option
-def status(target: str, as_json: bool) -> None:
-    """Print how far the job that writes TARGET is."""
+def status(target: str, source: str | None, as_json: bool) -> None:
+    """Print how far the job that writes TARGET is, and whether it is up to date with its source.
+
+    The source is listed, not read.
+    """  # fmt: skip
     with _exit_codes():
-        _print(account_of(target), as_json)
+        _print_and_exit(status_of(target, source), as_json)
 
 
 @main.command("verify")
@@ -246,6 +259,11 @@ def _print_plan(made: Plan, as_json: bool) -> None:
 
 def _print(report: Any, as_json: bool) -> None:
     _say(json.dumps(clean_values(report.to_json())) if as_json else clean_lines(str(report)))
+
+
+def _print_and_exit(found: Status | Freshness, as_json: bool) -> NoReturn:
+    _print(found, as_json)
+    sys.exit(found.exit_code)
 
 
 def _say(text: str) -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import fsspec
 import zarr.abc.store
@@ -25,6 +28,25 @@ from dask_batchinv.text import CleanError, clean, harmless, remember_url, withou
 
 #: A metadata document may be so long.
 JSON_NBYTES = 16 * 2**20
+
+
+#: What stores tell of a file that changes with its content, and what with the time of its last change, by the names
+#: that fsspec gives it, in small letters alone.
+_VERSIONS = frozenset(["etag", "md5hash", "md5", "contentmd5", "crc32c", "crc", "generation", "versionid"])
+_TIMES = frozenset(["mtime", "modified", "lastmodified", "updated", "created", "datetime", "timemodified"])
+#: So many files are asked for at once, where none are listed.
+_ASKED_AT_ONCE = 16
+
+
+class Known(NamedTuple):
+    """What a store tells of a file."""
+
+    size: int | None
+    """Its bytes."""
+    version: str
+    """A text that changes when the content does; empty if there is none."""
+    changed: int | None
+    """When it changed last, in nanoseconds since 1970, where `version` is made of nothing else; None if unknown."""
 
 
 class TakenOverError(CleanError, ConnectionError):
@@ -303,22 +325,29 @@ class Location:
                 return []
             raise
 
-    def known_sizes(self) -> Iterator[tuple[str, int | None]]:
-        """Yield the names of what is directly inside, and the sizes of files; nothing where it cannot be listed."""
+    def look(self, keys: Callable[[], Iterable[str]]) -> Iterator[tuple[str, Known]]:
+        """Yield what is known of the files inside: on a disk, and where nothing is listed, of those with some keys."""
         if self.is_local:
-            with os.scandir(self.url) as entries:
-                for entry in entries:
-                    yield entry.name, os.stat(entry.path).st_size if entry.is_file() else None
+            for key in keys():
+                with suppress(OSError):  # what is not there, or damaged: reading will tell
+                    yield key, _known_of(os.stat(f"{self.url}/{key}"))
             return
         fs, path = self._filesystem()
-        try:
-            listed = fs.ls(path, detail=True)
-        except Exception:  # whatever a web server's answer becomes
-            if "http" not in self.url.partition("://")[0]:
-                raise
+        if "http" not in self.url.partition("://")[0]:
+            with suppress(FileNotFoundError):
+                for name, found in fs.find(path, detail=True).items():
+                    yield name[len(path) :].lstrip("/"), _told(found)
             return
-        for found in listed:
-            yield found["name"].rstrip("/").rpartition("/")[2], found.get("size")
+
+        def ask(key: str) -> tuple[str, Known] | None:
+            with suppress(FileNotFoundError):
+                return key, _told(fs.info(f"{path}/{key}"))
+            return None
+
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            left = iter(keys())
+            while some := list(itertools.islice(left, 64 * _ASKED_AT_ONCE)):
+                yield from filter(None, pool.map(ask, some))
 
     def nbytes(self, key: str) -> int | None:
         """Return the size of what is stored under a key; None if nothing is."""
@@ -357,6 +386,28 @@ class Location:
         for folder in sorted(folders, reverse=True):  # what is inside comes first
             with suppress(OSError):
                 os.rmdir(os.path.join(self.url, folder))
+
+
+def _known_of(found: os.stat_result) -> Known:
+    # Whoever sets the time of change back, as copies do, cannot do so with that of the file's own record.
+    changed = max(found.st_mtime_ns, found.st_ctime_ns)
+    return Known(found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}", changed)
+
+
+def _told(info: dict[str, Any]) -> Known:
+    """Return what a file system of fsspec tells of a file."""
+    told = {name.lower().replace("_", "").replace("-", ""): value for name, value in info.items()}
+    versions, times = (sorted((name, told[name]) for name in names & told.keys() if told[name] is not None)
+                       for names in (_VERSIONS, _TIMES))  # fmt: skip
+    changed = None if versions else max(map(_nanoseconds, dict(times).values()), default=None)
+    return Known(info.get("size"), " ".join(f"{name}={value}" for name, value in versions or times), changed)
+
+
+def _nanoseconds(when: Any) -> int:
+    """Return a time since 1970; one that is written in any other way counts as long ago."""
+    if isinstance(when, datetime):
+        when = when.timestamp()
+    return int(when * 1e9) if isinstance(when, (int, float)) else 0
 
 
 def _resolved(parts: list[str], url: str) -> list[str]:

@@ -45,6 +45,15 @@ def test_the_page_on_containers(section):
     assert runner.failures == 0
 
 
+def test_the_page_on_archives(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")  # which Xarray writes all the same
+        found = doctest.testfile(str(ROOT / "docs" / "nightly.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 10
+    assert found.failed == 0
+
+
 def test_diffusion_mri(tmp_path):
     pytest.importorskip("dipy", reason="the example's data come with dipy: pip install .[examples]")
     script = ROOT / "examples" / "diffusion_mri.py"

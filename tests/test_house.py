@@ -25,6 +25,7 @@ FLOORS = [
     ["options"],
     ["containers"],
     ["array", "job.events", "job.tiling", "job.versions", "job.options", "job.outputs"],
+    ["job.seen"],
     ["labelled", "job.results", "job.source"],
     ["accessor"],
     ["job.target"],

@@ -47,7 +47,8 @@ def invert_store(
     """Invert every matrix of a Zarr store into another, on a Dask cluster.
 
     Call it again after an interruption, of any kind: it reads back what is recorded as done, by its checksums, and
-    does what is left or damaged, with the same bits. One run at a time may work on a target.
+    does what is left or damaged, with the same bits. Call it again on a finished target: it does what has changed in
+    the source since, as far as its store tells, and what has been appended. One run at a time may work on a target.
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ def invert_store(
         Replace a target of dask_batchinv, of another job or of this one, from the beginning. What is not a target of
         dask_batchinv is never replaced.
     trust_ledger : bool
-        Do not read back what earlier runs have recorded.
+        Do not read back what earlier runs have recorded, nor look whether it is still there.
     durable : bool
         Record a tile only when the operating system says that it is on the disk, so that a power failure loses
         nothing that is recorded; slower. Without it that takes only a file system that orders its writes.

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from crc32c import crc32c
 
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.outcome import FAILURE_KINDS, Info, SourceError, failures_of
@@ -22,13 +23,18 @@ T = TypeVar("T")
 #: Errors of operating systems that have no more room.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 DEVICES = ("cpu", "gpu")
+#: So many bytes are checked at a time.
+_CHECKED_NBYTES = 2**20
 #: LAPACK's own tests accept a residual of 30 n eps ‖A‖₁ ‖X‖₁.
 LARGEST_RATIO = 30.0
+#: The columns for what the stores of source and target say of a tile, as `dask_batchinv.job.seen` has it.
+SEEN = ("source_seen", "target_seen")
 #: What a row of the ledger says of its tile, in int64; only `TileRow` and `smallest_of` know how.
 COLUMNS = (
     "generation", "matrices", *FAILURE_KINDS, "ill_conditioned", "smallest_rcond_bits", "milliseconds", "attempts",
     "device", "filled",
     *(output.checksum for output in OUTPUTS),
+    "source_checksum", *SEEN,
 )  # fmt: skip
 
 
@@ -84,9 +90,19 @@ class TileRow:
     """Where they were inverted."""
     filled: int = 0
     """Chunks of the source that were not there, and read as their fill value."""
+    source_checksum: int = 0
+    """Of what was read of the source: see `content_checksum`."""
 
     @classmethod
-    def of(cls, info: Array, rcond: Array, checksums: dict[str, int], device: str = "cpu", filled: int = 0) -> TileRow:
+    def of(
+        cls,
+        info: Array,
+        rcond: Array,
+        checksums: dict[str, int],
+        device: str = "cpu",
+        filled: int = 0,
+        source_checksum: int = 0,
+    ) -> TileRow:
         """Return the account of matrices with these codes and condition numbers."""
         good = info == int(Info.GOOD)
         return cls(
@@ -97,15 +113,16 @@ class TileRow:
             checksums=checksums,
             device=device,
             filled=filled,
+            source_checksum=source_checksum,
         )
 
     def encode(self, milliseconds: int, attempts: int) -> list[int]:
-        """Return the row of the ledger, but for its first column."""
+        """Return the row of the ledger, but for its first column and the last ones, `SEEN`."""
         smallest = int(np.float64(self.smallest_rcond).view(np.int64))
         return [
             self.matrices, *(self.failed[kind] for kind in FAILURE_KINDS), self.ill_conditioned, smallest,
             milliseconds, attempts, DEVICES.index(self.device), self.filled,
-            *(self.checksums[output.name] for output in OUTPUTS),
+            *(self.checksums[output.name] for output in OUTPUTS), self.source_checksum,
         ]  # fmt: skip
 
     @classmethod
@@ -120,7 +137,29 @@ class TileRow:
             checksums={output.name: values[output.checksum] for output in OUTPUTS},
             device=DEVICES[values["device"]],
             filled=values["filled"],
+            source_checksum=values["source_checksum"],
         )
+
+
+def content_checksum(block: Array) -> int:
+    """Return a number of 63 bits for the content of an array, whatever its order in memory: a CRC-32C and a sum.
+
+    Two contents that differ have the same one with a probability of 2⁻⁶³.
+
+    Examples
+    --------
+    >>> content_checksum(np.eye(2)) == content_checksum(np.asfortranarray(np.eye(2)))
+    True
+    """
+    checksum, total = 0, 0
+    word = f"u{min(8, block.itemsize)}"
+    step = max(1, _CHECKED_NBYTES * len(block) // max(1, block.nbytes)) if block.ndim else 1
+    for start in range(0, len(block), step) if block.size else ():
+        part = block[start : start + step]
+        content = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        checksum = crc32c(content.data, checksum)
+        total += int(content.view(word).sum(dtype=np.uint64))
+    return checksum << 31 | total % (2**31 - 1)
 
 
 def smallest_of(rows: Rows) -> float | None:

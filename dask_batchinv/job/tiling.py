@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
+
 
 def cuts(size: int, step: int) -> int:
     """Return into how many pieces of at most `step` a length is cut."""
@@ -80,6 +83,33 @@ class Tiling(StackShape):
             else slice(None)
             for axis in self.axes(core)
         )
+
+    def matrices(self) -> npt.NDArray[np.int64]:
+        """Return the matrices in each tile, by number.
+
+        Examples
+        --------
+        >>> Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3)).matrices()
+        array([4, 4, 2])
+        """
+        counts = np.ones(1, np.int64)
+        for axis, cut in zip(self.batch, self.grid, strict=True):
+            size, step = self.shape[axis], self.tile[axis]
+            along = np.minimum(step, size - step * np.arange(cut))
+            counts = np.multiply.outer(counts, along).reshape(-1)
+        return counts
+
+    def numbers_in(self, larger: Tiling) -> npt.NDArray[np.int64]:
+        """Return the numbers that these tiles have in the tiling of a stack that has grown.
+
+        Examples
+        --------
+        >>> small, large = (Tiling(shape=(10, size, 3, 3), core=(2, 3), tile=(5, 4, 3, 3)) for size in (4, 8))
+        >>> small.numbers_in(large)
+        array([0, 2])
+        """
+        places = np.unravel_index(np.arange(self.n_tiles), self.grid or (1,))
+        return np.ravel_multi_index(places, larger.grid or (1,)).astype(np.int64)
 
     def _position(self, number: int) -> dict[int, int]:
         """Return where a tile is in the grid, by batch axis."""

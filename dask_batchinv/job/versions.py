@@ -11,10 +11,9 @@ import zarr.storage
 from dask_batchinv._version import __version__
 from dask_batchinv.outcome import RefusedError
 
-#: What computes the matrices, so that its version may change their bits.
-COMPUTING = ("dask_batchinv", "llvmlite", "numpy", "scipy")
-#: And what reads and writes their bytes.
-PACKAGES = (*COMPUTING, "zarr", "numcodecs", "crc32c", "distributed")
+#: What brings LAPACK, so that its version may change bits where that computes.
+LAPACKS = ("numpy", "scipy")
+PACKAGES = ("dask_batchinv", "llvmlite", *LAPACKS, "zarr", "numcodecs", "crc32c", "distributed")
 
 Versions = dict[str, str]
 

@@ -28,6 +28,10 @@ from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
 
+#: Rises when one of our own kernels gives other bits than before for any matrix. A target goes on with the kernels that
+#: began it, or not at all.
+GENERATION = 1
+
 #: The structures of which one triangle is read, and says what is in the other.
 MIRRORED = ("symmetric", "hermitian", "positive definite")
 
@@ -57,6 +61,8 @@ class Kernel:
     """``scratch_nbytes(n, dtype)``: its working memory in bytes."""
     compile_nbytes: Callable[[int, npt.DTypeLike], int] = lambda n, dtype: COMPILE_NBYTES
     """``compile_nbytes(n, dtype)``: what it takes in bytes before its first use in a process."""
+    is_ours: Callable[[int, npt.DTypeLike], bool] = lambda n, dtype: True
+    """``is_ours(n, dtype)``: whether `GENERATION` says what bits come out; else LAPACK computes."""
 
 
 def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
@@ -82,12 +88,14 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
             invert=partial(cpu.invert, structure=assume_a),
             scratch_nbytes=partial(cpu.scratch_nbytes, structure=assume_a),
             compile_nbytes=partial(cpu.compile_nbytes, structure=assume_a),
+            is_ours=partial(cpu.has_kernel, structure=assume_a),
         )
     return Kernel(
         name=f"lapack: {assume_a}",
         device="cpu",
         invert=partial(lapack.invert, structure=assume_a),
         scratch_nbytes=lapack.scratch_nbytes,
+        is_ours=lambda n, dtype: False,
     )
 
 

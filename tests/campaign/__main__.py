@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.campaign import bits, bombs, drivers, kills, limits, objects, overhead, page, poison, stores
+from tests.campaign import bits, bombs, drivers, kills, limits, objects, overhead, page, poison, stores, updates
 from tests.campaign.points import POINTS
 from tests.campaign.processes import Client
 from tests.campaign.work import Row, Work, prepare_work
@@ -53,6 +53,7 @@ def _parts(
         "vanishing": lambda chance: drivers.vanishing(work(TILES), cluster, some(100), chance),
         "disks elsewhere": lambda chance: drivers.other_disks(work(20), cluster, some(20), chance),
         "names": lambda chance: drivers.names(work(20), cluster, some(50), chance),
+        "updates": lambda chance: updates.updates(folder, cluster, some(200, 3), chance),
         "bombs": lambda chance: bombs.bombs(folder, some(50), chance),
         "zombies in S3": lambda chance: objects.zombies(work(TILES), folder, some(40), chance),
         "million": lambda chance: limits.a_million_tiles(folder, some(10**6), chance),

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 #: What the short form has; the others need root, a server, or many minutes.
-SHORT = ["workers", "stores"]
+SHORT = ["workers", "stores", "updates"]
 
 
 @pytest.mark.parametrize("part", SHORT)

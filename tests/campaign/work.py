@@ -16,7 +16,8 @@ import numpy as np
 import xarray as xr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from dask_batchinv.job.target.target import existing, read_ledger
+from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.target.target import existing
 from tests.support.stacks import conditioned
 
 #: Tiles of a little more than half a MiB, so that each is a task of its own.
@@ -122,7 +123,7 @@ def check(holds: object, what: str) -> None:
 def recorded(target: Path) -> int:
     """Tiles in the ledger of a target; 0 if there is none yet."""
     try:
-        return int(read_ledger(*existing(target)).done.sum())
+        return int(Ledger(*existing(target)).done.sum())
     except Exception:  # whatever is half created
         return 0
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dask_batchinv import DeviceError, IllConditionedWarning, SingularMatrixError, inverse, inverse_ex, invert_store
-from dask_batchinv.job.target.target import existing, read_ledger
+from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.target.target import existing
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
 from tests.gpu import fake_cupy
@@ -211,7 +212,7 @@ def test_a_job_that_began_on_cpus_goes_on_where_gpus_are(tmp_path, make_source, 
     assert report.complete
     assert report.devices["cpu"] >= 2
     assert report.devices == {"cpu": 6 - report.tiles_now, "gpu": report.tiles_now}
-    on = read_ledger(*existing(tmp_path / "t")).column("device")
+    on = Ledger(*existing(tmp_path / "t")).column("device")
     x = read_target(tmp_path / "t")[0]
     for tile, device in enumerate(on):
         part = slice(10 * tile, 10 * tile + 10)

@@ -162,7 +162,7 @@ def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp
     assert running.returncode == 130, out + err
     assert "run the same command again for the rest" in err
     assert "Traceback" not in err
-    before = json.loads(cli("status", target, "--json")[0])
+    before = json.loads(cli("status", target, "--json", code=4)[0])
     assert not before["complete"]
     assert before["tiles_done"] > 0
     report = json.loads(cli(*arguments, "--json")[0])

@@ -3,13 +3,14 @@
 import numpy as np
 import zarr
 
-from dask_batchinv.job.target.target import existing, read_ledger
+from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.target.target import existing
 from tests.support.stacks import conditioned
 
 
 def recorded(path):
     """Return the numbers of the tiles that are recorded in the ledger of a target."""
-    return np.flatnonzero(read_ledger(*existing(path)).done)
+    return np.flatnonzero(Ledger(*existing(path)).done)
 
 
 def read_target(path):

@@ -12,32 +12,37 @@ from typing import Any
 
 import dask.config
 import numpy as np
+import numpy.typing as npt
 
 from dask_batchinv.job.driver.cluster import ClusterOptions, connect, count_gpus, meet_workers
 from dask_batchinv.job.driver.dispatch import Dispatcher
 from dask_batchinv.job.driver.executor import Executor, Serial
 from dask_batchinv.job.driver.roster import ClusterLostError
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
-from dask_batchinv.job.outputs import LEDGER, OUTPUTS
+from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.plan.prepare import Job, plan_for, refuse_overlap
 from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, RunRecord, RunTotals, ignore
+from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.seen import Numbers, Seen
 from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES, DamagedTargetError
 from dask_batchinv.job.target.documents import Contents
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
+from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
 from dask_batchinv.location import TakenOverError, raised_as
-from dask_batchinv.outcome import TargetError
+from dask_batchinv.outcome import SourceError, TargetError
 from dask_batchinv.stack import result_dtype
 from dask_batchinv.text import clean
+
+Flags = npt.NDArray[np.bool_]
 
 #: What to do about a store that fails.
 AGAIN = "; run the command again"
@@ -46,6 +51,13 @@ FLUSH_SECONDS = 1.0
 #: How often the ledger is written at the end of a run before that is given up, and seconds between, doubled each time.
 FINAL_ATTEMPTS = 5
 FLUSH_BACK_OFF_SECONDS = 0.25
+#: What was written to the source before may still be written to at the same time, as the clocks of file systems tick.
+SETTLING_SECONDS = 0.06
+#: What to say of a store that tells too little.
+MUTE = (
+    "the store of the source tells neither versions nor times of its chunks, so that a change of it cannot be seen: "
+    "--overwrite does all again"
+)
 #: Tiles of at most so many bytes are read back at a time.
 READ_BACK_NBYTES = 2**26
 
@@ -53,13 +65,13 @@ READ_BACK_NBYTES = 2**26
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
     """Run a prepared job to its end and return the report, whatever it says."""
     on_progress = on_progress or ignore
-    if job.action == "check" and job.options.trust_ledger:
+    if job.action == "check":
         nobody = Workers(0, 0, None)
-        run = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
-        if run.is_all_there():
-            return run()
-    if job.action != "check":
-        refuse_held(job.target)  # before workers are started, or asked
+        idle = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
+        if (ledger := idle.nothing_to_do()) is not None:
+            remove_stale_lock(job.target)
+            return idle.report(ledger)
+    refuse_held(job.target)  # before workers are started, or asked
     with connect(options) as (client, workers):
         if not options.is_local:
             workers = replace(workers, gpus=count_gpus(job.options.device, client))
@@ -88,54 +100,49 @@ class Run:
 
     def __post_init__(self) -> None:
         self._tell = Guarded(self.on_progress)
+        self._made: set[int] = set()
+        self._found: Seen | None = None
 
     def __call__(self) -> JobReport:
         """Bring the target to its end, and return the report."""
-        job = self.job
         with ExitStack() as held:
-            if job.action == "check" and (ledger := self._check()) is not None:
-                remove_stale_lock(job.target)
-                return self.report(ledger)
+            time.sleep(SETTLING_SECONDS)
+            seen = self._look_at_source()
             lock, writer, target, ledger = self._begin(held)
             try:
-                self._invert(target, ledger, writer, lock)
+                self._bring_up_to_date(target, ledger, writer, lock, seen)
                 self._finish(target, ledger, writer, lock)
             except TakenOverError as error:  # nothing is written any more: the target is another run's, or has gone
                 self.totals.stopped = str(error)
             return self.report(ledger)
 
-    def _check(self) -> Ledger | None:
-        """Read a complete target back, and return its ledger if nothing is wrong: then nothing is locked or written."""
-        if not self._has_metadata():
+    def nothing_to_do(self) -> Ledger | None:
+        """Return the ledger of a complete target if neither its source has changed nor what is in it."""
+        job = self.job
+        location, target = job.target, job.found
+        if not targets.follows(location, target, self.contents) or targets.damage(location, target, self.contents):
             return None
-        ledger, totals = self._ledger_as_found(), self.totals
-        self._read_back(ledger, None)
-        if totals.stopped is not None:  # perhaps no worker was sure to see this target: the lock will tell
-            totals.stopped, totals.has_read_back, totals.read_back = None, False, 0
-            totals.damaged.clear()
-        elif ledger.done.all() and not self._damage():
-            return ledger
-        return None
-
-    def is_all_there(self) -> bool:
-        """Tell whether all tiles are recorded, and nothing of the metadata is damaged."""
-        return self._has_metadata() and bool(self._ledger_as_found().done.all()) and not self._damage()
-
-    def _ledger_as_found(self) -> Ledger:
-        """Return the ledger of the target that was found, to be read, without tiles that are not wanted."""
-        ledger = targets.read_ledger(self.job.target, self.job.found)
+        ledger = Ledger(location, target)
         self._forget_filled(ledger)
+        if not ledger.done.all():
+            return None
+        source = self._look_at_source()
+        if source.tells and source.differs(ledger.column("source_seen")).any():
+            return None
+        if not job.options.trust_ledger:
+            found = self._look_at_target()
+            if not found.whole.all() or found.differs(ledger.column("target_seen")).any():
+                return None
         return ledger
 
-    def _has_metadata(self) -> bool:
-        try:
-            targets.tiling_of(self.job.target, self.job.found)
-        except (DamagedTargetError, ValueError):
-            return False
-        return True
+    def _look_at_source(self) -> Seen:
+        seen = self.job.source.look(self.plan.tiling)
+        if not seen.tells and MUTE not in self.totals.notes:
+            self.totals.notes.append(MUTE)
+        return seen
 
-    def _damage(self) -> list[str]:
-        return targets.damage(self.job.target, self.job.found, self.contents)
+    def _look_at_target(self) -> Seen:
+        return targets.look(self.job.target, self.plan.tiling, self.contents.dtype)
 
     @cached_property
     def contents(self) -> Contents:
@@ -156,55 +163,126 @@ class Run:
             refuse_overlap(job.source, job.target)  # again: something may have been mounted or linked meanwhile
             targets.create(job.target, job.fingerprint, self.contents, writer, job.found)
         target = targets.inspect(job.target)  # again: another run may have been at work until now
-        if not target.is_there or target.fingerprint != job.fingerprint or target.tile != tiling.tile:
+        shape = tiling.shape if job.action == "create" else job.found.shape
+        expected = (job.fingerprint, tiling.tile, shape)
+        if not target.is_there or (target.fingerprint, target.tile, target.shape) != expected:
             raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")
         with raised_as(OSError, f"{job.target.name} cannot be opened", AGAIN):
-            if job.action != "create":
+            if job.action != "create" and targets.follows(job.target, target, self.contents):
                 self.totals.mended += targets.mend(job.target, target, self.contents, writer)
-            ledger = Ledger(job.target, target.generation, tiling.n_tiles, writer=writer, durable=job.options.durable)
+            elif job.action != "create":
+                self.totals.grown_from = target.shape if target.shape != tiling.shape else None
+                target = targets.update(job.target, target, self.contents, writer)
+            ledger = Ledger(job.target, target, writer=writer, durable=job.options.durable)
         self._forget_filled(ledger)
-        for result in self.totals.damaged:
-            ledger.forget(result.number)
         return lock, writer, target, ledger
 
-    def _read_back(self, ledger: Ledger, lock: Lock | None) -> None:
-        """Read back what earlier runs have recorded, and forget those tiles that are not what was written."""
+    def _bring_up_to_date(self, target: Target, ledger: Ledger, writer: Writer, lock: Lock, seen: Seen) -> None:
+        """Do the tiles that are not recorded, not as they were written, or made from what the source has no more."""
+        try:
+            if self.job.action != "create":
+                self._read_back(target, ledger, lock)
+                self._compare(target, ledger, lock, seen, ledger.done)
+            if target.state is State.COMPLETE and not self._is_done(ledger):
+                with raised_as(OSError, f"{self.job.target.name} cannot be written", AGAIN):
+                    targets.set_complete(writer, target.generation, False)
+            self._invert_tiles(ledger, lock, seen, ~ledger.done)
+            self._look_again(target, ledger, lock, seen)
+        except ClusterLostError as error:
+            self.totals.stopped = str(error)
+        finally:
+            # Also when interrupted: what is recorded is not done again, and damage that was found not forgotten.
+            self._flush(ledger, FINAL_ATTEMPTS)
+
+    def _read_back(self, target: Target, ledger: Ledger, lock: Lock) -> None:
+        """Read back what earlier runs have recorded and may have changed since; forget what is not as it was written.
+
+        All that an interrupted run has left: nobody has looked at it.
+        """
         if self.job.options.trust_ledger:
             return
         start, totals, job = time.monotonic(), self.totals, self.job
-        totals.has_read_back = True
-        recorded, matrices = int(ledger.done.sum()), ledger.total("matrices")
-        task = ReadBackTask(
-            uuid.uuid4().hex, job.target, self.plan.tiling, self._chunk_nbytes(), job.source.for_workers()
+        self._found = self._look_at_target()
+        suspects = np.flatnonzero(ledger.done & self._found.differs(ledger.column("target_seen")))
+        matrices = int(ledger.column("matrices")[suspects].sum())
+        nbytes = targets.chunk_nbytes(self.plan.tiling, self.contents.dtype)
+        task = ReadBackTask(uuid.uuid4().hex, job.target, self.plan.tiling, target.ledger, nbytes)
+        for result in self._results(read_back_tiles, task, self._spans(suspects), 1, lock):
+            if not isinstance(result, Heartbeat):
+                if result.value is not None:
+                    totals.read_back += result.value
+                else:
+                    totals.damaged.append(result)
+                    ledger.forget(result.number)
+            share = (totals.read_back + len(totals.damaged)) / max(1, len(suspects))
+            seconds, damaged = time.monotonic() - start, len(totals.damaged)
+            self._tell(Progress("checking", matrices, round(share * matrices), 0, 0, damaged, seconds))
+
+    def _compare(self, target: Target, ledger: Ledger, lock: Lock, seen: Seen, among: Flags) -> None:
+        """Read again what tiles were made from where the store of the source says something else of it than then.
+
+        Those of which that is other numbers are forgotten, and of the others it is noted what the store says now.
+        """
+        if not seen.tells:
+            return
+        job, totals, start = self.job, self.totals, time.monotonic()
+        suspects = np.flatnonzero(among & ledger.done & seen.differs(ledger.column("source_seen")))
+        matrices, done = int(ledger.column("matrices")[suspects].sum()), 0
+        task = CompareTask(
+            uuid.uuid4().hex, job.source.for_workers(), job.target, target.ledger, self.plan.tiling, job.options.missing
         )
-        spans = spans_to_read_back(np.flatnonzero(ledger.done), self.plan.tile_nbytes)
-        try:
-            for result in self._results(read_back_tiles, task, spans, 1, lock):
-                if not isinstance(result, Heartbeat):
-                    if result.value is not None:
-                        totals.read_back += result.value
-                    else:
-                        totals.damaged.append(result)
-                        ledger.forget(result.number)
-                share = (totals.read_back + len(totals.damaged)) / max(1, recorded)
-                seconds, damaged = time.monotonic() - start, len(totals.damaged)
-                self._tell(Progress("checking", matrices, round(share * matrices), 0, 0, damaged, seconds))
-        except ClusterLostError as error:
-            totals.stopped = str(error)
+        for result in self._results(compare_tiles, task, self._spans(suspects), self._attempts, lock):
+            if not isinstance(result, Heartbeat):
+                done += int(ledger.column("matrices")[result.number])
+                if result.value:
+                    ledger.note("source_seen", result.number, seen.recorded(result.number))
+                elif result.value is None:  # its source may come back as it was
+                    totals.add(result)
+                else:
+                    totals.changed += 1
+                    ledger.forget(result.number)
+            self._tell(Progress("comparing", matrices, done, 0, 0, totals.changed, time.monotonic() - start))
+
+    def _spans(self, numbers: Numbers) -> Iterator[range]:
+        return spans_to_read_back(numbers, self.plan.tile_nbytes)
+
+    @property
+    def _attempts(self) -> int:
+        return int(dask.config.get("batchinv.job.attempts"))
+
+    def _look_again(self, target: Target, ledger: Ledger, lock: Lock, seen: Seen) -> None:
+        """Do again, once, what the source has changed since it was looked at before it was read."""
+        for is_last in (False, True):
+            if self.totals.stopped is not None or not seen.tells:
+                return
+            try:
+                now = self._look_at_source()
+            except SourceError as error:
+                self.totals.stopped = str(error)
+                return
+            moved = ledger.done & now.differs(seen.marks)
+            if not moved.any():
+                break
+            if is_last:
+                first = FailedTile.of(TileResult(int(moved.argmax()), None, "its source"), self.plan.tiling)
+                self.totals.stopped = (
+                    f"the source is being written to: {moved.sum():,} tiles changed again while they were done anew, "
+                    f"first {first}"
+                )
+                return
+            self._flush(ledger, FINAL_ATTEMPTS)  # workers read what is recorded
+            self._compare(target, ledger, lock, now, moved)
+            self._invert_tiles(ledger, lock, now, moved)
+            seen = now
+        with suppress(Exception):  # whatever a store may raise: it was readable until now
+            if self.job.source.has_grown():
+                self.totals.notes.append("the source has grown since this run began: run it again for the rest")
 
     def _forget_filled(self, ledger: Ledger) -> None:
         """Forget tiles in which chunks are filled that were not there, where that is not wanted any more."""
         if self.job.options.missing == "error":
             for number in np.flatnonzero(ledger.done & (ledger.column("filled") > 0)):
                 ledger.forget(int(number))
-
-    def _chunk_nbytes(self) -> tuple[int, ...]:
-        """Return the bytes of a stored chunk of each output."""
-        tiling, dtype = self.plan.tiling, self.contents.dtype
-        return tuple(
-            tiling.chunk_elements(core=output.core) * output.dtype(dtype).itemsize + CHECKSUM_NBYTES
-            for output in OUTPUTS
-        )
 
     def _results(
         self, work: Any, task: Any, spans: Iterable[range], attempts: int, lock: Lock | None
@@ -220,36 +298,23 @@ class Run:
                 lock.check()
             yield result
 
-    def _invert(self, target: Target, ledger: Ledger, writer: Writer, lock: Lock) -> None:
-        """Do the tiles that are not recorded, or not as they were written, and record them."""
-        try:
-            if self.job.action != "create" and not self.totals.has_read_back:
-                self._read_back(ledger, lock)
-            if target.state is State.COMPLETE and not ledger.done.all():
-                with raised_as(OSError, f"{self.job.target.name} cannot be written", AGAIN):
-                    targets.set_complete(writer, target.generation, False)
-            if self.totals.stopped is None:
-                self._invert_tiles(ledger, lock)
-        except ClusterLostError as error:
-            self.totals.stopped = str(error)
-        finally:
-            # Also when interrupted: what is recorded is not done again, and damage that was found not forgotten.
-            self._flush(ledger, FINAL_ATTEMPTS)
-
-    def _invert_tiles(self, ledger: Ledger, lock: Lock) -> None:
+    def _invert_tiles(self, ledger: Ledger, lock: Lock, seen: Seen, among: Flags) -> None:
+        """Invert tiles that are not done, among some, and record them."""
+        if self.totals.stopped is not None:
+            return
         start, flushed, totals = time.monotonic(), -FLUSH_SECONDS, self.totals
         tiling, n_matrices = self.plan.tiling, self.plan.tiling.n_matrices
         before = done = ledger.total("matrices")
         without_inverse = sum(ledger.failed.values())
-        spans = tiling.spans(map(int, np.flatnonzero(~ledger.done)), self.plan.tiles_per_task)
-        attempts = int(dask.config.get("batchinv.job.attempts"))
-        for result in self._results(invert_tiles, self.task(lock.run), spans, attempts, lock):
+        spans = tiling.spans(map(int, np.flatnonzero(among & ~ledger.done)), self.plan.tiles_per_task)
+        for result in self._results(invert_tiles, self.task(lock.run), spans, self._attempts, lock):
             if not isinstance(result, Heartbeat):
                 totals.add(result)
                 if result.value is not None:
                     done += result.value.matrices
                     without_inverse += sum(result.value.failed.values())
-                    ledger.record(result)
+                    ledger.record(result, seen.recorded(result.number))
+                    self._made.add(result.number)
             now = time.monotonic()
             totals.seconds = now - start
             if ledger.has_changes and now - flushed > FLUSH_SECONDS:
@@ -285,29 +350,41 @@ class Run:
         lock.confirm()
         with raised_as(OSError, f"{location.name} cannot be finished", AGAIN):
             targets.remove_partial_chunks(location, target.members)
-            if ledger.done.all() and self.totals.stopped is None:
+            if self._is_done(ledger):
                 self._look_for_losses(target, ledger)
             with suppress(Exception):  # the disk may be full: the report matters more
                 record_run(writer, self._record().to_json())
-            if ledger.done.all() and self.totals.stopped is None:
+            if self._is_done(ledger):
                 targets.open_as_reader(location)
                 targets.set_complete(writer, target.generation, True)
 
+    def _is_done(self, ledger: Ledger) -> bool:
+        return bool(ledger.done.all()) and self.totals.stopped is None and not self.totals.failed
+
     def _look_for_losses(self, target: Target, ledger: Ledger) -> None:
-        """Look for all that was made: something may have been removed or emptied while the job ran."""
-        location = self.job.target
+        """Look for all that was made: something may have been removed or emptied while the job ran.
+
+        What is seen of it is noted: of what no run has to look at again, unless that changes.
+        """
+        location, found, before = self.job.target, self._look_at_target(), self._found
         if keys := targets.damage(location, target, self.contents):
             self.totals.stopped = f"{', '.join(keys[:3])} of {location.name} was removed or damaged meanwhile"
-        elif lost := targets.lost_tiles(location, self.plan.tiling, self._chunk_nbytes()):
-            for number in lost:
+        elif (lost := np.flatnonzero(~found.whole)).size:
+            for number in map(int, lost):
                 ledger.forget(number)
-            self._flush(ledger, FINAL_ATTEMPTS)
             self.totals.stopped = f"chunks of {len(lost)} tiles of {location.name} were removed or damaged meanwhile"
+        else:
+            # Of what this run has neither written nor looked at before, it does not know what it is.
+            known = np.zeros(len(found.marks), bool) if before is None else ~found.differs(before.marks)
+            known[list(self._made)] = True
+            for number in map(int, np.flatnonzero(known)):
+                ledger.note("target_seen", number, found.recorded(number))
+        self._flush(ledger, FINAL_ATTEMPTS)
 
     def report(self, ledger: Ledger) -> JobReport:
         """Return what the ledger knows, and what this run did."""
         job = self.job
-        done = bool(ledger.done.all())
+        done = bool(ledger.done.all()) and not self.totals.failed
         account = make_account(job.target, job.fingerprint, self.plan.tiling, ledger, complete=done)
         return JobReport.of(account, self._record(), job.options.max_failed)
 

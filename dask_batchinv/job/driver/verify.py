@@ -18,9 +18,8 @@ from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import visibly_damaged_keys
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.lock import locked
-from dask_batchinv.job.target.state import Fingerprint, State, Target
+from dask_batchinv.job.target.state import State, Target, shrunk
 from dask_batchinv.job.target.writer import Writer
-from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.verify_tiles import VerifiedTile, VerifyTask, verify_tiles
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import FAILURE_KINDS, RefusedError, TargetError
@@ -46,12 +45,9 @@ def verify(
     if not 0 <= sample <= 1:
         raise RefusedError(f"sample must be between 0 and 1, got {sample}")
     location, target = targets.existing(path)
-    try:
-        tiling = targets.tiling_of(location, target)
-    except DamagedTargetError as error:
-        raise TargetError(str(error)) from error
-    opened = None if source is None else _same_source(source, target.fingerprint)
-    ledger, found, problems = targets.read_ledger(location, target), _Found(), []
+    tiling = target.tiling
+    opened = None if source is None else _same_source(source, target)
+    ledger, found, problems = Ledger(location, target), _Found(), []
     made = target.fingerprint
     task = VerifyTask(
         uuid.uuid4().hex, location, tiling, opened and opened.for_workers(), made["assume_a"], made["lower"],
@@ -59,7 +55,7 @@ def verify(
     )  # fmt: skip
     try:
         targets.open_as_reader(location)
-        if keys := visibly_damaged_keys(location):
+        if keys := visibly_damaged_keys(location, target.ledger):
             problems.append(f"{', '.join(keys[:3])} of {location.name} are lost or damaged{AGAIN}")
     except DamagedTargetError as error:
         problems.append(f"{error}{AGAIN}")
@@ -72,7 +68,7 @@ def verify(
         for result in dispatcher.run(verify_tiles, task, spans, attempts=1):
             if isinstance(result, TileResult):
                 _add(result, ledger, found)
-    if found.refuted and (problem := _forget(location, target, tiling, found.refuted)):
+    if found.refuted and (problem := _forget(location, target, found.refuted)):
         problems.append(problem)
     rows = [tile.row for tile in found.verified]
     return VerifyReport(
@@ -107,12 +103,12 @@ def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> Non
         found.bad.append(TileResult(result.number, None, error))
 
 
-def _forget(location: Location, target: Target, tiling: Tiling, numbers: list[int]) -> str | None:
+def _forget(location: Location, target: Target, numbers: list[int]) -> str | None:
     """Take tiles that a source refutes out of the ledger, so that the next run does them; return why that failed."""
     try:
         with locked(location) as lock:
             writer = Writer(location, lock)
-            ledger = Ledger(location, target.generation, tiling.n_tiles, writer=writer, durable=True)
+            ledger = Ledger(location, target, writer=writer, durable=True)
             for number in numbers:
                 ledger.forget(number)
             targets.set_complete(writer, target.generation, False)
@@ -122,11 +118,17 @@ def _forget(location: Location, target: Target, tiling: Tiling, numbers: list[in
     return None
 
 
-def _same_source(path: str | os.PathLike[str], fingerprint: Fingerprint) -> Source:
+def _same_source(path: str | os.PathLike[str], target: Target) -> Source:
+    fingerprint = target.fingerprint
     source = open_source(path, fingerprint["variable"], fingerprint["dims"])
-    if source.digest != fingerprint["source metadata"]:
-        raise TargetError(f"the target was made from {fingerprint['source']}, but the metadata of "
-                          f"{source.location.name} differ")  # fmt: skip
+    changed = [name for name, fact in source.facts.items() if fingerprint.get(name) != fact]
+    if changed or source.n != fingerprint["n"] or len(source.shape) != len(target.shape):
+        raise TargetError(
+            f"the target was made from {fingerprint['source']}, but {source.location.name} is another array: "
+            f"{', '.join(changed) or 'shape'} differs"
+        )
+    if smaller := shrunk(target.shape, source.shape, source.dims):
+        raise TargetError("; ".join(smaller))
     return source
 
 

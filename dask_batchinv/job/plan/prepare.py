@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import zarr
 
 from dask_batchinv.job.options import JobOptions
-from dask_batchinv.job.outputs import MEMBERS, nbytes_per_matrix
+from dask_batchinv.job.outputs import nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.documents import refuse_long
-from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences
-from dask_batchinv.job.versions import COMPUTING, versions
-from dask_batchinv.kernels import Kernel, choose_kernel
+from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences, shrunk
+from dask_batchinv.job.versions import LAPACKS, versions
+from dask_batchinv.kernels import GENERATION, Kernel, choose_kernel
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.stack import result_dtype
@@ -57,8 +57,10 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
     kernel = choose_kernel(options.assume_a, options.device)
     fingerprint = _fingerprint(opened, options, kernel)
     found = targets.inspect(location)
-    changed = differences(found.fingerprint, fingerprint)
+    changed = differences(found.fingerprint, fingerprint) or shrunk(found.shape, opened.shape, opened.dims)
     action = decide(found.state, same_job=not changed, overwrite=options.overwrite)
+    if found.is_there and action != "refuse" and 0 in found.shape and found.shape != opened.shape:
+        action = "create"  # nothing is in it, and its tiles were not made for what has come
     if action == "refuse" and found.state is State.OTHER_FORMAT:
         raise TargetError(f"{targets.other_format(location, found)}, or pass --overwrite to replace it")
     if action == "refuse" and not found.fingerprint:
@@ -72,7 +74,7 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
             "to replace it"
         )
     if found.state is not State.ABSENT and not changed:
-        targets.refuse_links(location, (*MEMBERS, *found.members))
+        targets.refuse_links(location, found)
     return Job(opened, location, options, kernel, fingerprint, found, action)
 
 
@@ -98,19 +100,23 @@ def refuse_overlap(source: Source, target: Location) -> None:
 
 def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerprint:
     """Return all that decides the bits of the target."""
-    here = versions()
+    here, dtype = versions(), result_dtype(source.decoded_dtype)
+    computing = () if kernel.is_ours(source.n, dtype) else LAPACKS
     return {
         "source": source.location.name,
         "variable": source.variable,
-        "source metadata": source.digest,
+        **source.facts,
+        "dimensions": list(source.dims),
         "dims": [source.dims[axis] for axis in source.core],
+        "n": source.n,
         "exchanged": source.exchange.value,
         "labels": source.labels,
         "assume_a": options.assume_a,
         "lower": options.lower,
         "min_rcond": options.min_rcond,
         "kernel": kernel.name,
-        "versions": {name: here[name] for name in COMPUTING},
+        "generation of the kernel": GENERATION,
+        **{f"version of {name}": here[name] for name in computing},
     }
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.chunks import DamagedTargetError, open_array
+from dask_batchinv.job.target.chunks import open_array
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.state import Fingerprint, State
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location
-from dask_batchinv.outcome import FAILURE_KINDS, NAMED, Index, TargetError, failures_of
+from dask_batchinv.outcome import FAILURE_KINDS, NAMED, Index, failures_of
 from dask_batchinv.stack import AssumeA
 from dask_batchinv.text import clean
 
@@ -96,11 +96,8 @@ def account_of(path: str | os.PathLike[str]) -> Account:
         If there is none of ours.
     """
     location, target = targets.existing(path)
-    try:
-        tiling, ledger = targets.tiling_of(location, target), targets.read_ledger(location, target)
-    except DamagedTargetError as error:
-        raise TargetError(str(error)) from error
-    return make_account(location, target.fingerprint, tiling, ledger, complete=target.state is State.COMPLETE)
+    ledger = Ledger(location, target)
+    return make_account(location, target.fingerprint, target.tiling, ledger, complete=target.state is State.COMPLETE)
 
 
 def make_account(

@@ -15,8 +15,8 @@ from dask_batchinv.job.report.streams import Lasting
 
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0
-#: Before the numbers; what earlier runs have done is read back first.
-_WORDS = {"checking": "reading back: ", "inverting": ""}
+#: Before the numbers; what earlier runs have done is read back first, and what they have done it from.
+_WORDS = {"checking": "reading back: ", "comparing": "comparing with the source: ", "inverting": ""}
 
 
 @contextmanager
@@ -46,6 +46,8 @@ def _move(bar: Any, now: Progress) -> None:
 def _troubles(now: Progress) -> str:
     if now.activity == "checking":
         return f"{now.failed_tiles:,} tiles damaged"
+    if now.activity == "comparing":
+        return f"{now.failed_tiles:,} tiles changed"
     tiles = f", {now.failed_tiles:,} tiles failed" if now.failed_tiles else ""
     return f"{now.failed:,} without an inverse{tiles}"
 

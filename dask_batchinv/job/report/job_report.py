@@ -54,6 +54,10 @@ class JobReport(RunRecord, Account):
             lines.append(f"read back        {self.tiles_proven:,} tiles of earlier runs are as they were written, "
                          f"{len(self.damaged_tiles):,} were damaged")  # fmt: skip
             lines += named_tiles(self.damaged_tiles)
+        if self.grown_from:
+            lines.append(f"source grown     it had the shape {self.grown_from}; what was done of it stays")
+        if self.changed_tiles:
+            lines.append(f"source changed   {self.changed_tiles:,} of {self.tiles:,} tiles done again")
         if self.failed_tiles:
             lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
         if self.mended:
@@ -93,7 +97,7 @@ class JobFailedError(RuntimeError):
         report = self.report
         if report.exit_code == 1:
             first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
-            missing = report.tiles - report.tiles_done
+            missing = max(report.tiles - report.tiles_done, len(report.failed_tiles))
             return (f"{missing} of {report.tiles} tiles failed, first cause: {clean(first)}. Fix the cause and "
                     f"make the same call again: it does what is not done.\n{report}")  # fmt: skip
         return (f"{report.n_failed} matrices have no inverse, {report.max_failed} were allowed. The target is "

@@ -35,6 +35,10 @@ class RunRecord:
     """Tiles that could not be done."""
     stopped: str | None
     """What ended the run before its time: a full disk, a lost cluster."""
+    changed_tiles: int
+    """Tiles of earlier runs that were made from other numbers than the source has now; they are done again."""
+    grown_from: tuple[int, ...] | None
+    """Shape of the source that earlier runs have seen, if it has grown since."""
     retries: int
     """Tiles tried again in this run, because they failed or a worker was lost with them."""
     deaths: int
@@ -81,8 +85,9 @@ class RunTotals:
     read_back: int = 0
     failed: list[TileResult[Any]] = field(default_factory=list)
     damaged: list[TileResult[Any]] = field(default_factory=list)
+    changed: int = 0
+    grown_from: tuple[int, ...] | None = None
     stopped: str | None = None
-    has_read_back: bool = False
     events: list[WorkerEvent] = field(default_factory=list)
     mended: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -108,6 +113,8 @@ class RunTotals:
             damaged_tiles=tuple(FailedTile.of(result, plan.tiling) for result in self.damaged),
             failed_tiles=tuple(FailedTile.of(result, plan.tiling) for result in failed),
             stopped=self.stopped,
+            changed_tiles=self.changed,
+            grown_from=self.grown_from,
             retries=self.retries + sum(event.tiles for event in self.events),
             deaths=sum(event.kind == "died" for event in self.events),
             restarts=sum(event.kind == "restarted" for event in self.events),
@@ -142,10 +149,10 @@ class RunTotals:
 class Progress:
     """How far a job is."""
 
-    activity: Literal["checking", "inverting"]
-    """What it does: read back what earlier runs have done, or the rest."""
+    activity: Literal["checking", "comparing", "inverting"]
+    """What it does: read back what earlier runs have done, read what they have done it from, or the rest."""
     matrices: int
-    """Matrices in the stack; while checking, those that are recorded."""
+    """Matrices in the stack; while checking or comparing, those that are looked at."""
     matrices_done: int
     """Matrices accounted for, by earlier runs too."""
     matrices_before: int
@@ -153,7 +160,7 @@ class Progress:
     failed: int
     """Matrices without an inverse."""
     failed_tiles: int
-    """Tiles given up; while checking, those that are damaged."""
+    """Tiles given up; while checking, those that are damaged, and while comparing, that have changed."""
     seconds: float
     """Time since this run began."""
 

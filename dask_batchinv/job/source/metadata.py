@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dask_batchinv.attributes import packing_of
+from dask_batchinv.job.seen import ChunkGrid
 from dask_batchinv.job.source.decompression import CHECKSUMS, COMPRESSORS
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
@@ -96,10 +96,52 @@ def read_node(location: Location, zarr_format: Literal[2, 3] | None = None) -> N
     return node
 
 
-def digest_of(node: Node, coordinates: tuple[str, ...]) -> str:
-    """Return the SHA-256 of the metadata of an array, how it is packed included, and of which coordinates it has."""
-    canonical = json.dumps([node.meta, packing_of(node.attributes), coordinates], sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+#: What the metadata of an array say of its numbers, and where each stands in a store, by format: a name for people,
+#: and the keys. Not its shape, which grows, nor its attributes.
+_DECIDING: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {"dtype": ("dtype",), "chunks": ("chunks", "order"), "codecs": ("filters", "compressor"),
+        "fill value": ("fill_value",), "names of chunks": ("dimension_separator",)},
+    3: {"dtype": ("data_type",), "chunks": ("chunk_grid",), "codecs": ("codecs",), "fill value": ("fill_value",),
+        "names of chunks": ("chunk_key_encoding",)},
+}  # fmt: skip
+
+
+def facts_of(node: Node) -> dict[str, str]:
+    """Return what decides on the numbers of an array but its shape, by names for people: each a text, or as JSON."""
+    facts = {name: [node.meta.get(key) for key in keys] for name, keys in _DECIDING[node.zarr_format].items()}
+    facts |= {"Zarr format": [node.zarr_format], "packing": [packing_of(node.attributes)]}
+    return {name: _fact(each[0] if len(each) == 1 else each) for name, each in facts.items()}
+
+
+def _fact(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+class StoredArray(NamedTuple):
+    """An array as far as its metadata tell where its chunks are."""
+
+    location: Location
+    grid: ChunkGrid
+    facts: dict[str, str]
+
+
+def open_stored(location: Location) -> StoredArray:
+    """Read and check the metadata of an array; SourceError if there is none."""
+    node = read_node(location)
+    if node is None or not node.is_array:
+        raise SourceError(f"there is no Zarr array at {location.name}")
+    check_layout(node, checked_dtype(node).itemsize)
+    return StoredArray(location, chunk_grid_of(node), facts_of(node))
+
+
+def chunk_grid_of(node: Node) -> ChunkGrid:
+    """Return where the stored chunks of an array are whose metadata were checked."""
+    if node.zarr_format == 2:
+        return ChunkGrid(node.shape, tuple(node.meta["chunks"]), "", node.meta.get("dimension_separator", "."))
+    _, grid = _codec_v3(node, node.meta["chunk_grid"])
+    name, encoding = _codec_v3(node, node.meta["chunk_key_encoding"])
+    separator = encoding.get("separator", "/" if name == "default" else ".")
+    return ChunkGrid(node.shape, tuple(grid["chunk_shape"]), f"c{separator}" if name == "default" else "", separator)
 
 
 def checked_dtype(node: Node) -> np.dtype[Any]:
@@ -274,7 +316,7 @@ def check_layout(node: Node, itemsize: int) -> None:
         _check_shards(node, node.size("chunk_shape", configuration.get("chunk_shape")))
         name, configuration = _codec_v3(node, meta.get("chunk_key_encoding"))
         node.expect(name in ("default", "v2"), "chunk_key_encoding default or v2", name)
-        separator = configuration.get("separator", "/")
+        separator = configuration.get("separator", "/" if name == "default" else ".")
     node.expect(separator in (".", "/"), "a separator '.' or '/' in the names of chunks", separator)
 
 

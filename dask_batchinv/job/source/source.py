@@ -18,6 +18,7 @@ import zarr
 from dask_batchinv.attributes import PLACING
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
+from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_source
 from dask_batchinv.job.source.bounded_decoding import open_bounded
 from dask_batchinv.job.source.bounded_store import BoundedStore
 from dask_batchinv.job.source.coordinate import Coordinate
@@ -31,16 +32,18 @@ from dask_batchinv.job.source.metadata import (
     check_codecs,
     check_layout,
     checked_dtype,
+    chunk_grid_of,
     data_codecs,
-    digest_of,
+    facts_of,
     is_checksummed,
     read_node,
     stored_names,
     wholly_decoded,
 )
 from dask_batchinv.job.source.variable import find_stack
+from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
-from dask_batchinv.location import Location
+from dask_batchinv.location import Location, raised_as
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import METADATA_KEYS, StrictStore, write_unit
 from dask_batchinv.text import clean, harmless
@@ -95,10 +98,12 @@ class Source:
     """By which its numbers are decoded."""
     decoded_dtype: np.dtype[Any]
     """dtype of the numbers, once decoded."""
+    chunk_grid: ChunkGrid
+    """Where its stored chunks are."""
     checksummed: bool
     """Whether its chunks carry a checksum, so that damage is noticed."""
-    digest: str
-    """SHA-256 of its metadata."""
+    facts: dict[str, str] = field(hash=False)
+    """What its metadata say that decides on its numbers, but for the shape: see `facts_of`."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """A sentence for each array beside it that is left out, because it is broken or not safe to read."""
 
@@ -117,16 +122,37 @@ class Source:
         """
         node = read_node(self.location, self.zarr_format)
         # What is opened must be what was checked, also on a worker hours later.
-        if node is None or digest_of(node, self.coordinate_names) != self.digest:
+        if node is None or facts_of(node) != self.facts:
             raise SourceError(f"the metadata of {self.location.name} have changed since the job began: start it again")
+        if any(now < then for now, then in zip(node.shape, self.shape, strict=True)):
+            raise SourceError(f"{self.location.name} has become smaller since the job began: start it again")
         store = self.location.store(read_only=True)
         if missing == "error":
             store = StrictStore(store)
-        return open_bounded(store, node.meta)
+        # It may have grown meanwhile: that is for a later run.
+        return open_bounded(store, node.meta | {"shape": list(self.shape)})
+
+    def look(self, tiling: Tiling) -> Seen:
+        """Return what the store says of what each tile is read from; SourceError if it says nothing."""
+        with raised_as(SourceError, f"the source {self.location.name} cannot be looked at"):
+            return look_at_source(self.location, self.chunk_grid, tiling)
+
+    def has_grown(self) -> bool:
+        """Tell whether it is larger now than when it was opened."""
+        node = read_node(self.location, self.zarr_format)
+        return node is not None and facts_of(node) == self.facts and node.shape != self.shape
+
+    def read_stored(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """Read a region of the array, which was opened for reading, as it is stored."""
+        return np.asarray(array[region])
 
     def read_block(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read a region of the array, which was opened for reading, and decode its numbers."""
-        return decode(np.asarray(array[region]), self.packing)
+        return self.decode(self.read_stored(array, region))
+
+    def decode(self, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the numbers that a block stands for which was read of it."""
+        return decode(block, self.packing)
 
     def count_missing(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> int:
         """Return how many chunks of a region are not in the store, of an array that was opened with "fill".
@@ -261,7 +287,8 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         packing=packing,
         decoded_dtype=decoded,
         checksummed=is_checksummed(node),
-        digest=digest_of(node, tuple(beside.coordinates)),
+        chunk_grid=chunk_grid_of(node),
+        facts=facts_of(node),
         notes=beside.notes(),
     )
 

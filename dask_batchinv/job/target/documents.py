@@ -5,6 +5,8 @@ Creating a target, finding what of it was lost, and mending that are then one th
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,8 @@ from dask_batchinv.storage import array_options, unspecified
 ROOT = "zarr.json"
 #: The attribute of the ledger that has the length and the checksum of each key that coordinates are stored in.
 CHECKSUMS = "coordinates_crc32c"
+#: And the one for the digest of what they say, however that is encoded.
+DIGEST = "coordinates_sha256"
 #: Attributes by which Xarray keeps what is stored otherwise here.
 _OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
 #: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
@@ -90,7 +94,8 @@ def make_documents(contents: Contents, mark: Mark) -> Documents:
     if contents.coordinates is not None:
         _write_coordinates(store, contents.coordinates, dict(group.attrs))
     checksums = {key: _checksum(value.to_bytes()) for key, value in kept.items() if _is_coordinate(key)}
-    ledger.create(group, contents.tiling.n_tiles, marked(False, mark) | {CHECKSUMS: checksums})
+    own = {CHECKSUMS: checksums, DIGEST: digest_of_coordinates(contents)}
+    ledger.create(group, mark["ledger"], contents.tiling.n_tiles, marked(False, mark) | own)
     with unspecified():
         zarr.consolidate_metadata(store)
     refuse_long(max(len(value) for key, value in kept.items() if key.endswith(ROOT)))
@@ -147,6 +152,8 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
     would be written now.
     """
     recorded = _recorded_checksums(location)
+    if recorded_coordinates(location) != attributes_of(json_object(expected[f"{LEDGER}/{ROOT}"], LEDGER))[DIGEST]:
+        recorded = {}  # they were written for others
 
     def is_right(key: str, found: bytes) -> bool:
         known = _checksum(found) == recorded[key] if key in recorded else found == expected[key]
@@ -162,25 +169,49 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
     return sorted(bad, key=lambda key: key == ROOT)
 
 
-def visibly_damaged_keys(location: Location) -> list[str]:
-    """Return the keys of those documents whose damage is seen without the source: of coordinates, and of the ledger."""
+def visibly_damaged_keys(location: Location, rows: str) -> list[str]:
+    """Return the keys of those documents whose damage is seen without the source: of coordinates, and of the ledger.
+
+    `rows` is the name of the array with its rows.
+    """
     recorded = _recorded_checksums(location)
 
     def is_right(key: str, found: bytes) -> bool:
         is_as_recorded = key in recorded and _checksum(found) == recorded[key]
         return is_as_recorded or (key.endswith(ROOT) and bool(json_object(found, key)))
 
-    keys = (f"{LEDGER}/{ROOT}", f"{LEDGER}/tiles/{ROOT}", *recorded)
+    keys = (f"{LEDGER}/{ROOT}", f"{LEDGER}/{rows}/{ROOT}", *recorded)
     limits = {key: JSON_NBYTES if key.endswith(ROOT) else recorded[key][0] + 1 for key in keys}
     return [key for key in keys if _is_damaged(location, key, limits[key], is_right)]
 
 
-def _recorded_checksums(location: Location) -> dict[str, list[int]]:
+def _attributes_of_ledger(location: Location) -> dict[str, Any]:
     try:
-        meta = (location / LEDGER).read_json(ROOT) or {}
+        return attributes_of((location / LEDGER).read_json(ROOT) or {})
     except ValueError:
         return {}
-    found = attributes_of(meta).get(CHECKSUMS)
+
+
+def recorded_coordinates(location: Location) -> str | None:
+    """Return the digest of the coordinates that a target was given; None if it is lost."""
+    found = _attributes_of_ledger(location).get(DIGEST)
+    return found if isinstance(found, str) else None
+
+
+def digest_of_coordinates(contents: Contents) -> str:
+    """Return the SHA-256 of what the coordinates say: names, dimensions, numbers or texts, attributes."""
+    digest = hashlib.sha256()
+    for name, variable in sorted(({} if contents.coordinates is None else contents.coordinates.variables).items()):
+        values = np.asarray(variable.values)
+        is_text = values.dtype.kind in "OUT"
+        about = [str(name), variable.dims, variable.shape, "text" if is_text else values.dtype.str, variable.attrs]
+        digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(list(map(str, values.flat))).encode() if is_text else values.tobytes())
+    return digest.hexdigest()
+
+
+def _recorded_checksums(location: Location) -> dict[str, list[int]]:
+    found = _attributes_of_ledger(location).get(CHECKSUMS)
     return found if isinstance(found, dict) and all(map(_is_checksum, found.values())) else {}
 
 

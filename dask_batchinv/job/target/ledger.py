@@ -18,33 +18,37 @@ from crc32c import crc32c
 
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.results import COLUMNS, DEVICES, Rows, TileResult, TileRow, smallest_of
+from dask_batchinv.job.seen import UNKNOWN
 from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES, Chunk, DamagedTargetError
+from dask_batchinv.job.target.state import Target
 from dask_batchinv.job.target.writer import Writer
+from dask_batchinv.job.tiling import cuts
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import FAILURE_KINDS
 from dask_batchinv.storage import array_options
 
-ROWS_PER_CHUNK = 4096
+#: At 10⁶ tiles it is read with 62 requests, and what is written of it while tiles are done has 3 MiB.
+ROWS_PER_CHUNK = 2**14
 _CHUNK_SHAPE = (ROWS_PER_CHUNK, len(COLUMNS))
 #: Of so many runs, the last ones, there is a record, in a file that Zarr does not know: its metadata are consolidated.
 _RUNS, _RECORDS = 100, "runs.json"
 
 
-def create(group: zarr.Group, n_tiles: int, attributes: dict[str, Any]) -> None:
-    """Create the ledger of a new target."""
+def create(group: zarr.Group, name: str, n_tiles: int, attributes: dict[str, Any]) -> None:
+    """Create the ledger of a target, its rows in an array of a name."""
     # A group of its own, so that Xarray does not take it for a variable of the target.
     group.create_group(LEDGER, attributes={"columns": list(COLUMNS)} | attributes).create_array(
-        "tiles", shape=(n_tiles, len(COLUMNS)), chunks=_CHUNK_SHAPE, dtype=np.int64,
+        name, shape=(n_tiles, len(COLUMNS)), chunks=_CHUNK_SHAPE, dtype=np.int64,
         dimension_names=("tile", "column"), **array_options(np.int64),
     )  # fmt: skip
 
 
-def _key(chunk: int) -> str:
-    return f"{LEDGER}/tiles/c/{chunk}/0"
+def _key(name: str, chunk: int) -> str:
+    return f"{LEDGER}/{name}/c/{chunk}/0"
 
 
-def read_chunk(target: Location, chunk: int) -> Rows:
-    """Return rows of a ledger as they are in the store.
+def read_chunk(target: Location, name: str, chunk: int) -> Rows:
+    """Return rows of a ledger as they are in the store, in the array of a name.
 
     Raises
     ------
@@ -53,10 +57,11 @@ def read_chunk(target: Location, chunk: int) -> Rows:
     OSError
         If they cannot be read, or are not there.
     """
-    content = target.read(_key(chunk), 8 * ROWS_PER_CHUNK * len(COLUMNS) + CHECKSUM_NBYTES + 1)
+    key = _key(name, chunk)
+    content = target.read(key, 8 * ROWS_PER_CHUNK * len(COLUMNS) + CHECKSUM_NBYTES + 1)
     rows, checksum = content[:-CHECKSUM_NBYTES], content[-CHECKSUM_NBYTES:]
     if len(rows) != 8 * ROWS_PER_CHUNK * len(COLUMNS) or crc32c(rows) != int.from_bytes(checksum, "little"):
-        raise DamagedTargetError(f"{_key(chunk)} of {target.name} is damaged")
+        raise DamagedTargetError(f"{key} of {target.name} is damaged")
     return np.frombuffer(rows, "<i8").reshape(_CHUNK_SHAPE)
 
 
@@ -102,27 +107,28 @@ class Ledger:
 
     Parameters
     ----------
-    target, generation, n_tiles
-        Where it is, which creation it is of, and how many rows it has.
+    location, target
+        Where it is, and of what.
     writer : Writer, optional
         Who writes it; without one it is only read.
     durable : bool
         Whether what was recorded is on the disk once it is written.
     """
 
-    def __init__(
-        self, target: Location, generation: str, n_tiles: int, *, writer: Writer | None = None, durable: bool = False
-    ):
-        self._tag, self._writer, self._durable = tag_of(generation), writer, durable
-        self._rows: Rows = np.zeros((n_tiles, len(COLUMNS)), np.int64)
+    def __init__(self, location: Location, target: Target, *, writer: Writer | None = None, durable: bool = False):
+        self._tag, self._writer, self._durable = tag_of(target.generation), writer, durable
+        self._tiling, self._name = target.tiling, target.ledger
+        self._rows: Rows = np.zeros((self._tiling.n_tiles, len(COLUMNS)), np.int64)
         self._dirty: set[int] = set()
-        for chunk in range(-(-n_tiles // ROWS_PER_CHUNK)):
+        for chunk in range(cuts(len(self._rows), ROWS_PER_CHUNK)):
             part = self._rows[chunk * ROWS_PER_CHUNK : (chunk + 1) * ROWS_PER_CHUNK]
             if writer is not None:
-                writer.watch(_key(chunk))
+                writer.watch(_key(self._name, chunk))
             with suppress(Exception):  # whatever a store may raise: then nothing is known of these tiles
-                part[...] = read_chunk(target, chunk)[: len(part)]
-        self._rows[self._rows[:, 0] != self._tag] = 0
+                part[...] = read_chunk(location, self._name, chunk)[: len(part)]
+        # Neither of another creation, nor of a tile that was smaller before its source has grown.
+        valid = (self._rows[:, 0] == self._tag) & (self.column("matrices") == self._tiling.matrices())
+        self._rows[~valid] = 0
 
     @property
     def done(self) -> npt.NDArray[np.bool_]:
@@ -159,11 +165,28 @@ class Ledger:
         """The smallest rcond of a good matrix, or None if there is none."""
         return smallest_of(self._rows[self.done])
 
-    def record(self, result: TileResult[TileRow]) -> None:
-        """Note that a tile is done; `flush` makes it last."""
+    def record(self, result: TileResult[TileRow], seen: int = UNKNOWN) -> None:
+        """Note that a tile is done, and what was seen of its source before; `flush` makes it last."""
         assert result.value is not None
-        self._rows[result.number] = [self._tag, *result.value.encode(result.milliseconds, result.attempts)]
+        row = result.value.encode(result.milliseconds, result.attempts)
+        self._rows[result.number] = [self._tag, *row, seen, UNKNOWN]
         self._dirty.add(result.number // ROWS_PER_CHUNK)
+
+    def note(self, column: str, number: int, seen: int) -> None:
+        """Note what was seen of the source or the target of a tile that is done."""
+        if int(self.column(column)[number]) != seen:
+            self.column(column)[number] = seen
+            self._dirty.add(number // ROWS_PER_CHUNK)
+
+    def moved_to(self, location: Location, target: Target, writer: Writer) -> Ledger:
+        """Return a ledger with the same rows for the same tiles of a target that has grown; none are written yet."""
+        moved = Ledger(location, target, writer=writer, durable=True)
+        new = target.tiling
+        moved._rows[:] = 0
+        moved._rows[self._tiling.numbers_in(new)] = self._rows
+        moved._rows[moved.column("matrices") != new.matrices()] = 0
+        moved._dirty = set(range(cuts(new.n_tiles, ROWS_PER_CHUNK)))
+        return moved
 
     def forget(self, number: int) -> None:
         """Note that a tile is not done after all."""
@@ -189,5 +212,5 @@ class Ledger:
             rows = self._rows[number * ROWS_PER_CHUNK : (number + 1) * ROWS_PER_CHUNK]
             chunk.values[: len(rows)], chunk.values[len(rows) :] = rows, 0
             chunk.seal()
-            self._writer.replace(_key(number), chunk.stored.tobytes(), synced=self._durable)
+            self._writer.replace(_key(self._name, number), chunk.stored.tobytes(), synced=self._durable)
             self._dirty.remove(number)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from dask_batchinv.job.tiling import Tiling
+
 Fingerprint = dict[str, Any]
 Action = Literal["create", "continue", "check", "refuse"]
 
@@ -35,12 +37,21 @@ class Target:
     """What it is made of: source, parameters, versions."""
     generation: str = ""
     """Which creation it stems from."""
+    shape: tuple[int, ...] = ()
+    """Its shape."""
     tile: tuple[int, ...] = ()
     """Its tiles, which stay whatever limits a later run has."""
     core: tuple[int, int] = (-2, -1)
     """Axes of the rows and columns of its source, in the order of that: names may have changed places since."""
     members: tuple[str, ...] = ()
     """What else than its metadata is in it."""
+    ledger: str = "tiles"
+    """The name of the array with the rows of its ledger: another one where growth has given tiles other numbers."""
+
+    @property
+    def tiling(self) -> Tiling:
+        """How it is cut into tiles."""
+        return Tiling(self.shape, self.core, self.tile)
 
     @property
     def is_there(self) -> bool:
@@ -70,14 +81,32 @@ def decide(state: State, *, same_job: bool, overwrite: bool) -> Action:
     return actions[state]
 
 
+#: So much is shown of what a target is made of.
+_LENGTH = 200
 #: What to say of what is known by its digest alone.
-_DIGESTS = {
-    "source metadata": "the metadata of the source have changed (its shape, chunks, codecs or attributes)",
-    "labels": "the labels of its rows or columns have changed",
-}
+_DIGESTS = {"labels": "the labels of its rows or columns have changed"}
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     """Return what differs between two fingerprints, in words."""
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    return [_DIGESTS.get(key) or f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys]
+    return [_DIGESTS.get(key) or f"{key} was {_shown(old.get(key))}, is {_shown(new.get(key))}" for key in keys]
+
+
+def _shown(fact: Any) -> str:
+    text = "not known" if fact is None else repr(fact)
+    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]} ..."
+
+
+def shrunk(old: tuple[int, ...], new: tuple[int, ...], dims: tuple[str, ...]) -> list[str]:
+    """Return in words along which dimensions a source has shrunk; a target follows one that grows.
+
+    Examples
+    --------
+    >>> shrunk((10, 5, 3, 3), (8, 6, 3, 3), ("time", "x", "row", "col"))
+    ['the source has shrunk: time was 10 long, is 8']
+    """
+    if len(old) != len(new):
+        return []
+    lengths = zip(dims, old, new, strict=True)
+    return [f"the source has shrunk: {dim} was {was} long, is {now}" for dim, was, now in lengths if now < was]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,17 @@ import xarray as xr
 
 from dask_batchinv.disk import PARTIAL
 from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS
-from dask_batchinv.job.target.chunks import DamagedTargetError, open_array
-from dask_batchinv.job.target.documents import ROOT, Contents, damaged_keys, make_documents
+from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_target
+from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES, DamagedTargetError
+from dask_batchinv.job.target.documents import (
+    ROOT,
+    Contents,
+    Documents,
+    damaged_keys,
+    digest_of_coordinates,
+    make_documents,
+    recorded_coordinates,
+)
 from dask_batchinv.job.target.holder import LOCK
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.mark import FORMAT, Mark, attributes_of, marked, read_mark, with_attributes
@@ -30,7 +42,7 @@ from dask_batchinv.text import harmless
 #: The keys of the members of a target: metadata and chunks of outputs and coordinates, and what is in the ledger.
 _OUTPUT_KEY = re.compile(r"zarr\.json|c(\.\d+)*")
 _COORDINATE_KEY = re.compile(r"zarr\.json|c(/\d+)*")
-_LEDGER_KEY = re.compile(r"(tiles/)?zarr\.json|tiles/c/\d+/\d+|runs\.json")
+_LEDGER_KEY = re.compile(r"(tiles(-\d+)?/)?zarr\.json|tiles(-\d+)?/c/\d+/\d+|runs\.json")
 
 
 def parse_location(path: str | os.PathLike[str]) -> Location:
@@ -79,9 +91,11 @@ def _inspect(location: Location) -> Target:
         state=State.BEING_CREATED if not mark["ready"] else State.COMPLETE if is_complete else State.BEGUN,
         fingerprint=dict(mark["fingerprint"]),
         generation=_checked(mark["generation"], str),
+        shape=tuple(_checked(size, int) for size in mark["shape"]),
         tile=tuple(_checked(size, int) for size in mark["tile"]),
         core=(_checked(mark["core"][0], int), _checked(mark["core"][1], int)) if mark["core"] else (-2, -1),
         members=members,
+        ledger=_checked(mark["ledger"], str),
     )
 
 
@@ -119,26 +133,15 @@ def other_format(location: Location, target: Target) -> str:
     )
 
 
-def refuse_links(location: Location, members: Iterable[str] = MEMBERS) -> None:
+def refuse_links(location: Location, target: Target) -> None:
     """Raise TargetError if what must be a folder of a target is a link, or a file."""
-    for name in [*members, *(f"{LEDGER}/{below}" for below in ("tiles", "tiles/c"))]:
+    for name in [*MEMBERS, *target.members, *(f"{LEDGER}/{target.ledger}{below}" for below in ("", "/c"))]:
         path = os.path.join(location.url, name)
         if location.is_local and os.path.lexists(path):
             if (location / name).url != path:
                 raise TargetError(f"{name} in {location.name} is a link to elsewhere: replace it by the array itself")
             if not os.path.isdir(path):
                 raise TargetError(f"{name} in {location.name} is not a folder: move it elsewhere, then run this again")
-
-
-def tiling_of(location: Location, target: Target) -> Tiling:
-    """Return how a target that is there is cut into tiles."""
-    array = open_array(location / "inverse", read_only=True)
-    return Tiling(tuple(array.shape), target.core, target.tile)
-
-
-def read_ledger(location: Location, target: Target) -> Ledger:
-    """Return the ledger of a target that is there, to be read."""
-    return Ledger(location, target.generation, tiling_of(location, target).n_tiles)
 
 
 def create(location: Location, fingerprint: Fingerprint, contents: Contents, writer: Writer, replaced: Target) -> None:
@@ -158,7 +161,7 @@ def create(location: Location, fingerprint: Fingerprint, contents: Contents, wri
     if (old.state, old.generation) != (replaced.state, replaced.generation):
         raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the command again")
     with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
-        mark = _mark_of(fingerprint, uuid.uuid4().hex, contents)
+        mark = _mark_of(Target(State.BEGUN, fingerprint, uuid.uuid4().hex), contents)
         documents = make_documents(contents, mark)
         if old.state is not State.ABSENT:
             _clear(location, old, writer)
@@ -169,11 +172,13 @@ def create(location: Location, fingerprint: Fingerprint, contents: Contents, wri
         )
 
 
-def _mark_of(fingerprint: Fingerprint, generation: str, contents: Contents) -> Mark:
+def _mark_of(target: Target, contents: Contents) -> Mark:
     return {
         "format": FORMAT,
-        "fingerprint": fingerprint,
-        "generation": generation,
+        "fingerprint": target.fingerprint,
+        "generation": target.generation,
+        "ledger": target.ledger,
+        "shape": list(contents.tiling.shape),
         "tile": list(contents.tiling.tile),
         "core": list(contents.tiling.core),
         "ready": False,
@@ -183,7 +188,7 @@ def _mark_of(fingerprint: Fingerprint, generation: str, contents: Contents) -> M
 
 def _clear(location: Location, old: Target, writer: Writer) -> None:
     """Remove an old target of ours, key by key, if nothing else is in it."""
-    refuse_links(location, (*MEMBERS, *old.members))
+    refuse_links(location, old)
     keys = location.keys()
     if others := [key for key in keys if not _is_ours(key, old.members)]:
         raise TargetError(
@@ -192,7 +197,8 @@ def _clear(location: Location, old: Target, writer: Writer) -> None:
         )
     if old.is_there:
         # A break from here on must not leave something that looks finished.
-        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "tile": [], "core": [], "ready": False}
+        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "ledger": "tiles", "shape": [], "tile": [],
+                "core": [], "ready": False}  # fmt: skip
         writer.change(ROOT, lambda root: with_attributes(root or b"{}", marked(False, mark | {"names": old.members})))
     # The mark last, so that a break leaves it in place.
     writer.delete_all(sorted((key for key in keys if key not in (LOCK, ROOT)), key=lambda key: key.startswith(LEDGER)))
@@ -213,13 +219,76 @@ def mend(location: Location, target: Target, contents: Contents, writer: Writer)
     """Write those documents of a target again that were lost or are damaged; return their keys."""
     documents = _documents(target, contents)
     keys = damaged_keys(location, documents)
-    for key in keys:
-        if key != ROOT:
-            writer.create(key, documents[key])
-    if ROOT in keys:
-        fresh = with_attributes(documents[ROOT], {"complete": 0})
-        writer.change(ROOT, lambda old: with_attributes(fresh, _attributes_in(old) | _attributes_in(fresh)))
+    _write(writer, {key: documents[key] for key in keys}, contents)
     return keys
+
+
+def _write(writer: Writer, documents: Documents, contents: Contents) -> None:
+    """Write documents of a target in place of others, the group's own last, and leave to users what is theirs."""
+    for key in sorted(documents, key=lambda key: key == ROOT):
+        if key in (ROOT, *(f"{output.name}/{ROOT}" for output in OUTPUTS)):
+            writer.change(key, partial(_with_theirs, documents[key]))
+        else:
+            writer.create(key, documents[key])
+
+
+def _with_theirs(fresh: bytes, old: bytes | None) -> bytes:
+    """Return a fresh document with the attributes of the old one, as far as that can be read, but for those of ours."""
+    meta = json_object(fresh, ROOT)
+    new, theirs = attributes_of(meta), _attributes_in(old)
+    ours = (MARK, "complete", "coordinates")
+    kept = {name: value for name, value in theirs.items() if name not in ours}
+    attributes = kept | {name: new[name] for name in ours if name in new} if theirs else new
+    return json.dumps(meta | {"attributes": attributes}, indent=2).encode()
+
+
+def follows(location: Location, target: Target, contents: Contents) -> bool:
+    """Tell whether a target has the shape and the coordinates of its source as they are now."""
+    known = recorded_coordinates(location)
+    same = known is None or known == digest_of_coordinates(contents)
+    return same and target.shape == contents.tiling.shape
+
+
+def update(location: Location, target: Target, contents: Contents, writer: Writer) -> Target:
+    """Let a target follow its source, to its shape and its coordinates; return what it is then.
+
+    What was done stays done. The mark is changed in one write, and from then on says what all else must be like: what
+    a break leaves behind, the next run mends.
+
+    Raises
+    ------
+    TargetError
+        If something of others has the name of a new coordinate.
+    """
+    if taken := [name for name in contents.names if name not in target.members and location.is_kept(name)]:
+        raise TargetError(f"{', '.join(taken)} in {location.name} is not ours, and now a coordinate of the source has "
+                          "that name: move it elsewhere, then run this again")  # fmt: skip
+    now = replace(target, shape=contents.tiling.shape, members=tuple(contents.members))
+    with raised_as(OSError, f"the target {location.name} could not be updated", "; run the command again"):
+        if gone := {*target.members} - {*now.members}:
+            _delete(location, writer, lambda key: key.partition("/")[0] in gone and _is_ours(key, gone))
+        if _renumbers(target.tiling, now.tiling):
+            number = int(target.ledger.partition("-")[2] or 0) + 1
+            now = replace(now, ledger=f"tiles-{number}")
+            Ledger(location, target).moved_to(location, now, writer).flush()
+        documents = _documents(now, contents)
+        ours = _attributes_in(documents[ROOT])
+        writer.change(ROOT, lambda root: with_attributes(root or documents[ROOT], {MARK: ours[MARK], "complete": 0}))
+        _write(writer, documents, contents)
+        if now.ledger != target.ledger:
+            old = f"{LEDGER}/{target.ledger}/"
+            _delete(location, writer, lambda key: key.startswith(old) and _is_ours(key, MEMBERS))
+    return now
+
+
+def _delete(location: Location, writer: Writer, chosen: Callable[[str], bool]) -> None:
+    keys = location.keys()
+    writer.delete_all([key for key in keys if chosen(key)])
+
+
+def _renumbers(old: Tiling, new: Tiling) -> bool:
+    """Tell whether tiles have other numbers in a target that has grown: not where only its first dimension has."""
+    return old.n_tiles > 0 and old.grid[1:] != new.grid[1:]
 
 
 def damage(location: Location, target: Target, contents: Contents) -> list[str]:
@@ -228,7 +297,7 @@ def damage(location: Location, target: Target, contents: Contents) -> list[str]:
 
 
 def _documents(target: Target, contents: Contents) -> dict[str, bytes]:
-    mark = _mark_of(target.fingerprint, target.generation, contents)
+    mark = _mark_of(target, contents)
     documents = make_documents(contents, mark)
     return documents | {ROOT: with_attributes(documents[ROOT], marked(False, mark | {"ready": True}))}
 
@@ -240,24 +309,29 @@ def _attributes_in(document: bytes | None) -> dict[str, Any]:
     return {}
 
 
-def lost_tiles(location: Location, tiling: Tiling, nbytes: tuple[int, ...]) -> list[int]:
-    """Return the numbers of tiles of which a chunk is not there, or not of its size, of a target that is complete.
+def look(location: Location, tiling: Tiling, dtype: np.dtype[Any]) -> Seen:
+    """Return what the store says of the chunks of each tile, and whether all of them are there.
 
-    `nbytes` are those of a chunk of each output. Nothing is decided by listing a store, which may be late: a chunk that
-    is not listed as it must be is asked for by its key.
+    Raises
+    ------
+    OSError
+        If it cannot be read.
     """
-    if 0 in tiling.shape:
-        return []
-    lost: set[int] = set()
-    for output, expected in zip(OUTPUTS, nbytes, strict=True):
-        inside = location / output.name
-        listed = np.zeros(tiling.n_tiles, bool)
-        for name, size in inside.known_sizes():
-            if size == expected and (number := tiling.number_of(name, core=output.core)) is not None:
-                listed[number] = True
-        unseen = (int(number) for number in np.flatnonzero(~listed))
-        lost |= {n for n in unseen if inside.nbytes(tiling.chunk_key(n, core=output.core)) != expected}
-    return sorted(lost)
+    grids = {}
+    for output in OUTPUTS:
+        shape, chunk = (tuple(of[axis] for axis in tiling.axes(output.core)) for of in (tiling.shape, tiling.tile))
+        if 0 not in shape:  # else it has no chunks
+            grids[output.name] = ChunkGrid(shape, chunk, "c." if shape else "c", ".")
+    with raised_as(OSError, f"the target {location.name} cannot be looked at"):
+        return look_at_target(location, grids, chunk_nbytes(tiling, dtype), tiling)
+
+
+def chunk_nbytes(tiling: Tiling, dtype: np.dtype[Any]) -> dict[str, int]:
+    """Return the bytes of a stored chunk of each output, of inverses of a dtype."""
+    return {
+        output.name: tiling.chunk_elements(core=output.core) * output.dtype(dtype).itemsize + CHECKSUM_NBYTES
+        for output in OUTPUTS
+    }
 
 
 def open_as_reader(location: Location) -> None:

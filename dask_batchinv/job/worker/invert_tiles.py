@@ -13,7 +13,15 @@ import zarr
 
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.outputs import OUTPUTS, Output
-from dask_batchinv.job.results import Array, LostArrayError, LostTargetError, TileResult, TileRow, as_results
+from dask_batchinv.job.results import (
+    Array,
+    LostArrayError,
+    LostTargetError,
+    TileResult,
+    TileRow,
+    as_results,
+    content_checksum,
+)
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import Chunk, open_array, write_chunks
 from dask_batchinv.job.target.holder import holder_of
@@ -55,9 +63,9 @@ def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     """Do tiles that lie side by side at a time."""
     start = time.perf_counter()
     device = device_for(None, task.options.device)
-    whole, results = _read_and_invert(task, numbers, device)
+    whole, results, sources = _read_and_invert(task, numbers, device)
     _check_holder(task)
-    parts = {output.name: _split(task.tiling, output, results[output.name], numbers) for output in OUTPUTS}
+    parts = {output.name: _split(task.tiling, results[output.name], numbers, core=output.core) for output in OUTPUTS}
     checksums = {output.name: _write(task, output, parts[output.name], whole) for output in OUTPUTS}
     rows = {
         number: TileRow.of(
@@ -65,7 +73,8 @@ def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
             parts["rcond"][number],
             {output.name: checksums[output.name][number] for output in OUTPUTS},
             device,
-            _count_filled(task, number),
+            count_filled(task.run, task.source, task.options.missing, task.tiling, number),
+            sources[number],
         )
         for number in numbers
     }
@@ -73,18 +82,25 @@ def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     return [TileResult(number, row, milliseconds=milliseconds) for number, row in rows.items()]
 
 
-def _count_filled(task: TileTask, number: int) -> int:
+def count_filled(run: str, source: Source, missing: Missing, tiling: Tiling, number: int) -> int:
     """Return how many chunks of the source were not there."""
-    if task.options.missing == "error":
+    if missing == "error":
         return 0
-    opened = open_source_once(task.run, task.source, "fill")
-    return task.source.count_missing(opened, task.tiling.region(number, core=True))
+    return source.count_missing(open_source_once(run, source, "fill"), tiling.region(number, core=True))
 
 
-def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Chunk | None, dict[str, Array]]:
-    """Return the results of tiles in the order stored; the inverses as a chunk too, where they are one as they come."""
+def _read_and_invert(
+    task: TileTask, numbers: range, device: Device
+) -> tuple[Chunk | None, dict[str, Array], dict[int, int]]:
+    """Return the results of tiles in the order stored, and the checksums of what they were made from.
+
+    The inverses as a chunk too, where they are one as they come.
+    """
     # A function of its own so that the input is gone before the output is encoded.
-    stack = read_stack(task.run, task.source, task.options.missing, task.tiling, numbers)
+    stored = read_stored(task.run, task.source, task.options.missing, task.tiling, numbers)
+    sources = {n: content_checksum(part) for n, part in _split(task.tiling, stored, numbers, core=True).items()}
+    stack = np.moveaxis(task.source.decode(stored), task.tiling.core, (-2, -1))
+    del stored
     dtype = result_dtype(stack.dtype)
     is_chunk = task.tiling.core == (stack.ndim - 2, stack.ndim - 1) and stack.shape == task.tiling.tile
     whole = Chunk(stack.shape, dtype) if is_chunk else None
@@ -101,12 +117,17 @@ def _read_and_invert(task: TileTask, numbers: range, device: Device) -> tuple[Ch
     return whole, {
         output.name: np.moveaxis(named[output.name], (-2, -1), task.tiling.core) if output.core else named[output.name]
         for output in OUTPUTS
-    }
+    }, sources  # fmt: skip
 
 
-def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tiles: int | range) -> Array:
-    """Read tiles of the source, core dimensions last."""
-    block = source.read_block(open_source_once(run, source, missing), tiling.region(tiles, core=True))
+def read_stored(run: str, source: Source, missing: Missing, tiling: Tiling, tiles: int | range) -> Array:
+    """Read tiles of the source as they are stored."""
+    return source.read_stored(open_source_once(run, source, missing), tiling.region(tiles, core=True))
+
+
+def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tile: int) -> Array:
+    """Read a tile of the source, core dimensions last."""
+    block = source.read_block(open_source_once(run, source, missing), tiling.region(tile, core=True))
     return np.moveaxis(block, tiling.core, (-2, -1))
 
 
@@ -116,12 +137,12 @@ def _check_holder(task: TileTask) -> None:
         raise LostTargetError(f"{task.target.name} was removed, replaced, or is another place on this worker")
 
 
-def _split(tiling: Tiling, output: Output, values: Array, numbers: range) -> dict[int, Array]:
-    """Return what each of several tiles has of an output."""
+def _split(tiling: Tiling, values: Array, numbers: range, *, core: bool) -> dict[int, Array]:
+    """Return what each of several tiles has of an array with the core dimensions or without."""
     if len(numbers) == 1:
         return {numbers.start: values}
     along = tiling.batch[-1]
-    width, before = tiling.tile[along], (slice(None),) * tiling.axes(output.core).index(along)
+    width, before = tiling.tile[along], (slice(None),) * tiling.axes(core).index(along)
     starts = ((number, (number - numbers.start) * width) for number in numbers)
     return {number: values[(*before, slice(start, start + width))] for number, start in starts}
 

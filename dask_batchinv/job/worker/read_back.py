@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -14,11 +14,9 @@ from crc32c import crc32c
 
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.job.results import COLUMNS, Rows, TileResult
-from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, read_chunk
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.job.worker.invert_tiles import open_source_once
 from dask_batchinv.location import Location
 from dask_batchinv.text import clean
 
@@ -41,16 +39,16 @@ class ReadBackTask:
     """Where they are."""
     tiling: Tiling
     """Which they are."""
-    nbytes: tuple[int, ...]
+    ledger: str
+    """The name of the array with their rows."""
+    nbytes: dict[str, int] = field(hash=False)
     """Bytes of a stored chunk of each output."""
-    source: Source
-    """What they were made from: chunks that were not there may have come."""
 
 
 def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]:
     """Read tiles back, and return one result for each that is not as recorded, and one that counts the others."""
     chunk = numbers.start // ROWS_PER_CHUNK
-    rows = _rows_of_chunk(task.run, task.target, chunk)
+    rows = rows_of_chunk(task.run, task.target, task.ledger, chunk)
 
     def problems(some: range) -> list[TileResult[int]]:
         found = ((number, _problem(task, number, rows[number % ROWS_PER_CHUNK])) for number in some)
@@ -63,12 +61,14 @@ def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]
 
 
 @lru_cache(maxsize=4)
-def _rows_of_chunk(run: str, target: Location, chunk: int) -> Rows:
-    return read_chunk(target, chunk)
+def rows_of_chunk(run: str, target: Location, ledger: str, chunk: int) -> Rows:
+    """Return rows of the ledger of a target, kept for a run."""
+    return read_chunk(target, ledger, chunk)
 
 
 def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:
-    for output, nbytes in zip(OUTPUTS, task.nbytes, strict=True):
+    for output in OUTPUTS:
+        nbytes = task.nbytes[output.name]
         key = f"{output.name}/{task.tiling.chunk_key(number, core=output.core)}"
         recorded = int(row[COLUMNS.index(output.checksum)])
         if recorded < 0:  # it is empty
@@ -79,15 +79,7 @@ def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:
             return clean(f"{key} cannot be read: {type(error).__name__}: {error}")
         if _checksum(content) != recorded:
             return f"{key} is not what was written"
-    filled = int(row[COLUMNS.index("filled")])
-    if filled and (now := _count_missing(task, number)) != filled:
-        return f"{filled} chunks of the source were not there when it was made, and {now} are not now"
     return None
-
-
-def _count_missing(task: ReadBackTask, number: int) -> int:
-    source = open_source_once(task.run, task.source, "fill")
-    return task.source.count_missing(source, task.tiling.region(number, core=True))
 
 
 def _read(target: Location, key: str, limit: int) -> bytes:

@@ -124,6 +124,11 @@ _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
+def has_kernel(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> bool:
+    """Tell whether `invert` has a kernel for matrices, or leaves all of them to LAPACK."""
+    return layout_of(spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())) is not None
+
+
 def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """Return the working memory of `invert` in bytes, whatever the number of matrices."""
     spec, others = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes()), lapack.scratch_nbytes(n, dtype)

@@ -1,0 +1,201 @@
+"""What a store says of the chunks that tiles are made of: one number for each tile, which changes when a chunk does.
+
+On a disk size and times of each file are looked at, by its name; of other stores one listing tells of a thousand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_batchinv.job.tiling import Tiling, cuts
+from dask_batchinv.location import Known, Location
+
+#: Of what a store says of a tile that was never looked at, or just now written.
+UNKNOWN = 0
+#: So many files are added up at a time.
+_TOGETHER = 2**16
+#: A file that is as young as this may be written to again at the same time: the clocks of file systems tick, and some
+#: only every second, or every other.
+_TICK_NS, _COARSE_TICK_NS = 50_000_000, 2_000_000_000
+_SECOND_NS = 10**9
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ChunkGrid:
+    """Where the stored chunks of an array are: a shard is one where there are shards."""
+
+    shape: tuple[int, ...]
+    """Shape of the array."""
+    chunk: tuple[int, ...]
+    """Shape of a stored chunk."""
+    prefix: str
+    """What the keys of its chunks begin with."""
+    separator: str
+    """What is between the numbers in them."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Chunks along each axis."""
+        return tuple(map(cuts, self.shape, self.chunk))
+
+    def keys(self) -> Iterator[str]:
+        """Yield all keys that there can be.
+
+        Examples
+        --------
+        >>> list(ChunkGrid((10, 3), (5, 3), "c/", "/").keys())
+        ['c/0/0', 'c/1/0']
+        """
+        for place in itertools.product(*map(range, self.counts)):
+            yield self.prefix + self.separator.join(map(str, place))
+
+    def place_of(self, key: str) -> tuple[int, ...] | None:
+        """Return the place of a key; None if it is not one of a chunk.
+
+        Examples
+        --------
+        >>> grid = ChunkGrid((10, 3), (5, 3), "c/", "/")
+        >>> grid.place_of("c/1/0"), grid.place_of("c/2/0"), grid.place_of("zarr.json")
+        ((1, 0), None, None)
+        """
+        if not self.shape:
+            return () if key == self.prefix else None
+        parts = key.removeprefix(self.prefix).split(self.separator)
+        if not key.startswith(self.prefix) or len(parts) != len(self.shape) or not all(map(str.isdecimal, parts)):
+            return None
+        place = tuple(map(int, parts))
+        return place if all(at < count for at, count in zip(place, self.counts, strict=True)) else None
+
+
+class _Files(NamedTuple):
+    """Some stored chunks."""
+
+    places: Numbers
+    """Where they are in the grid: a row for each."""
+    sizes: Numbers
+    """Their bytes; -1 where that is not known."""
+    marks: npt.NDArray[np.uint64]
+    """A number for what the store says of each."""
+    unsure: npt.NDArray[np.bool_]
+    """Whether they may have been written to since without a trace."""
+
+
+@dataclass
+class Seen:
+    """What a store says of all tiles."""
+
+    marks: Numbers
+    """A number for each tile, never `UNKNOWN`."""
+    unsure: npt.NDArray[np.bool_]
+    """Whether something could be written to a tile since, and leave it the same number."""
+    tells: bool = True
+    """Whether the store tells when a chunk changes; else its numbers mean nothing."""
+    whole: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    """Of a target: whether every chunk of a tile is there, as long as it must be."""
+
+    def recorded(self, number: int) -> int:
+        """Return what to record of a tile."""
+        return int(self.marks[number]) if self.tells and not self.unsure[number] else UNKNOWN
+
+    def differs(self, recorded: Numbers) -> npt.NDArray[np.bool_]:
+        """Return of which tiles other numbers are recorded, or none."""
+        differs: npt.NDArray[np.bool_] = self.marks != recorded
+        return differs
+
+
+def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
+    """Return what the store of a source says of what each tile is read from.
+
+    One request for a thousand chunks; of a web server, which lists nothing, one for each.
+
+    Raises
+    ------
+    OSError
+        If the store cannot be read.
+    """
+    sums, unsure = np.zeros(tiling.n_tiles, np.uint64), np.zeros(tiling.n_tiles, bool)
+    tells = True
+    for files, all_tell in _files(location, grid):
+        tells &= all_tell
+        for numbers, which in _tiles_of(files.places, grid, tiling):
+            np.add.at(sums, numbers, files.marks[which])
+            unsure[numbers] |= files.unsure[which]
+    return Seen(_never_unknown(sums), unsure, tells)
+
+
+def look_at_target(location: Location, grids: dict[str, ChunkGrid], nbytes: dict[str, int], tiling: Tiling) -> Seen:
+    """Return what the store of a target says of the chunks of each tile, by the names of the arrays.
+
+    Nothing is called lost because a listing, which may be late, does not have it: it is asked for by its key.
+    """
+    sums, unsure = np.zeros(tiling.n_tiles, np.uint64), np.zeros(tiling.n_tiles, bool)
+    whole = np.ones(tiling.n_tiles, bool)
+    for name, grid in grids.items():
+        inside, core = location / name, len(grid.shape) == len(tiling.shape)
+        found = np.zeros(tiling.n_tiles, bool)
+        for files, _ in _files(inside, grid):
+            for numbers, which in _tiles_of(files.places, grid, tiling):
+                np.add.at(sums, numbers, files.marks[which])
+                found[numbers] = files.sizes[which] == nbytes[name]
+        for number in map(int, np.flatnonzero(~found)):
+            unsure[number] = True
+            whole[number] &= inside.nbytes(tiling.chunk_key(number, core=core)) == nbytes[name]
+    return Seen(_never_unknown(sums), unsure, whole=whole)
+
+
+def _never_unknown(sums: npt.NDArray[np.uint64]) -> Numbers:
+    marks = sums.view(np.int64)
+    marks[marks == UNKNOWN] = 1
+    return marks
+
+
+def _files(location: Location, grid: ChunkGrid) -> Iterator[tuple[_Files, bool]]:
+    """Yield what is known of stored chunks, many at a time, and whether it says when they change."""
+    now = time.time_ns()
+    known = ((key, grid.place_of(key), says) for key, says in location.look(grid.keys))
+    chunks = ((key, place, says) for key, place, says in known if place is not None)
+    while part := list(itertools.islice(chunks, _TOGETHER)):
+        files = _Files(
+            np.array([place for _, place, _ in part], np.int64),
+            np.array([-1 if says.size is None else says.size for _, _, says in part], np.int64),
+            np.array([_mark(key, says) for key, _, says in part], np.uint64),
+            np.array([_is_young(says, now) for _, _, says in part], bool),
+        )
+        yield files, all(says.version for _, _, says in part)
+
+
+def _mark(key: str, says: Known) -> int:
+    digest = hashlib.blake2b(f"{key} {says.size} {says.version}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _is_young(says: Known, now: int) -> bool:
+    """Tell whether a file could be written to at the time that it has already."""
+    if says.changed is None:
+        return False
+    return now - says.changed < (_TICK_NS if says.changed % _SECOND_NS else _COARSE_TICK_NS)
+
+
+def _tiles_of(places: Numbers, grid: ChunkGrid, tiling: Tiling) -> Iterator[tuple[Numbers, npt.NDArray[np.intp]]]:
+    """Yield numbers of tiles that chunks are in, and which chunks those are: one is in several if they are smaller."""
+    axes = tiling.axes(core=len(grid.shape) == len(tiling.shape))
+    columns = [axes.index(axis) for axis in tiling.batch]
+    tile = np.array([tiling.tile[axis] for axis in tiling.batch], np.int64)
+    chunk, shape = (np.array([of[column] for column in columns], np.int64) for of in (grid.chunk, grid.shape))
+    start = places[:, columns] * chunk
+    first, last = start // tile, (np.minimum(start + chunk, shape) - 1) // tile
+    strides = np.array([math.prod(tiling.grid[axis + 1 :]) for axis in range(len(tile))], np.int64)
+    for offset in itertools.product(*map(range, (last - first).max(axis=0, initial=0) + 1)):
+        which = np.flatnonzero((first + offset <= last).all(axis=1))
+        yield (first[which] + np.array(offset, np.int64)) @ strides, which

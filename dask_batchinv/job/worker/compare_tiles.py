@@ -1,0 +1,46 @@
+"""Compares tiles on a worker with what they were made from: what the source has now is read, and nothing computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from dask_batchinv.job.options import Missing
+from dask_batchinv.job.results import TileResult, TileRow, as_results, content_checksum
+from dask_batchinv.job.source.source import Source
+from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK
+from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.worker.invert_tiles import count_filled, read_stored
+from dask_batchinv.job.worker.read_back import rows_of_chunk
+from dask_batchinv.location import Location
+
+
+@dataclass(frozen=True)
+class CompareTask:
+    """All that a worker needs to know to compare tiles with their source."""
+
+    run: str
+    """Unique to one run."""
+    source: Source
+    """Where to read."""
+    target: Location
+    """Where they are."""
+    ledger: str
+    """The name of the array with their rows."""
+    tiling: Tiling
+    """Which they are."""
+    missing: Missing
+    """What a chunk that is not there means."""
+
+
+def compare_tiles(task: CompareTask, numbers: range) -> list[TileResult[bool]]:
+    """Return of each tile whether it was made from what the source has now."""
+    return [result for number in numbers for result in as_results(number, partial(_compare, task, number))]
+
+
+def _compare(task: CompareTask, number: int) -> list[TileResult[bool]]:
+    rows = rows_of_chunk(task.run, task.target, task.ledger, number // ROWS_PER_CHUNK)
+    row = TileRow.decode(rows[number % ROWS_PER_CHUNK])
+    stored = read_stored(task.run, task.source, task.missing, task.tiling, number)
+    filled = count_filled(task.run, task.source, task.missing, task.tiling, number)
+    return [TileResult(number, content_checksum(stored) == row.source_checksum and filled == row.filled)]
