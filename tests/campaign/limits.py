@@ -120,22 +120,46 @@ def _limited_run(folder: Path, group: Path, n: int, dtype: str, chunk: int, opti
     return used / projected
 
 
+def _write_chunks_of_four(path: Path, a: Any) -> None:
+    """Write 2 x 2 matrices, four to a chunk, faster than Zarr can."""
+    keys = {"name": "default", "separator": "."}
+    array = zarr.create_array(
+        path, shape=a.shape, chunks=(4, 2, 2), dtype="f8", compressors=None, chunk_key_encoding=keys
+    )
+    array[:4] = a[:4]
+    check((path / "c.0.0.0").read_bytes() == a[:4].tobytes(), "chunks are stored in another way than was thought")
+    for number in range(1, len(a) // 4):
+        (path / f"c.{number}.0.0").write_bytes(a[4 * number : 4 * number + 4].tobytes())
+
+
+def _stamps(target: Path) -> dict[str, int]:
+    """When each chunk was written last."""
+    found = {}
+    for name in ("inverse", "info", "rcond"):
+        with os.scandir(target / name) as entries:
+            found |= {f"{name}/{entry.name}": entry.stat().st_mtime_ns for entry in entries if entry.name[:2] == "c."}
+    return found
+
+
 def a_million_tiles(folder: Path, tiles: int, chance: random.Random) -> Iterator[Row]:
-    """Very many very small tiles: killed half way, finished, and run once more when nothing is left to do."""
+    """Very many very small tiles: killed half way, finished, compared when nothing has changed, or one chunk."""
     row = Row(f"{tiles:,} tiles of four 2 x 2 matrices, everything killed half way")
     folder.mkdir(parents=True, exist_ok=True)
     source, target = folder / "many-source.zarr", folder / "many-target.zarr"
     subprocess.run(["rm", "-rf", source, target], check=True)
     a = np.random.default_rng(0).normal(size=(4 * tiles, 2, 2))
-    zarr.create_array(source, shape=a.shape, chunks=(4096, 2, 2), dtype="f8")[...] = a
+    _write_chunks_of_four(source, a)
     arguments = [sys.executable, "-m", "dask_batchinv.cli", "run", str(source), str(target), "--tile-size", "32",
                  "--workers", "2", "--json", "--quiet"]  # fmt: skip
     with row.run("from the beginning to the end"):
         with subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL) as process:
-            first = _watch(process, lambda: recorded(target) >= tiles // 2)
+            first = _watch(process, lambda: recorded(target) >= tiles // 2, every=10.0)
             os.killpg(process.pid, signal.SIGKILL)
         peaks, seconds, reports = [first], [], []
-        for _ in range(2):
+        for number in range(3):
+            if number == 2:
+                before = _stamps(target)
+                zarr.open_array(source)[400:404] = a[400:404] = chance.random() + a[400:404]
             start = time.monotonic()
             with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
@@ -145,8 +169,15 @@ def a_million_tiles(folder: Path, tiles: int, chance: random.Random) -> Iterator
             check(process.returncode == 0, f"exit code {process.returncode}")
         check(reports[0]["tiles_now"] + reports[0]["tiles_proven"] == tiles, "tiles were lost")
         check(reports[0]["tiles_proven"] >= tiles // 2, "it was not killed half way")
-        check(reports[1]["tiles_proven"] == tiles, "not all tiles were read back")
         check(reports[1]["tiles_now"] == 0, "tiles were done again")
+        check((reports[2]["changed_tiles"], reports[2]["tiles_now"]) == (1, 1), "not just one tile was done again")
+        after = _stamps(target)
+        changed = sorted(name for name in before if before[name] != after[name])
+        check(changed == ["info/c.100", "inverse/c.100.0.0", "rcond/c.100"], f"more was written: {changed[:5]}")
+        start = time.monotonic()
+        checked = subprocess.run([*arguments[:-1], "--check"], stdout=subprocess.DEVNULL, check=False)
+        checking = time.monotonic() - start
+        check(checked.returncode == 0, f"the check ends with exit code {checked.returncode}")
         inverse = zarr.open_array(target / "inverse", mode="r")
         for start in chance.sample(range(0, len(a) - 4096, 4096), 20):
             part = inverse[start : start + 4096]
@@ -155,18 +186,20 @@ def a_million_tiles(folder: Path, tiles: int, chance: random.Random) -> Iterator
     row.remarks |= {
         "peak memory of client and scheduler, MiB": round(max(peaks) / 2**20),
         "seconds of the run that does the second half": round(seconds[0]),
-        "seconds of the run that has nothing left to do": round(seconds[1], 1),
+        "seconds of a run where nothing has changed": round(seconds[1], 1),
+        "seconds of a run where one chunk of the source has": round(seconds[2], 1),
+        "seconds of `run --check`": round(checking, 1),
         "bytes of the ledger per tile": round(sum(p.stat().st_size for p in (target / "ledger").rglob("*")) / tiles, 1),
     }
     yield row
 
 
-def _watch(process: subprocess.Popen[Any], enough: Any) -> int:
+def _watch(process: subprocess.Popen[Any], enough: Any, every: float = 0.5) -> int:
     """Wait for the end of a process, or until it is enough; return the peak of its memory."""
     peak = 0
     while process.poll() is None and not enough():
         peak = max(peak, _peak_memory(process.pid))
-        time.sleep(5.0)  # to look takes a part of a second
+        time.sleep(every)
     return peak
 
 
