@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from tests.campaign.listing import served
 from tests.campaign.processes import Client, cluster
 from tests.campaign.work import Row, Work, check, recorded
 
@@ -189,9 +190,32 @@ def a_million_tiles(folder: Path, tiles: int, chance: random.Random) -> Iterator
         "seconds of a run where nothing has changed": round(seconds[1], 1),
         "seconds of a run where one chunk of the source has": round(seconds[2], 1),
         "seconds of `run --check`": round(checking, 1),
+        **_ask_in_a_store(folder, source.name, target.name),
         "bytes of the ledger per tile": round(sum(p.stat().st_size for p in (target / "ledger").rglob("*")) / tiles, 1),
     }
     yield row
+
+
+def _ask_in_a_store(folder: Path, source: str, target: str) -> dict[str, Any]:
+    """Count what `status` asks an object store for that has the same keys."""
+    try:
+        import s3fs  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError:
+        return {"requests of `status` in an object store": "s3fs is not installed"}
+    with served(folder, without=("inverse", "info", "rcond")) as (url, counts):
+        base = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FSSPEC_"))}
+        settings = {"FSSPEC_S3_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
+        start = time.monotonic()
+        command = [sys.executable, "-m", "dask_batchinv.cli", "status", f"s3://bucket/{target}", "--source",
+                   f"s3://bucket/{source}", "--json"]  # fmt: skip
+        ended = subprocess.run(command, env=base | settings, capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - start
+    # The ledger has the times of files, which are no ETags: so all tiles are found to differ.
+    check(ended.returncode == 4, f"exit code {ended.returncode}: {ended.stdout[-500:]} {ended.stderr[-500:]}")
+    return {
+        "requests of `status` in an object store": counts.total(),
+        "seconds of `status` in an object store on this machine": round(seconds, 1),
+    }
 
 
 def _watch(process: subprocess.Popen[Any], enough: Any, every: float = 0.5) -> int:
