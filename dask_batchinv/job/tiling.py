@@ -10,6 +10,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+#: A job may have so many tiles: the ledger takes about 150 bytes of the driver's memory for each.
+LARGEST_COUNT = 10_000_000
+
 
 def cuts(size: int, step: int) -> int:
     """Return into how many pieces of at most `step` a length is cut."""

@@ -554,3 +554,21 @@ def test_nothing_is_read_and_no_cluster_started_where_nothing_has_changed(tmp_pa
     assert job(stack).exit_code == 0
     assert not [key for key in read if "c/" in key or "c." in key]
     assert targets.inspect(Location.parse(tmp_path / "t")).shape == (60, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"shape": [10**15, 3, 3]}, {"shape": [60, 3]}, {"core": [0, 7]}, {"tile": [0, 3, 3]}, {"shape": [-1, 3, 3]},
+     {"ledger": "../tiles"}, {"ledger": 7}],
+    ids=str,
+)  # fmt: skip
+def test_a_mark_that_makes_no_sense_is_refused_at_once(tmp_path, stack, job, damage):
+    job(stack)
+    meta = json.loads((tmp_path / "t" / "zarr.json").read_text())
+    meta["attributes"]["dask_batchinv"] = json.dumps(json.loads(meta["attributes"]["dask_batchinv"]) | damage)
+    (tmp_path / "t" / "zarr.json").write_text(json.dumps(meta))
+    before = tree(tmp_path / "t")
+    for call in (lambda: job(stack), lambda: account_of(tmp_path / "t"), lambda: job(stack, overwrite=True)):
+        with pytest.raises(TargetError, match="its mark is damaged"):
+            call()
+    assert tree(tmp_path / "t") == before

@@ -1,4 +1,4 @@
-"""The bits of our own kernels are those of their generation: a change of them that is not told would mix two in a target."""
+"""The bits of our own kernels are those of their generation: else a target could be made of two kinds of them."""
 
 import hashlib
 import json

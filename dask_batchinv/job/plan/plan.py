@@ -8,7 +8,7 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-from dask_batchinv.job.tiling import StackShape, Tiling, cuts
+from dask_batchinv.job.tiling import LARGEST_COUNT, StackShape, Tiling, cuts
 from dask_batchinv.outcome import PlanError
 
 #: Resident memory of a worker process that holds no data: measured 135 MiB before and 150 MiB after its first tile.
@@ -25,8 +25,6 @@ LARGEST_SPAN = 256
 MASKS_NBYTES = 24
 #: Copies of a decoded tile that are alive at once while Xarray decodes it, and bytes of masks per number: measured.
 DECODING_COPIES, DECODING_MASKS = 2, 2
-#: A job may have so many tiles: the ledger takes about 110 bytes of the driver's memory for each.
-LARGEST_COUNT = 10_000_000
 #: Dask stops giving tasks to a worker at 80 % of its limit (distributed.worker.memory.pause).
 USABLE = 0.8
 

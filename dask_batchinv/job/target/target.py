@@ -6,7 +6,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.mark import FORMAT, Mark, attributes_of, marked, read_mark, with_attributes
 from dask_batchinv.job.target.state import Fingerprint, State, Target
 from dask_batchinv.job.target.writer import Writer
-from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.tiling import LARGEST_COUNT, Tiling
 from dask_batchinv.location import Location, TakenOverError, json_object, raised_as
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.storage import MARK, FilesStore, unspecified
@@ -42,6 +42,7 @@ from dask_batchinv.text import harmless
 #: The keys of the members of a target: metadata and chunks of outputs and coordinates, and what is in the ledger.
 _OUTPUT_KEY = re.compile(r"zarr\.json|c(\.\d+)*")
 _COORDINATE_KEY = re.compile(r"zarr\.json|c(/\d+)*")
+_ROWS = re.compile(r"tiles(-\d{1,9})?")
 _LEDGER_KEY = re.compile(r"(tiles(-\d+)?/)?zarr\.json|tiles(-\d+)?/c/\d+/\d+|runs\.json")
 
 
@@ -91,11 +92,9 @@ def _inspect(location: Location) -> Target:
         state=State.BEING_CREATED if not mark["ready"] else State.COMPLETE if is_complete else State.BEGUN,
         fingerprint=dict(mark["fingerprint"]),
         generation=_checked(mark["generation"], str),
-        shape=tuple(_checked(size, int) for size in mark["shape"]),
-        tile=tuple(_checked(size, int) for size in mark["tile"]),
-        core=(_checked(mark["core"][0], int), _checked(mark["core"][1], int)) if mark["core"] else (-2, -1),
         members=members,
-        ledger=_checked(mark["ledger"], str),
+        ledger=_ledger_in(mark),
+        **_tiling_in(mark),
     )
 
 
@@ -112,6 +111,28 @@ def _checked(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"its mark is damaged: expected {kind.__name__}, got {value!r}")
     return value
+
+
+def _ledger_in(mark: Mark) -> str:
+    name: str = _checked(mark["ledger"], str)
+    if not _ROWS.fullmatch(name):
+        raise ValueError(f"its mark is damaged: its ledger cannot be called {name[:100]!r}")
+    return name
+
+
+def _tiling_in(mark: Mark) -> dict[str, Any]:
+    """Return shape, tile and core dimensions by a mark; ValueError if no job makes such."""
+    shape, tile, core = (tuple(_checked(size, int) for size in mark[name]) for name in ("shape", "tile", "core"))
+    if not mark["ready"] and not shape:  # it is being removed
+        return {}
+    axes = range(len(shape))
+    ok = (
+        len(shape) == len(tile) and len(core) == 2 and core[0] != core[1] and all(axis in axes for axis in core)
+        and all(0 <= size < 2**63 for size in shape) and all(1 <= size < 2**63 for size in tile)
+    )  # fmt: skip
+    if not ok or Tiling(shape, (core[0], core[1]), tile).n_tiles > LARGEST_COUNT:
+        raise ValueError("its mark is damaged: shape and tiles make no sense")
+    return {"shape": shape, "tile": tile, "core": (core[0], core[1])}
 
 
 def existing(path: str | os.PathLike[str]) -> tuple[Location, Target]:
@@ -266,7 +287,8 @@ def update(location: Location, target: Target, contents: Contents, writer: Write
     now = replace(target, shape=contents.tiling.shape, members=tuple(contents.members))
     with raised_as(OSError, f"the target {location.name} could not be updated", "; run the command again"):
         if gone := {*target.members} - {*now.members}:
-            _delete(location, writer, lambda key: key.partition("/")[0] in gone and _is_ours(key, gone))
+            for name in sorted(gone):
+                _delete(location, writer, name, gone)
         if _renumbers(target.tiling, now.tiling):
             number = int(target.ledger.partition("-")[2] or 0) + 1
             now = replace(now, ledger=f"tiles-{number}")
@@ -276,14 +298,15 @@ def update(location: Location, target: Target, contents: Contents, writer: Write
         writer.change(ROOT, lambda root: with_attributes(root or documents[ROOT], {MARK: ours[MARK], "complete": 0}))
         _write(writer, documents, contents)
         if now.ledger != target.ledger:
-            old = f"{LEDGER}/{target.ledger}/"
-            _delete(location, writer, lambda key: key.startswith(old) and _is_ours(key, MEMBERS))
+            _delete(location, writer, f"{LEDGER}/{target.ledger}", MEMBERS)
     return now
 
 
-def _delete(location: Location, writer: Writer, chosen: Callable[[str], bool]) -> None:
-    keys = location.keys()
-    writer.delete_all([key for key in keys if chosen(key)])
+def _delete(location: Location, writer: Writer, folder: str, members: Iterable[str]) -> None:
+    """Delete what is ours in a folder of a target."""
+    inside = (location / folder).keys()
+    keys = [f"{folder}/{key}" for key in inside]
+    writer.delete_all([key for key in keys if _is_ours(key, members)])
 
 
 def _renumbers(old: Tiling, new: Tiling) -> bool:
