@@ -10,11 +10,13 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 import fsspec
@@ -404,10 +406,15 @@ def _told(info: dict[str, Any]) -> Known:
 
 
 def _nanoseconds(when: Any) -> int:
-    """Return a time since 1970; one that is written in any other way counts as long ago."""
+    """Return a time since 1970; what cannot be read as one counts as just now."""
+    if isinstance(when, str):
+        for parse in (parsedate_to_datetime, datetime.fromisoformat):
+            with suppress(ValueError):
+                when = parse(when)
+                break
     if isinstance(when, datetime):
         when = when.timestamp()
-    return int(when * 1e9) if isinstance(when, (int, float)) else 0
+    return int(when * 1e9) if isinstance(when, (int, float)) else time.time_ns()
 
 
 def _resolved(parts: list[str], url: str) -> list[str]:

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import time
+import zipfile
+from datetime import UTC, datetime
 
 import pytest
 
-from dask_batchinv.location import Location, TakenOverError
+from dask_batchinv.location import Known, Location, TakenOverError, _told
 from dask_batchinv.text import redact
 
 
@@ -214,3 +217,58 @@ def test_stores_with_conditional_writes_and_without(monkeypatch, answer):
     assert store.asked == ([["mode"], [], []] if answer == "none" else [["mode"], ["IfMatch"]])
     with pytest.raises(TakenOverError):
         location.replace("key", b"late", stamp)
+
+
+# --- what stores tell of their files ------------------------------------------------------------------------------
+
+
+def looked(location, keys=()):
+    return dict(location.look(lambda: keys))
+
+
+def test_what_a_disk_tells_changes_with_each_write(tmp_path):
+    location = Location.parse(tmp_path)
+    assert looked(location, ["a"]) == {}
+    (tmp_path / "a").write_bytes(b"12")
+    (tmp_path / "loop").symlink_to("loop")
+    (first,) = looked(location, ["a", "b", "loop", "a/c"]).values()
+    assert first.size == 2
+    assert abs(first.changed - time.time_ns()) < 10**10
+    time.sleep(0.02)
+    (tmp_path / "a").write_bytes(b"34")
+    os.utime(tmp_path / "a", ns=(0, int(first.version.split()[0])))
+    assert looked(location, ["a"])["a"].version != first.version
+
+
+@pytest.mark.parametrize("url", ["memory://look/s.zarr", "zip::file://{tmp}/s.zip"])
+def test_what_other_stores_tell(tmp_path, url):
+    if url.startswith("zip"):
+        with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+            archive.writestr("c/0/0", b"12")
+    location = Location.parse(url.format(tmp=tmp_path))
+    if url.startswith("memory"):
+        location.write("c/0/0", b"12")
+    found = looked(location)
+    assert set(found) == {"c/0/0"}
+    assert found["c/0/0"].size == 2
+    assert found["c/0/0"].version
+
+
+@pytest.mark.parametrize(
+    ("info", "version", "changed"),
+    [
+        ({"size": 3, "ETag": '"1"', "LastModified": datetime(2026, 1, 1, tzinfo=UTC)}, 'etag="1"', None),
+        ({"size": 3, "etag": "x", "md5Hash": "y", "updated": "2026-01-01", "generation": "7"},
+         "etag=x generation=7 md5hash=y", None),
+        ({"size": 3, "etag": "0x8", "last_modified": datetime(2026, 1, 1, tzinfo=UTC)}, "etag=0x8", None),
+        ({"size": 3, "mtime": 1.5}, "mtime=1.5", 1_500_000_000),
+        ({"size": 3, "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"},
+         "lastmodified=Thu, 01 Jan 2026 00:00:00 GMT", 1_767_225_600_000_000_000),
+        ({"size": 3, "updated": "2026-01-01T00:00:00+00:00"}, "updated=2026-01-01T00:00:00+00:00",
+         1_767_225_600_000_000_000),
+        ({"size": 3, "ETag": None}, "", None),
+        ({"name": "x", "type": "file"}, "", None),
+    ],
+)  # fmt: skip
+def test_what_file_systems_tell_is_understood(info, version, changed):
+    assert _told(info) == Known(info.get("size"), version, changed)
