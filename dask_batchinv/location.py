@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import zarr.abc.store
@@ -27,6 +27,8 @@ from fsspec.implementations.local import LocalFileSystem
 from dask_batchinv.disk import Stamp, chunk_folders, identity, is_file_or_absent, make_folders, stamp_of, write_file
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import CleanError, clean, harmless, remember_url, without_user
+
+T = TypeVar("T")
 
 #: A metadata document may be so long.
 JSON_NBYTES = 16 * 2**20
@@ -327,23 +329,27 @@ class Location:
                 return []
             raise
 
-    def look(self, keys: Callable[[], Iterable[str]]) -> Iterator[tuple[str, Known]]:
-        """Yield what is known of the files inside: on a disk, and where nothing is listed, of those with some keys."""
+    def look(self, keys: Callable[[], Iterable[tuple[str, T]]]) -> Iterator[tuple[str, T | None, Known]]:
+        """Yield the key of each file inside, and what is known of it.
+
+        On a disk, and where nothing is listed, only of those with some keys, with what comes with these; None else.
+        """
         if self.is_local:
-            for key in keys():
+            for key, about in keys():
                 with suppress(OSError):  # what is not there, or damaged: reading will tell
-                    yield key, _known_of(os.stat(f"{self.url}/{key}"))
+                    yield key, about, _known_of(os.stat(f"{self.url}/{key}"))
             return
         fs, path = self._filesystem()
         if "http" not in self.url.partition("://")[0]:
             with suppress(FileNotFoundError):
                 for name, found in fs.find(path, detail=True).items():
-                    yield name[len(path) :].lstrip("/"), _told(found)
+                    yield name[len(path) :].lstrip("/"), None, _told(found)
             return
 
-        def ask(key: str) -> tuple[str, Known] | None:
+        def ask(key_about: tuple[str, T]) -> tuple[str, T, Known] | None:
+            key, about = key_about
             with suppress(FileNotFoundError):
-                return key, _told(fs.info(f"{path}/{key}"))
+                return key, about, _told(fs.info(f"{path}/{key}"))
             return None
 
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:

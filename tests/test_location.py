@@ -223,7 +223,7 @@ def test_stores_with_conditional_writes_and_without(monkeypatch, answer):
 
 
 def looked(location, keys=()):
-    return dict(location.look(lambda: keys))
+    return {key: says for key, _, says in location.look(lambda: [(key, None) for key in keys])}
 
 
 def test_what_a_disk_tells_changes_with_each_write(tmp_path):

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,21 +45,21 @@ class ChunkGrid:
     separator: str
     """What is between the numbers in them."""
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """Chunks along each axis."""
         return tuple(map(cuts, self.shape, self.chunk))
 
-    def keys(self) -> Iterator[str]:
-        """Yield all keys that there can be.
+    def keys(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield all keys that there can be, and the place of each.
 
         Examples
         --------
         >>> list(ChunkGrid((10, 3), (5, 3), "c/", "/").keys())
-        ['c/0/0', 'c/1/0']
+        [('c/0/0', (0, 0)), ('c/1/0', (1, 0))]
         """
         for place in itertools.product(*map(range, self.counts)):
-            yield self.prefix + self.separator.join(map(str, place))
+            yield self.prefix + self.separator.join(map(str, place)), place
 
     def place_of(self, key: str) -> tuple[int, ...] | None:
         """Return the place of a key; None if it is not one of a chunk.
@@ -104,9 +105,10 @@ class Seen:
     whole: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     """Of a target: whether every chunk of a tile is there, as long as it must be."""
 
-    def recorded(self, number: int) -> int:
-        """Return what to record of a tile."""
-        return int(self.marks[number]) if self.tells and not self.unsure[number] else UNKNOWN
+    @property
+    def recorded(self) -> Numbers:
+        """What to record of each tile."""
+        return np.where(self.unsure, UNKNOWN, self.marks) if self.tells else np.full_like(self.marks, UNKNOWN)
 
     def differs(self, recorded: Numbers) -> npt.NDArray[np.bool_]:
         """Return of which tiles other numbers are recorded, or none."""
@@ -163,8 +165,9 @@ def _never_unknown(sums: npt.NDArray[np.uint64]) -> Numbers:
 def _files(location: Location, grid: ChunkGrid) -> Iterator[tuple[_Files, bool]]:
     """Yield what is known of stored chunks, many at a time, and whether it says when they change."""
     now = time.time_ns()
-    known = ((key, grid.place_of(key), says) for key, says in location.look(grid.keys))
-    chunks = ((key, place, says) for key, place, says in known if place is not None)
+    known = location.look(grid.keys)
+    placed = ((key, grid.place_of(key) if place is None else place, says) for key, place, says in known)
+    chunks = ((key, place, says) for key, place, says in placed if place is not None)
     while part := list(itertools.islice(chunks, _TOGETHER)):
         files = _Files(
             np.array([place for _, place, _ in part], np.int64),

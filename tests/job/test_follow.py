@@ -20,7 +20,7 @@ from dask_batchinv.job.plan import prepare as preparing
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.writer import Writer
-from dask_batchinv.location import Location
+from dask_batchinv.location import Known, Location
 from tests.support.stacks import assert_same_bits, conditioned
 from tests.support.targets import read_target, tree
 
@@ -123,8 +123,8 @@ def test_what_is_written_while_the_clock_stands_still_is_compared_by_its_content
     looks = Location.look
 
     def coarse(self, keys):
-        for key, says in looks(self, keys):
-            yield key, says._replace(version="1700000000000000000", changed=time.time_ns() // 10**9 * 10**9)
+        for key, about, says in looks(self, keys):
+            yield key, about, says._replace(version="1700000000000000000", changed=time.time_ns() // 10**9 * 10**9)
 
     monkeypatch.setattr(Location, "look", coarse)
     job(stack)
@@ -530,10 +530,11 @@ def test_status_and_check_tell_whether_a_target_is_up_to_date(tmp_path, stack, j
 
 def test_a_store_that_tells_neither_times_nor_versions(tmp_path, stack, job, cli, monkeypatch):
     looks = Location.look
-    monkeypatch.setattr(
-        Location, "look",
-        lambda self, keys: ((key, says._replace(version="", changed=None)) for key, says in looks(self, keys)),
-    )  # fmt: skip
+
+    def mute(self, keys):
+        return ((key, about, Known(says.size, "", None)) for key, about, says in looks(self, keys))
+
+    monkeypatch.setattr(Location, "look", mute)
     assert "tells neither versions nor times" in str(job(stack))
     report = job(stack)
     assert report.tiles_now == 0

@@ -25,7 +25,7 @@ ONE = Workers(1, 1, None)
 def serially(source, target, on_progress=None, **options):
     job = prepare(source, target, JobOptions(tile_size=720, max_failed=None, **options))
     run = Run(job, plan_for(job, ONE), ONE, Serial(), *([on_progress] if on_progress else []))
-    left_alone = run.nothing_to_do() if job.action == "check" else None
+    left_alone = run.nothing_to_do()
     return run() if left_alone is None else run.report(left_alone)
 
 

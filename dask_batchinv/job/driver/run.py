@@ -65,12 +65,11 @@ READ_BACK_NBYTES = 2**26
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
     """Run a prepared job to its end and return the report, whatever it says."""
     on_progress = on_progress or ignore
-    if job.action == "check":
-        nobody = Workers(0, 0, None)
-        idle = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
-        if (ledger := idle.nothing_to_do()) is not None:
-            remove_stale_lock(job.target)
-            return idle.report(ledger)
+    nobody = Workers(0, 0, None)
+    idle = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
+    if (ledger := idle.nothing_to_do()) is not None:
+        remove_stale_lock(job.target)
+        return idle.report(ledger)
     refuse_held(job.target)  # before workers are started, or asked
     with connect(options) as (client, workers):
         if not options.is_local:
@@ -78,7 +77,17 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         plan = plan_for(job, workers)
         introduction, silent = meet_workers(client, job.source, job.target)
         executor = Dispatcher(client, introduction, is_own=options.is_local, restart_stalled=options.restart_stalled)
-        return Run(job, plan, workers, executor, on_progress, RunTotals(events=list(silent)))()
+        return Run(job, plan, workers, executor, on_progress, RunTotals(events=list(silent)), idle.looks)()
+
+
+@dataclass
+class Looks:
+    """What was seen of the stores of a job."""
+
+    source: Seen | None = None
+    """Before anything of it is read."""
+    target: Seen | None = None
+    """Before anything of it is written."""
 
 
 @dataclass
@@ -97,17 +106,17 @@ class Run:
     """Who wants to know."""
     totals: RunTotals = field(default_factory=RunTotals)
     """What was done so far."""
+    looks: Looks = field(default_factory=Looks)
+    """What was seen of the stores before anything is read."""
 
     def __post_init__(self) -> None:
         self._tell = Guarded(self.on_progress)
         self._made: set[int] = set()
-        self._found: Seen | None = None
 
     def __call__(self) -> JobReport:
         """Bring the target to its end, and return the report."""
         with ExitStack() as held:
-            time.sleep(SETTLING_SECONDS)
-            seen = self._look_at_source()
+            seen = self.looks.source = self.looks.source or self._look_at_source()
             lock, writer, target, ledger = self._begin(held)
             try:
                 self._bring_up_to_date(target, ledger, writer, lock, seen)
@@ -119,6 +128,8 @@ class Run:
     def nothing_to_do(self) -> Ledger | None:
         """Return the ledger of a complete target if neither its source has changed nor what is in it."""
         job = self.job
+        if job.action != "check":
+            return None
         location, target = job.target, job.found
         if not targets.follows(location, target, self.contents) or targets.damage(location, target, self.contents):
             return None
@@ -126,16 +137,17 @@ class Run:
         self._forget_filled(ledger)
         if not ledger.done.all():
             return None
-        source = self._look_at_source()
+        source = self.looks.source = self._look_at_source()
         if source.tells and source.differs(ledger.column("source_seen")).any():
             return None
         if not job.options.trust_ledger:
-            found = self._look_at_target()
+            found = self.looks.target = self._look_at_target()
             if not found.whole.all() or found.differs(ledger.column("target_seen")).any():
                 return None
         return ledger
 
     def _look_at_source(self) -> Seen:
+        time.sleep(SETTLING_SECONDS)
         seen = self.job.source.look(self.plan.tiling)
         if not seen.tells and MUTE not in self.totals.notes:
             self.totals.notes.append(MUTE)
@@ -202,8 +214,8 @@ class Run:
         if self.job.options.trust_ledger:
             return
         start, totals, job = time.monotonic(), self.totals, self.job
-        self._found = self._look_at_target()
-        suspects = np.flatnonzero(ledger.done & self._found.differs(ledger.column("target_seen")))
+        found = self.looks.target = self.looks.target or self._look_at_target()
+        suspects = np.flatnonzero(ledger.done & found.differs(ledger.column("target_seen")))
         matrices = int(ledger.column("matrices")[suspects].sum())
         nbytes = targets.chunk_nbytes(self.plan.tiling, self.contents.dtype)
         task = ReadBackTask(uuid.uuid4().hex, job.target, self.plan.tiling, target.ledger, nbytes)
@@ -227,7 +239,7 @@ class Run:
             return
         job, totals, start = self.job, self.totals, time.monotonic()
         suspects = np.flatnonzero(among & ledger.done & seen.differs(ledger.column("source_seen")))
-        matrices, done = int(ledger.column("matrices")[suspects].sum()), 0
+        matrices, done, same = int(ledger.column("matrices")[suspects].sum()), 0, []
         task = CompareTask(
             uuid.uuid4().hex, job.source.for_workers(), job.target, target.ledger, self.plan.tiling, job.options.missing
         )
@@ -235,13 +247,15 @@ class Run:
             if not isinstance(result, Heartbeat):
                 done += int(ledger.column("matrices")[result.number])
                 if result.value:
-                    ledger.note("source_seen", result.number, seen.recorded(result.number))
+                    same.append(result.number)
                 elif result.value is None:  # its source may come back as it was
                     totals.add(result)
                 else:
                     totals.changed += 1
                     ledger.forget(result.number)
             self._tell(Progress("comparing", matrices, done, 0, 0, totals.changed, time.monotonic() - start))
+        numbers = np.array(same, np.int64)
+        ledger.note("source_seen", numbers, seen.recorded[numbers])
 
     def _spans(self, numbers: Numbers) -> Iterator[range]:
         return spans_to_read_back(numbers, self.plan.tile_nbytes)
@@ -305,6 +319,7 @@ class Run:
         start, flushed, totals = time.monotonic(), -FLUSH_SECONDS, self.totals
         tiling, n_matrices = self.plan.tiling, self.plan.tiling.n_matrices
         before = done = ledger.total("matrices")
+        recorded = seen.recorded
         without_inverse = sum(ledger.failed.values())
         spans = tiling.spans(map(int, np.flatnonzero(among & ~ledger.done)), self.plan.tiles_per_task)
         for result in self._results(invert_tiles, self.task(lock.run), spans, self._attempts, lock):
@@ -313,7 +328,7 @@ class Run:
                 if result.value is not None:
                     done += result.value.matrices
                     without_inverse += sum(result.value.failed.values())
-                    ledger.record(result, seen.recorded(result.number))
+                    ledger.record(result, int(recorded[result.number]))
                     self._made.add(result.number)
             now = time.monotonic()
             totals.seconds = now - start
@@ -366,7 +381,7 @@ class Run:
 
         What is seen of it is noted: of what no run has to look at again, unless that changes.
         """
-        location, found, before = self.job.target, self._look_at_target(), self._found
+        location, found, before = self.job.target, self._look_at_target(), self.looks.target
         if keys := targets.damage(location, target, self.contents):
             self.totals.stopped = f"{', '.join(keys[:3])} of {location.name} was removed or damaged meanwhile"
         elif (lost := np.flatnonzero(~found.whole)).size:
@@ -377,8 +392,8 @@ class Run:
             # Of what this run has neither written nor looked at before, it does not know what it is.
             known = np.zeros(len(found.marks), bool) if before is None else ~found.differs(before.marks)
             known[list(self._made)] = True
-            for number in map(int, np.flatnonzero(known)):
-                ledger.note("target_seen", number, found.recorded(number))
+            numbers = np.flatnonzero(known)
+            ledger.note("target_seen", numbers, found.recorded[numbers])
         self._flush(ledger, FINAL_ATTEMPTS)
 
     def report(self, ledger: Ledger) -> JobReport:

@@ -172,11 +172,11 @@ class Ledger:
         self._rows[result.number] = [self._tag, *row, seen, UNKNOWN]
         self._dirty.add(result.number // ROWS_PER_CHUNK)
 
-    def note(self, column: str, number: int, seen: int) -> None:
-        """Note what was seen of the source or the target of a tile that is done."""
-        if int(self.column(column)[number]) != seen:
-            self.column(column)[number] = seen
-            self._dirty.add(number // ROWS_PER_CHUNK)
+    def note(self, column: str, numbers: Rows, seen: Rows) -> None:
+        """Note what was seen of the sources or the targets of tiles that are done: a number for each."""
+        news = numbers[self.column(column)[numbers] != seen]
+        self.column(column)[numbers] = seen
+        self._dirty |= set(np.unique(news // ROWS_PER_CHUNK).tolist())
 
     def moved_to(self, location: Location, target: Target, writer: Writer) -> Ledger:
         """Return a ledger with the same rows for the same tiles of a target that has grown; none are written yet."""
