@@ -38,7 +38,7 @@ EXIT_CODES = """
 \b
 Exit codes:
     0  done
-    1  some tiles could not be done: run the same command again
+    1  some tiles could not be done, or changed all the time: run the same command again
     2  refused before anything was written
     3  done, but more than --max-failed matrices have no inverse
     4  status and run --check: the target is not up to date with its source

@@ -38,6 +38,8 @@ JSON_NBYTES = 16 * 2**20
 #: that fsspec gives it, in small letters alone.
 _VERSIONS = frozenset(["etag", "md5hash", "md5", "contentmd5", "crc32c", "crc", "generation", "versionid"])
 _TIMES = frozenset(["mtime", "modified", "lastmodified", "updated", "created", "datetime", "timemodified"])
+#: File systems that keep copies of what others have.
+_CACHES = ("simplecache", "filecache", "blockcache", "cached")
 #: So many files are asked for at once, where none are listed.
 _ASKED_AT_ONCE = 16
 
@@ -343,7 +345,8 @@ class Location:
         if "http" not in self.url.partition("://")[0]:
             with suppress(FileNotFoundError):
                 for name, found in fs.find(path, detail=True).items():
-                    yield name[len(path) :].lstrip("/"), None, _told(found)
+                    told = _told(found)
+                    yield name[len(path) :].lstrip("/"), None, told._replace(version="") if self._is_cached() else told
             return
 
         def ask(key_about: tuple[str, T]) -> tuple[str, T, Known] | None:
@@ -356,6 +359,10 @@ class Location:
             left = iter(keys())
             while some := list(itertools.islice(left, 64 * _ASKED_AT_ONCE)):
                 yield from filter(None, pool.map(ask, some))
+
+    def _is_cached(self) -> bool:
+        """Tell whether a link of a chain keeps copies, which may be older than what the store tells."""
+        return _is_chain(self.url) and any(link.partition("://")[0] in _CACHES for link in self.url.split("::"))
 
     def nbytes(self, key: str) -> int | None:
         """Return the size of what is stored under a key; None if nothing is."""
@@ -397,9 +404,9 @@ class Location:
 
 
 def _known_of(found: os.stat_result) -> Known:
-    # Whoever sets the time of change back, as copies do, cannot do so with that of the file's own record.
-    changed = max(found.st_mtime_ns, found.st_ctime_ns)
-    return Known(found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}", changed)
+    # Whoever sets the time of change, as copies do, cannot do so with that of the file's own record.
+    version = f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+    return Known(found.st_size, version, found.st_ctime_ns)
 
 
 def _told(info: dict[str, Any]) -> Known:

@@ -92,6 +92,8 @@ class TileRow:
     """Chunks of the source that were not there, and read as their fill value."""
     source_checksum: int = 0
     """Of what was read of the source: see `content_checksum`."""
+    written: int = 0
+    """What the disk says of its chunks, as `dask_batchinv.job.seen` has it, right after they were written."""
 
     @classmethod
     def of(
@@ -102,6 +104,7 @@ class TileRow:
         device: str = "cpu",
         filled: int = 0,
         source_checksum: int = 0,
+        written: int = 0,
     ) -> TileRow:
         """Return the account of matrices with these codes and condition numbers."""
         good = info == int(Info.GOOD)
@@ -114,6 +117,7 @@ class TileRow:
             device=device,
             filled=filled,
             source_checksum=source_checksum,
+            written=written,
         )
 
     def encode(self, milliseconds: int, attempts: int) -> list[int]:
@@ -142,9 +146,9 @@ class TileRow:
 
 
 def content_checksum(block: Array) -> int:
-    """Return a number of 63 bits for the content of an array, whatever its order in memory: a CRC-32C and a sum.
+    """Return a number for the content of an array, whatever its order in memory: a CRC-32C, and a sum of its words.
 
-    Two contents that differ have the same one with a probability of 2⁻⁶³.
+    Two contents have the same one by chance with a probability of 2⁻⁶³; of 2⁻³² if one is the other in another order.
 
     Examples
     --------

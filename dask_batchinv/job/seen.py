@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,10 @@ _TOGETHER = 2**16
 _TICK_NS, _COARSE_TICK_NS = 50_000_000, 2_000_000_000
 _SECOND_NS = 10**9
 
+_NUMBER = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
+
 Numbers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class ChunkGrid:
         if not self.shape:
             return () if key == self.prefix else None
         parts = key.removeprefix(self.prefix).split(self.separator)
-        if not key.startswith(self.prefix) or len(parts) != len(self.shape) or not all(map(str.isdecimal, parts)):
+        if not key.startswith(self.prefix) or len(parts) != len(self.shape) or not all(map(_NUMBER.fullmatch, parts)):
             return None
         place = tuple(map(int, parts))
         return place if all(at < count for at, count in zip(place, self.counts, strict=True)) else None
@@ -88,7 +92,7 @@ class _Files(NamedTuple):
     """Their bytes; -1 where that is not known."""
     marks: npt.NDArray[np.uint64]
     """A number for what the store says of each."""
-    unsure: npt.NDArray[np.bool_]
+    unsure: Flags
     """Whether they may have been written to since without a trace."""
 
 
@@ -98,11 +102,13 @@ class Seen:
 
     marks: Numbers
     """A number for each tile, never `UNKNOWN`."""
-    unsure: npt.NDArray[np.bool_]
+    unsure: Flags
     """Whether something could be written to a tile since, and leave it the same number."""
     tells: bool = True
     """Whether the store tells when a chunk changes; else its numbers mean nothing."""
-    whole: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    count: int = 0
+    """Chunks that are there."""
+    whole: Flags = field(default_factory=lambda: np.zeros(0, bool))
     """Of a target: whether every chunk of a tile is there, as long as it must be."""
 
     @property
@@ -110,9 +116,9 @@ class Seen:
         """What to record of each tile."""
         return np.where(self.unsure, UNKNOWN, self.marks) if self.tells else np.full_like(self.marks, UNKNOWN)
 
-    def differs(self, recorded: Numbers) -> npt.NDArray[np.bool_]:
+    def differs(self, recorded: Numbers) -> Flags:
         """Return of which tiles other numbers are recorded, or none."""
-        differs: npt.NDArray[np.bool_] = self.marks != recorded
+        differs: Flags = self.marks != recorded
         return differs
 
 
@@ -127,13 +133,13 @@ def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
         If the store cannot be read.
     """
     sums, unsure = np.zeros(tiling.n_tiles, np.uint64), np.zeros(tiling.n_tiles, bool)
-    tells = True
-    for files, all_tell in _files(location, grid):
-        tells &= all_tell
+    tells, count = True, 0
+    for files, all_tell in _files(location, grid, ""):
+        tells, count = tells and all_tell, count + len(files.places)
         for numbers, which in _tiles_of(files.places, grid, tiling):
             np.add.at(sums, numbers, files.marks[which])
             unsure[numbers] |= files.unsure[which]
-    return Seen(_never_unknown(sums), unsure, tells)
+    return Seen(_never_unknown(sums), unsure, tells, count)
 
 
 def look_at_target(location: Location, grids: dict[str, ChunkGrid], nbytes: dict[str, int], tiling: Tiling) -> Seen:
@@ -146,7 +152,7 @@ def look_at_target(location: Location, grids: dict[str, ChunkGrid], nbytes: dict
     for name, grid in grids.items():
         inside, core = location / name, len(grid.shape) == len(tiling.shape)
         found = np.zeros(tiling.n_tiles, bool)
-        for files, _ in _files(inside, grid):
+        for files, _ in _files(inside, grid, name):
             for numbers, which in _tiles_of(files.places, grid, tiling):
                 np.add.at(sums, numbers, files.marks[which])
                 found[numbers] = files.sizes[which] == nbytes[name]
@@ -162,7 +168,27 @@ def _never_unknown(sums: npt.NDArray[np.uint64]) -> Numbers:
     return marks
 
 
-def _files(location: Location, grid: ChunkGrid) -> Iterator[tuple[_Files, bool]]:
+def mark_of(array: str, key: str, says: Known) -> int:
+    """Return a number for what a store says of a chunk of an array."""
+    text = f"{array}/{key} {says.size} {says.version}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mark_of_files(target: Location, keys: dict[str, str]) -> int:
+    """Return the number for the chunks of a tile that were just written on a disk: a key for each array.
+
+    `UNKNOWN` where they are not on a disk: what was written there is only known by asking.
+    """
+    if not target.is_local:
+        return UNKNOWN
+    sums = np.zeros(1, np.uint64)
+    for array, key in keys.items():
+        for _, _, says in (target / array).look(lambda key=key: [(key, None)]):  # type: ignore[misc]
+            sums += np.uint64(mark_of(array, key, says))
+    return int(_never_unknown(sums)[0])
+
+
+def _files(location: Location, grid: ChunkGrid, array: str) -> Iterator[tuple[_Files, bool]]:
     """Yield what is known of stored chunks, many at a time, and whether it says when they change."""
     now = time.time_ns()
     known = location.look(grid.keys)
@@ -172,15 +198,10 @@ def _files(location: Location, grid: ChunkGrid) -> Iterator[tuple[_Files, bool]]
         files = _Files(
             np.array([place for _, place, _ in part], np.int64),
             np.array([-1 if says.size is None else says.size for _, _, says in part], np.int64),
-            np.array([_mark(key, says) for key, _, says in part], np.uint64),
+            np.array([mark_of(array, key, says) for key, _, says in part], np.uint64),
             np.array([_is_young(says, now) for _, _, says in part], bool),
         )
         yield files, all(says.version for _, _, says in part)
-
-
-def _mark(key: str, says: Known) -> int:
-    digest = hashlib.blake2b(f"{key} {says.size} {says.version}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _is_young(says: Known, now: int) -> bool:

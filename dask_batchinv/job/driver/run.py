@@ -12,7 +12,6 @@ from typing import Any
 
 import dask.config
 import numpy as np
-import numpy.typing as npt
 
 from dask_batchinv.job.driver.cluster import ClusterOptions, connect, count_gpus, meet_workers
 from dask_batchinv.job.driver.dispatch import Dispatcher
@@ -21,13 +20,13 @@ from dask_batchinv.job.driver.roster import ClusterLostError
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.plan.plan import Plan, Workers
-from dask_batchinv.job.plan.prepare import Job, plan_for, refuse_overlap
+from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, refuse_overlap
 from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, RunRecord, RunTotals, ignore
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult
-from dask_batchinv.job.seen import Numbers, Seen
+from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.documents import Contents
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
@@ -39,10 +38,7 @@ from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
 from dask_batchinv.location import TakenOverError, raised_as
 from dask_batchinv.outcome import SourceError, TargetError
-from dask_batchinv.stack import result_dtype
 from dask_batchinv.text import clean
-
-Flags = npt.NDArray[np.bool_]
 
 #: What to do about a store that fails.
 AGAIN = "; run the command again"
@@ -111,7 +107,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._tell = Guarded(self.on_progress)
-        self._made: set[int] = set()
+        self._made: dict[int, int] = {}
 
     def __call__(self) -> JobReport:
         """Bring the target to its end, and return the report."""
@@ -159,12 +155,7 @@ class Run:
     @cached_property
     def contents(self) -> Contents:
         """What the target is created with."""
-        source = self.job.source
-        return Contents(
-            self.plan.tiling, result_dtype(source.decoded_dtype), source.target_dims,
-            source.read_coordinates(self.totals.notes), source.attributes, source.group_attributes,
-            self.job.options.assume_a,
-        )  # fmt: skip
+        return contents_of(self.job, self.plan.tiling, self.totals.notes)
 
     def _begin(self, held: ExitStack) -> tuple[Lock, Writer, Target, Ledger]:
         """Lock the target until the run ends, create or mend it, and open its ledger."""
@@ -175,17 +166,20 @@ class Run:
             refuse_overlap(job.source, job.target)  # again: something may have been mounted or linked meanwhile
             targets.create(job.target, job.fingerprint, self.contents, writer, job.found)
         target = targets.inspect(job.target)  # again: another run may have been at work until now
-        shape = tiling.shape if job.action == "create" else job.found.shape
-        expected = (job.fingerprint, tiling.tile, shape)
-        if not target.is_there or (target.fingerprint, target.tile, target.shape) != expected:
+        was = tiling if job.action == "create" else job.found.tiling
+        if not target.is_there or (target.fingerprint, target.tiling) != (job.fingerprint, was):
             raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")
         with raised_as(OSError, f"{job.target.name} cannot be opened", AGAIN):
             if job.action != "create" and targets.follows(job.target, target, self.contents):
                 self.totals.mended += targets.mend(job.target, target, self.contents, writer)
             elif job.action != "create":
                 self.totals.grown_from = target.shape if target.shape != tiling.shape else None
+                self.totals.followed = True
                 target = targets.update(job.target, target, self.contents, writer)
             ledger = Ledger(job.target, target, writer=writer, durable=job.options.durable)
+            if target.state is State.COMPLETE:  # until all has been looked at again
+                targets.set_complete(writer, target.generation, False)
+        self.totals.had_tiles = bool(ledger.done.any())
         self._forget_filled(ledger)
         return lock, writer, target, ledger
 
@@ -195,9 +189,6 @@ class Run:
             if self.job.action != "create":
                 self._read_back(target, ledger, lock)
                 self._compare(target, ledger, lock, seen, ledger.done)
-            if target.state is State.COMPLETE and not self._is_done(ledger):
-                with raised_as(OSError, f"{self.job.target.name} cannot be written", AGAIN):
-                    targets.set_complete(writer, target.generation, False)
             self._invert_tiles(ledger, lock, seen, ~ledger.done)
             self._look_again(target, ledger, lock, seen)
         except ClusterLostError as error:
@@ -251,9 +242,9 @@ class Run:
                 elif result.value is None:  # its source may come back as it was
                     totals.add(result)
                 else:
-                    totals.changed += 1
+                    (totals.changed_meanwhile if result.number in self._made else totals.changed).add(result.number)
                     ledger.forget(result.number)
-            self._tell(Progress("comparing", matrices, done, 0, 0, totals.changed, time.monotonic() - start))
+            self._tell(Progress("comparing", matrices, done, 0, 0, len(totals.changed), time.monotonic() - start))
         numbers = np.array(same, np.int64)
         ledger.note("source_seen", numbers, seen.recorded[numbers])
 
@@ -267,30 +258,29 @@ class Run:
     def _look_again(self, target: Target, ledger: Ledger, lock: Lock, seen: Seen) -> None:
         """Do again, once, what the source has changed since it was looked at before it was read."""
         for is_last in (False, True):
-            if self.totals.stopped is not None or not seen.tells:
+            if self.totals.stopped is not None:
                 return
             try:
-                now = self._look_at_source()
+                shape, now = self.job.source.shape_now(), self._look_at_source()
             except SourceError as error:
                 self.totals.stopped = str(error)
                 return
-            moved = ledger.done & now.differs(seen.marks)
+            moved = ledger.done & now.differs(seen.marks) & seen.tells & now.tells
             if not moved.any():
                 break
             if is_last:
-                first = FailedTile.of(TileResult(int(moved.argmax()), None, "its source"), self.plan.tiling)
+                first = FailedTile.of(TileResult(int(moved.argmax()), None), self.plan.tiling)
                 self.totals.stopped = (
                     f"the source is being written to: {moved.sum():,} tiles changed again while they were done anew, "
-                    f"first {first}"
+                    f"first {first.place}"
                 )
                 return
             self._flush(ledger, FINAL_ATTEMPTS)  # workers read what is recorded
             self._compare(target, ledger, lock, now, moved)
             self._invert_tiles(ledger, lock, now, moved)
             seen = now
-        with suppress(Exception):  # whatever a store may raise: it was readable until now
-            if self.job.source.has_grown():
-                self.totals.notes.append("the source has grown since this run began: run it again for the rest")
+        if shape != self.job.source.shape:
+            self.totals.notes.append("the source has grown since this run began: run it again for the rest")
 
     def _forget_filled(self, ledger: Ledger) -> None:
         """Forget tiles in which chunks are filled that were not there, where that is not wanted any more."""
@@ -316,7 +306,7 @@ class Run:
         """Invert tiles that are not done, among some, and record them."""
         if self.totals.stopped is not None:
             return
-        start, flushed, totals = time.monotonic(), -FLUSH_SECONDS, self.totals
+        start, flushed, totals = time.monotonic() - self.totals.seconds, -FLUSH_SECONDS, self.totals
         tiling, n_matrices = self.plan.tiling, self.plan.tiling.n_matrices
         before = done = ledger.total("matrices")
         recorded = seen.recorded
@@ -329,7 +319,7 @@ class Run:
                     done += result.value.matrices
                     without_inverse += sum(result.value.failed.values())
                     ledger.record(result, int(recorded[result.number]))
-                    self._made.add(result.number)
+                    self._made[result.number] = result.value.written
             now = time.monotonic()
             totals.seconds = now - start
             if ledger.has_changes and now - flushed > FLUSH_SECONDS:
@@ -391,7 +381,8 @@ class Run:
         else:
             # Of what this run has neither written nor looked at before, it does not know what it is.
             known = np.zeros(len(found.marks), bool) if before is None else ~found.differs(before.marks)
-            known[list(self._made)] = True
+            for number, written in self._made.items():
+                known[number] = written in (UNKNOWN, found.marks[number])
             numbers = np.flatnonzero(known)
             ledger.note("target_seen", numbers, found.recorded[numbers])
         self._flush(ledger, FINAL_ATTEMPTS)

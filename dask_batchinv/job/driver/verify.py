@@ -9,6 +9,7 @@ from typing import Any
 
 from dask_batchinv.job.driver.cluster import ClusterOptions, connect, meet_workers
 from dask_batchinv.job.driver.dispatch import Dispatcher
+from dask_batchinv.job.plan.prepare import fingerprint_of
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.results import TileResult, TileRow
@@ -18,7 +19,7 @@ from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import visibly_damaged_keys
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.lock import locked
-from dask_batchinv.job.target.state import State, Target, shrunk
+from dask_batchinv.job.target.state import State, Target, differences, shrunk
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.verify_tiles import VerifiedTile, VerifyTask, verify_tiles
 from dask_batchinv.location import Location
@@ -121,14 +122,14 @@ def _forget(location: Location, target: Target, numbers: list[int]) -> str | Non
 def _same_source(path: str | os.PathLike[str], target: Target) -> Source:
     fingerprint = target.fingerprint
     source = open_source(path, fingerprint["variable"], fingerprint["dims"])
-    changed = [name for name, fact in source.facts.items() if fingerprint.get(name) != fact]
-    if changed or source.n != fingerprint["n"] or len(source.shape) != len(target.shape):
+    found = fingerprint_of(source)
+    if changed := differences({name: fingerprint.get(name) for name in found}, found):
         raise TargetError(
             f"the target was made from {fingerprint['source']}, but {source.location.name} is another array: "
-            f"{', '.join(changed) or 'shape'} differs"
+            f"{'; '.join(changed)}"
         )
     if smaller := shrunk(target.shape, source.shape, source.dims):
-        raise TargetError("; ".join(smaller))
+        raise TargetError(f"the target was made from {fingerprint['source']} as it was before: {'; '.join(smaller)}")
     return source
 
 

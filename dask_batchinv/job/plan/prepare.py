@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import zarr
@@ -13,12 +14,13 @@ from dask_batchinv.job.outputs import nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.documents import refuse_long
+from dask_batchinv.job.target.documents import Contents, refuse_long
 from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences, shrunk
+from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.versions import LAPACKS, versions
 from dask_batchinv.kernels import GENERATION, Kernel, choose_kernel
 from dask_batchinv.location import Location
-from dask_batchinv.outcome import TargetError
+from dask_batchinv.outcome import SourceError, TargetError
 from dask_batchinv.stack import result_dtype
 
 
@@ -42,25 +44,34 @@ class Job:
     """What is to be done with that; never "refuse"."""
 
 
-def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], options: JobOptions) -> Job:
+def prepare(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], options: JobOptions, *, moved: bool = False
+) -> Job:
     """Open source and target, metadata only, and refuse what is not safe.
+
+    Parameters
+    ----------
+    source, target, options
+        The job.
+    moved
+        Whether the source may have another address than it had when the target was made.
 
     Raises
     ------
     SourceError, TargetError, RefusedError
         With what to change; nothing was written.
     """
-    opened = open_source(source, options.variable, options.dims)
-    _refuse_long_attributes(opened)
     location = targets.parse_location(target)
+    opened = _open_source(source, options, location)
+    _refuse_long_attributes(opened)
     refuse_overlap(opened, location)
     kernel = choose_kernel(options.assume_a, options.device)
     fingerprint = _fingerprint(opened, options, kernel)
     found = targets.inspect(location)
+    if moved and found.fingerprint:
+        fingerprint |= {"source": found.fingerprint["source"]}
     changed = differences(found.fingerprint, fingerprint) or shrunk(found.shape, opened.shape, opened.dims)
     action = decide(found.state, same_job=not changed, overwrite=options.overwrite)
-    if found.is_there and action != "refuse" and 0 in found.shape and found.shape != opened.shape:
-        action = "create"  # nothing is in it, and its tiles were not made for what has come
     if action == "refuse" and found.state is State.OTHER_FORMAT:
         raise TargetError(f"{targets.other_format(location, found)}, or pass --overwrite to replace it")
     if action == "refuse" and not found.fingerprint:
@@ -76,6 +87,47 @@ def prepare(source: str | os.PathLike[str], target: str | os.PathLike[str], opti
     if found.state is not State.ABSENT and not changed:
         targets.refuse_links(location, found)
     return Job(opened, location, options, kernel, fingerprint, found, action)
+
+
+def _open_source(source: str | os.PathLike[str], options: JobOptions, target: Location) -> Source:
+    """Open a source; where it does not say which dimensions are the core ones, a target that is there does."""
+    try:
+        return open_source(source, options.variable, options.dims)
+    except SourceError as error:
+        dims = None
+        if options.dims is None:
+            with suppress(Exception):  # whatever is there: it is looked at later
+                dims = targets.inspect(target).fingerprint.get("dims")
+        if dims is None:
+            raise
+        with suppress(SourceError):
+            return open_source(source, options.variable, dims)
+        raise error
+
+
+def contents_of(job: Job, tiling: Tiling, notes: list[str]) -> Contents:
+    """Return what the target of a job consists of beside its numbers.
+
+    `notes` gets a sentence for each coordinate that is damaged, and left out.
+
+    Raises
+    ------
+    SourceError
+        If one is left out that the target has.
+    """
+    source = job.source
+    coordinates = source.read_coordinates(notes)
+    readable = set() if coordinates is None else set(map(str, coordinates.variables))
+    broken = {*source.left_out, *source.target_names(source.coordinate_names)} - readable
+    if job.action != "create" and (lost := sorted(broken & {*job.found.members})):
+        raise SourceError(
+            f"{', '.join(lost)} of {source.location.name} cannot be read, and the target has it: put it right, or "
+            f"remove it from the source. {' '.join([*source.notes, *notes])}"
+        )
+    return Contents(
+        tiling, result_dtype(source.decoded_dtype), source.target_dims, coordinates, source.attributes,
+        source.group_attributes, job.options.assume_a,
+    )  # fmt: skip
 
 
 def _refuse_long_attributes(source: Source) -> None:
@@ -98,6 +150,19 @@ def refuse_overlap(source: Source, target: Location) -> None:
             raise TargetError(f"chunks of the source {location.name} lie inside the target {target.name}, by links")
 
 
+def fingerprint_of(source: Source) -> Fingerprint:
+    """Return what of a source decides the bits of a target, and what they mean: not how its bytes are stored."""
+    return {
+        "n": source.n,
+        "dtype": source.dtype.name,
+        "packing": json.dumps(source.packing, sort_keys=True, default=str),
+        "dimensions": list(source.dims),
+        "dims": [source.dims[axis] for axis in source.core],
+        "exchanged": source.exchange.value,
+        "labels": source.labels,
+    }
+
+
 def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerprint:
     """Return all that decides the bits of the target."""
     here, dtype = versions(), result_dtype(source.decoded_dtype)
@@ -105,12 +170,7 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
     return {
         "source": source.location.name,
         "variable": source.variable,
-        **source.facts,
-        "dimensions": list(source.dims),
-        "dims": [source.dims[axis] for axis in source.core],
-        "n": source.n,
-        "exchanged": source.exchange.value,
-        "labels": source.labels,
+        **fingerprint_of(source),
         "assume_a": options.assume_a,
         "lower": options.lower,
         "min_rcond": options.min_rcond,
@@ -143,5 +203,6 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         compile_nbytes=job.kernel.compile_nbytes(source.n, dtype),
         read_concurrency=None if source.sharded else int(zarr.config.get("async.concurrency")),
     )
-    tile = None if job.action == "create" else job.found.tile
+    # The tiles of a target that is empty were not made for what has come since.
+    tile = None if job.action == "create" or not job.found.tiling.n_tiles else job.found.tile
     return make_plan(layout, limits, tile_nbytes=job.options.tile_nbytes, tile=tile)

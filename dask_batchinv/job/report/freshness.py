@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.plan import Workers
-from dask_batchinv.job.plan.prepare import Job, plan_for
+from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, prepare
 from dask_batchinv.job.report.account import Account, account_of
-from dask_batchinv.job.seen import UNKNOWN, look_at_source
-from dask_batchinv.job.source.metadata import StoredArray, open_stored
+from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.state import State, Target, shrunk
+from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Location, raised_as
-from dask_batchinv.outcome import SourceError
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import TargetError
 from dask_batchinv.text import clean
 
 
@@ -85,8 +85,8 @@ def status_of(path: str | os.PathLike[str], source: str | os.PathLike[str] | Non
     path
         The target.
     source
-        The array that it was made from, where its address is no more what it was then, or has credentials in it; by
-        default that which the target names.
+        What it was made from, as for the job, where that has another address now, or one with credentials in it; by
+        default what the target names.
 
     Raises
     ------
@@ -94,72 +94,88 @@ def status_of(path: str | os.PathLike[str], source: str | os.PathLike[str] | Non
         If there is no target of ours.
     """
     location, target = targets.existing(path)
-    account = account_of(path)
+    account, made = account_of(path), target.fingerprint
     try:
-        stored = open_stored(Location.parse(source or target.fingerprint["source"]))
-        if changed := [name for name, fact in stored.facts.items() if target.fingerprint[name] != fact]:
-            raise SourceError(f"the source is another array now: {', '.join(changed)} differs")
-        freshness = freshness_of(location, target, stored)
+        options = JobOptions(
+            variable=made["variable"], dims=made["dims"], assume_a=made["assume_a"], lower=made["lower"],
+            min_rcond=made["min_rcond"], missing="fill" if Ledger(location, target).total("filled") else "error",
+            device="gpu" if made["kernel"].startswith("cuda") else "auto",
+        )  # fmt: skip
+        then = made["source"].removesuffix(f"/{made['variable']}")
+        freshness = check_job(prepare(source or then, path, options, moved=source is not None))
+    except TargetError as error:
+        freshness = _cannot_tell(target, str(error), up_to_date=False)
     except Exception as error:  # whatever a file system may raise
-        freshness = _unknown(target, f"the source cannot be compared: {error}")
+        freshness = _cannot_tell(target, f"the source cannot be compared: {error}", up_to_date=None)
     return Status(account, freshness)
 
 
 def check_job(job: Job) -> Freshness:
-    """Return whether the target of a job is up to date.
+    """Return whether the target of a job is up to date with its source.
 
     Raises
     ------
     SourceError
-        If the source cannot be listed.
+        If the source cannot be read or listed.
     """
-    source = StoredArray(job.source.location, job.source.chunk_grid, job.source.facts)
+    location, target, now = job.target, job.found, plan_for(job, Workers(0, 0, None)).tiling
     if job.action == "create":
-        why = "there is no target yet" if job.found.state is State.ABSENT else "the target is to be made anew"
-        tiles = plan_for(job, Workers(0, 0, None)).tiling.n_tiles
+        why = "there is no target yet" if target.state is State.ABSENT else "the target is to be made anew"
         return Freshness(
-            up_to_date=False, tiles=tiles, tiles_missing=tiles, tiles_changed=0, tiles_unknown=0,
+            up_to_date=False, tiles=now.n_tiles, tiles_missing=now.n_tiles, tiles_changed=0, tiles_unknown=0,
             shape=job.source.shape, reasons=(why,),
         )  # fmt: skip
-    with raised_as(SourceError, f"the source {source.location.name} cannot be listed"):
-        return freshness_of(job.target, job.found, source)
-
-
-def freshness_of(location: Location, target: Target, source: StoredArray) -> Freshness:
-    """Return whether a target that is there is up to date; OSError if the source cannot be listed."""
-    if smaller := shrunk(target.shape, source.grid.shape, tuple(map(str, target.fingerprint["dimensions"]))):
-        raise SourceError("; ".join(smaller))
-    old, now = target.tiling, Tiling(source.grid.shape, target.core, target.tile)
-    ledger = Ledger(location, target)
-    numbers = old.numbers_in(now)
-    recorded = np.full(now.n_tiles, UNKNOWN, np.int64)
-    recorded[numbers] = ledger.column("source_seen")
-    done = np.zeros(now.n_tiles, bool)
-    done[numbers] = ledger.done & (old.matrices() == now.matrices()[numbers])
-    seen = look_at_source(source.location, source.grid, now)
+    recorded, done = _recorded(location, target, now, job.options.missing)
+    seen = job.source.look(now)
     differs = done & seen.differs(recorded)
     unknown = int((differs & (recorded == UNKNOWN)).sum()) if seen.tells else int(done.sum())
     changed = int((differs & (recorded != UNKNOWN)).sum()) if seen.tells else 0
     missing = int((~done).sum())
-    reasons = [f"the source has grown from {old.shape} to {now.shape}"] if old.shape != now.shape else []
+    reasons = _beside(job, now)
     reasons += [f"{missing:,} of {now.n_tiles:,} tiles are not done"] if missing else []
     reasons += [f"the source of {changed:,} tiles was written to since"] if changed else []
+    if not (reasons or target.state is State.COMPLETE):
+        reasons.append("the last run did not come to its end")
+    up_to_date = None if unknown and not reasons else not reasons
     if unknown:
         reasons.append(
             f"of the source of {unknown:,} tiles it is not recorded what it was: the same command reads it again"
             if seen.tells
             else "the store of the source tells neither versions nor times of its chunks"
         )
-    fresh = not (missing or changed or old.shape != now.shape)
     return Freshness(
-        up_to_date=None if fresh and unknown else fresh, tiles=now.n_tiles, tiles_missing=missing,
-        tiles_changed=changed, tiles_unknown=unknown, shape=now.shape, reasons=tuple(reasons),
+        up_to_date=up_to_date, tiles=now.n_tiles, tiles_missing=missing, tiles_changed=changed, tiles_unknown=unknown,
+        shape=now.shape, reasons=tuple(reasons),
     )  # fmt: skip
 
 
-def _unknown(target: Target, why: str) -> Freshness:
+def _recorded(location: Location, target: Target, now: Tiling, missing: Missing) -> tuple[Numbers, Flags]:
+    """Return what is recorded of the source of each tile, as they are now, and which tiles are done and count."""
+    recorded, done = np.full(now.n_tiles, UNKNOWN, np.int64), np.zeros(now.n_tiles, bool)
+    old = target.tiling
+    if old.n_tiles:
+        ledger, numbers = Ledger(location, target), old.numbers_in(now)
+        counts = ledger.done & (old.matrices() == now.matrices()[numbers])
+        done[numbers] = counts if missing == "fill" else counts & (ledger.column("filled") == 0)
+        recorded[numbers] = ledger.column("source_seen")
+    return recorded, done
+
+
+def _beside(job: Job, now: Tiling) -> list[str]:
+    """Return in what else than its numbers a target is not up to date."""
+    location, target = job.target, job.found
+    contents = contents_of(job, now, [])
+    if target.shape != now.shape:
+        return [f"the source has grown from {target.shape} to {now.shape}"]
+    if not targets.follows(location, target, contents):
+        return ["coordinates or units of the source have changed"]
+    keys = targets.damage(location, target, contents)
+    return [f"{', '.join(keys[:3])} of the target are lost or damaged"] if keys else []
+
+
+def _cannot_tell(target: Target, why: str, *, up_to_date: bool | None) -> Freshness:
     tiles = target.tiling.n_tiles
     return Freshness(
-        up_to_date=None, tiles=tiles, tiles_missing=0, tiles_changed=0, tiles_unknown=tiles, shape=target.shape,
+        up_to_date=up_to_date, tiles=tiles, tiles_missing=0, tiles_changed=0, tiles_unknown=tiles, shape=target.shape,
         reasons=(clean(why),),
     )  # fmt: skip

@@ -58,6 +58,8 @@ class JobReport(RunRecord, Account):
             lines.append(f"source grown     it had the shape {self.grown_from}; what was done of it stays")
         if self.changed_tiles:
             lines.append(f"source changed   {self.changed_tiles:,} of {self.tiles:,} tiles done again")
+        if self.changed_meanwhile:
+            lines.append(f"source changed   {self.changed_meanwhile:,} tiles while they were read: done again")
         if self.failed_tiles:
             lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
         if self.mended:
@@ -96,6 +98,9 @@ class JobFailedError(RuntimeError):
     def __str__(self) -> str:
         report = self.report
         if report.exit_code == 1:
+            if report.stopped and not report.failed_tiles:
+                return (f"{clean(report.stopped)}. Fix the cause and make the same call again: it does what is not "
+                        f"done.\n{report}")  # fmt: skip
             first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
             missing = max(report.tiles - report.tiles_done, len(report.failed_tiles))
             return (f"{missing} of {report.tiles} tiles failed, first cause: {clean(first)}. Fix the cause and "

@@ -37,6 +37,8 @@ class RunRecord:
     """What ended the run before its time: a full disk, a lost cluster."""
     changed_tiles: int
     """Tiles of earlier runs that were made from other numbers than the source has now; they are done again."""
+    changed_meanwhile: int
+    """Tiles that were written to in the source while this run read them, and were done again."""
     grown_from: tuple[int, ...] | None
     """Shape of the source that earlier runs have seen, if it has grown since."""
     retries: int
@@ -85,8 +87,12 @@ class RunTotals:
     read_back: int = 0
     failed: list[TileResult[Any]] = field(default_factory=list)
     damaged: list[TileResult[Any]] = field(default_factory=list)
-    changed: int = 0
+    changed: set[int] = field(default_factory=set)
+    changed_meanwhile: set[int] = field(default_factory=set)
     grown_from: tuple[int, ...] | None = None
+    followed: bool = False
+    had_tiles: bool = False
+    done: set[int] = field(default_factory=set)
     stopped: str | None = None
     events: list[WorkerEvent] = field(default_factory=list)
     mended: list[str] = field(default_factory=list)
@@ -98,6 +104,7 @@ class RunTotals:
         self.retries += result.attempts - 1
         if result.value is not None:
             self.tiles += 1
+            self.done.add(result.number)
         else:
             self.failed.append(result)
             if result.stops:
@@ -108,12 +115,13 @@ class RunTotals:
         share = self.tiles / max(1, plan.tiling.n_tiles)
         failed = sorted(self.failed, key=lambda result: result.number)
         return RunRecord(
-            tiles_now=self.tiles,
+            tiles_now=len(self.done),
             tiles_proven=self.read_back,
             damaged_tiles=tuple(FailedTile.of(result, plan.tiling) for result in self.damaged),
             failed_tiles=tuple(FailedTile.of(result, plan.tiling) for result in failed),
             stopped=self.stopped,
-            changed_tiles=self.changed,
+            changed_tiles=len(self.changed),
+            changed_meanwhile=len(self.changed_meanwhile),
             grown_from=self.grown_from,
             retries=self.retries + sum(event.tiles for event in self.events),
             deaths=sum(event.kind == "died" for event in self.events),
@@ -132,12 +140,14 @@ class RunTotals:
 
     def _notes(self, source: Source) -> list[str]:
         notes = list(source.notes)
-        if not (self.tiles or self.failed or self.mended) and self.stopped is None:
+        if self.followed and self.grown_from is None:
+            notes.append("coordinates and units were brought up to date")
+        if not (self.tiles or self.failed or self.mended or self.followed) and self.stopped is None:
             notes.append("nothing was left to do")
         if any("MissingChunkError" in (result.error or "") for result in self.failed):
             notes.append(
                 "if chunks that are not stored stand for matrices of the fill value, pass --missing fill"
-                if self.tiles or self.read_back
+                if self.tiles or self.had_tiles
                 else f"not one chunk of {source.location.name} was found: is it the right array, and all of it there?"
             )
         if not source.checksummed:

@@ -27,9 +27,14 @@ class FailedTile:
         spans = tuple((span.start, span.stop) for span in tiling.region(result.number))
         return cls(result.number, spans, result.error or "")
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """Its number and region, for people."""
         spans = ", ".join(f"{start}:{stop}" for start, stop in self.region)
-        return f"tile {self.number} [{spans}]: {self.cause}"
+        return f"tile {self.number} [{spans}]"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.cause}"
 
 
 def named_tiles(tiles: tuple[FailedTile, ...]) -> list[str]:

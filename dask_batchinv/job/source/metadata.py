@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -115,23 +115,6 @@ def facts_of(node: Node) -> dict[str, str]:
 
 def _fact(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-class StoredArray(NamedTuple):
-    """An array as far as its metadata tell where its chunks are."""
-
-    location: Location
-    grid: ChunkGrid
-    facts: dict[str, str]
-
-
-def open_stored(location: Location) -> StoredArray:
-    """Read and check the metadata of an array; SourceError if there is none."""
-    node = read_node(location)
-    if node is None or not node.is_array:
-        raise SourceError(f"there is no Zarr array at {location.name}")
-    check_layout(node, checked_dtype(node).itemsize)
-    return StoredArray(location, chunk_grid_of(node), facts_of(node))
 
 
 def chunk_grid_of(node: Node) -> ChunkGrid:

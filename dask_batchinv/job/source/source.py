@@ -104,6 +104,8 @@ class Source:
     """Whether its chunks carry a checksum, so that damage is noticed."""
     facts: dict[str, str] = field(hash=False)
     """What its metadata say that decides on its numbers, but for the shape: see `facts_of`."""
+    left_out: tuple[str, ...] = field(default=(), compare=False)
+    """Names of arrays beside it that are left out, because they are broken or not safe to read."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """A sentence for each array beside it that is left out, because it is broken or not safe to read."""
 
@@ -120,12 +122,7 @@ class Source:
         missing : {"error", "fill"}
             What a chunk that is not in the store means: `MissingChunkError`, or the fill value.
         """
-        node = read_node(self.location, self.zarr_format)
-        # What is opened must be what was checked, also on a worker hours later.
-        if node is None or facts_of(node) != self.facts:
-            raise SourceError(f"the metadata of {self.location.name} have changed since the job began: start it again")
-        if any(now < then for now, then in zip(node.shape, self.shape, strict=True)):
-            raise SourceError(f"{self.location.name} has become smaller since the job began: start it again")
+        node = self._checked_node()
         store = self.location.store(read_only=True)
         if missing == "error":
             store = StrictStore(store)
@@ -137,10 +134,24 @@ class Source:
         with raised_as(SourceError, f"the source {self.location.name} cannot be looked at"):
             return look_at_source(self.location, self.chunk_grid, tiling)
 
-    def has_grown(self) -> bool:
-        """Tell whether it is larger now than when it was opened."""
+    def shape_now(self) -> tuple[int, ...]:
+        """Return the shape that it has now.
+
+        Raises
+        ------
+        SourceError
+            If it has become another array, or smaller.
+        """
+        return self._checked_node().shape
+
+    def _checked_node(self) -> Node:
+        """Read its metadata again; what is opened must be what was checked, also on a worker hours later."""
         node = read_node(self.location, self.zarr_format)
-        return node is not None and facts_of(node) == self.facts and node.shape != self.shape
+        if node is None or facts_of(node) != self.facts:
+            raise SourceError(f"the metadata of {self.location.name} have changed since the job began: start it again")
+        if any(now < then for now, then in zip(node.shape, self.shape, strict=True)):
+            raise SourceError(f"{self.location.name} has become smaller since the job began: start it again")
+        return node
 
     def read_stored(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read a region of the array, which was opened for reading, as it is stored."""
@@ -172,6 +183,12 @@ class Source:
             for span, unit in zip(spans, write_unit(array), strict=True)
         )
         return store.count_missing(map(array.metadata.encode_chunk_key, itertools.product(*units)))
+
+    def target_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the names that coordinates of the source have in the target."""
+        row, col = (self.dims[axis] for axis in self.core)
+        swapped = {row: col, col: row} if self.exchange is Exchange.LABELS else {}
+        return tuple(swapped.get(name, name) for name in names)
 
     @property
     def target_dims(self) -> tuple[str, ...]:
@@ -289,6 +306,7 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         checksummed=is_checksummed(node),
         chunk_grid=chunk_grid_of(node),
         facts=facts_of(node),
+        left_out=tuple(sorted(beside.left_out)),
         notes=beside.notes(),
     )
 

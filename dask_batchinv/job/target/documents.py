@@ -31,8 +31,8 @@ from dask_batchinv.storage import array_options, unspecified
 ROOT = "zarr.json"
 #: The attribute of the ledger that has the length and the checksum of each key that coordinates are stored in.
 CHECKSUMS = "coordinates_crc32c"
-#: And the one for the digest of what they say, however that is encoded.
-DIGEST = "coordinates_sha256"
+#: And the one for the digest of what each says, however that is encoded, and of the units of the inverse.
+DIGESTS = "coordinates_sha256"
 #: Attributes by which Xarray keeps what is stored otherwise here.
 _OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
 #: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
@@ -94,7 +94,7 @@ def make_documents(contents: Contents, mark: Mark) -> Documents:
     if contents.coordinates is not None:
         _write_coordinates(store, contents.coordinates, dict(group.attrs))
     checksums = {key: _checksum(value.to_bytes()) for key, value in kept.items() if _is_coordinate(key)}
-    own = {CHECKSUMS: checksums, DIGEST: digest_of_coordinates(contents)}
+    own = {CHECKSUMS: checksums, DIGESTS: digests_of(contents)}
     ledger.create(group, mark["ledger"], contents.tiling.n_tiles, marked(False, mark) | own)
     with unspecified():
         zarr.consolidate_metadata(store)
@@ -148,12 +148,12 @@ def _write_coordinates(store: Any, coordinates: xr.Dataset, attributes: dict[str
 def damaged_keys(location: Location, expected: Documents) -> list[str]:
     """Return the keys of those documents that are lost or damaged, the group's own last.
 
-    What users may have changed, attributes, is left to them. Of a damaged coordinate all is returned that is not as it
-    would be written now.
+    What users may have changed, attributes, is left to them. Of a coordinate that is damaged, or another one now, all
+    is returned that is not as it would be written now.
     """
     recorded = _recorded_checksums(location)
-    if recorded_coordinates(location) != attributes_of(json_object(expected[f"{LEDGER}/{ROOT}"], LEDGER))[DIGEST]:
-        recorded = {}  # they were written for others
+    now = attributes_of(json_object(expected[f"{LEDGER}/{ROOT}"], LEDGER))[DIGESTS]
+    changed = changed_names(recorded_digests(location), now)
 
     def is_right(key: str, found: bytes) -> bool:
         known = _checksum(found) == recorded[key] if key in recorded else found == expected[key]
@@ -163,9 +163,12 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
         return _is_damaged(location, key, len(expected[key]) + JSON_NBYTES, is_right)
 
     bad = [key for key in expected if is_damaged(key, is_right)]
-    broken = {key.partition("/")[0] for key in bad if _is_coordinate(key)}
-    beside = [key for key in expected if _is_coordinate(key) and key.partition("/")[0] in broken and key not in bad]
+    broken = {*changed, *(key.partition("/")[0] for key in bad if _is_coordinate(key))}
+    suspects = [key for key in expected if _is_coordinate(key) and key.partition("/")[0] in broken]
+    beside = [key for key in suspects if key not in bad]
     bad += [key for key in beside if is_damaged(key, lambda key, found: found == expected[key])]
+    if "inverse" in changed and f"inverse/{ROOT}" not in bad:
+        bad.append(f"inverse/{ROOT}")
     return sorted(bad, key=lambda key: key == ROOT)
 
 
@@ -192,22 +195,29 @@ def _attributes_of_ledger(location: Location) -> dict[str, Any]:
         return {}
 
 
-def recorded_coordinates(location: Location) -> str | None:
-    """Return the digest of the coordinates that a target was given; None if it is lost."""
-    found = _attributes_of_ledger(location).get(DIGEST)
-    return found if isinstance(found, str) else None
+def recorded_digests(location: Location) -> dict[str, str] | None:
+    """Return the digests of what a target was given beside its numbers, by name; None if they are lost."""
+    found = _attributes_of_ledger(location).get(DIGESTS)
+    return found if isinstance(found, dict) else None
 
 
-def digest_of_coordinates(contents: Contents) -> str:
-    """Return the SHA-256 of what the coordinates say: names, dimensions, numbers or texts, attributes."""
-    digest = hashlib.sha256()
-    for name, variable in sorted(({} if contents.coordinates is None else contents.coordinates.variables).items()):
+def changed_names(old: dict[str, str] | None, new: dict[str, str]) -> set[str]:
+    """Return the names of what is not what it was, as far as that is known."""
+    return set() if old is None else {name for name in {*old, *new} if old.get(name) != new.get(name)}
+
+
+def digests_of(contents: Contents) -> dict[str, str]:
+    """Return the SHA-256 of what each coordinate says: dimensions, numbers or texts, attributes; and of the units."""
+    units = contents.attributes_of(OUTPUTS[0]).get("units")
+    found = {"inverse": hashlib.sha256(json.dumps(units, default=str).encode()).hexdigest()}
+    for name, variable in ({} if contents.coordinates is None else contents.coordinates.variables).items():
         values = np.asarray(variable.values)
         is_text = values.dtype.kind in "OUT"
-        about = [str(name), variable.dims, variable.shape, "text" if is_text else values.dtype.str, variable.attrs]
-        digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+        about = [variable.dims, variable.shape, "text" if is_text else values.dtype.str, variable.attrs]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         digest.update(json.dumps(list(map(str, values.flat))).encode() if is_text else values.tobytes())
-    return digest.hexdigest()
+        found[str(name)] = digest.hexdigest()
+    return found
 
 
 def _recorded_checksums(location: Location) -> dict[str, list[int]]:
@@ -229,7 +239,9 @@ def _is_damaged(location: Location, key: str, limit: int, is_right: Callable[[st
 
 
 def _says_the_same(key: str, found: bytes, expected: bytes) -> bool:
-    return bool(_structure(json_object(expected, key), key) == _structure(json_object(found, key), key))
+    (mine, inner), (theirs, others) = (_structure(json_object(text, key), key) for text in (expected, found))
+    # Users may have consolidated what they have put beside ours.
+    return bool(mine == theirs and all(others.get(name) == meta for name, meta in inner.items()))
 
 
 def _structure(meta: dict[str, Any], key: str) -> Any:

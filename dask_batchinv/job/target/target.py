@@ -23,10 +23,11 @@ from dask_batchinv.job.target.documents import (
     ROOT,
     Contents,
     Documents,
+    changed_names,
     damaged_keys,
-    digest_of_coordinates,
+    digests_of,
     make_documents,
-    recorded_coordinates,
+    recorded_digests,
 )
 from dask_batchinv.job.target.holder import LOCK
 from dask_batchinv.job.target.ledger import Ledger
@@ -91,7 +92,7 @@ def _inspect(location: Location) -> Target:
     return Target(
         state=State.BEING_CREATED if not mark["ready"] else State.COMPLETE if is_complete else State.BEGUN,
         fingerprint=dict(mark["fingerprint"]),
-        generation=_checked(mark["generation"], str),
+        generation=_generation_in(mark),
         members=members,
         ledger=_ledger_in(mark),
         **_tiling_in(mark),
@@ -111,6 +112,13 @@ def _checked(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"its mark is damaged: expected {kind.__name__}, got {value!r}")
     return value
+
+
+def _generation_in(mark: Mark) -> str:
+    generation: str = _checked(mark["generation"], str)
+    if mark["ready"] and not re.fullmatch("[0-9a-f]{32}", generation):
+        raise ValueError(f"its mark is damaged: {generation[:100]!r} is no generation")
+    return generation
 
 
 def _ledger_in(mark: Mark) -> str:
@@ -238,67 +246,89 @@ def _is_ours(key: str, members: Iterable[str]) -> bool:
 
 def mend(location: Location, target: Target, contents: Contents, writer: Writer) -> list[str]:
     """Write those documents of a target again that were lost or are damaged; return their keys."""
+    _refuse_taken(location, target, contents)
     documents = _documents(target, contents)
     keys = damaged_keys(location, documents)
-    _write(writer, {key: documents[key] for key in keys}, contents)
+    _write(writer, {key: documents[key] for key in keys}, set())
     return keys
 
 
-def _write(writer: Writer, documents: Documents, contents: Contents) -> None:
+def _refuse_taken(location: Location, target: Target, contents: Contents) -> None:
+    if taken := [name for name in contents.names if name not in target.members and location.is_kept(name)]:
+        raise TargetError(f"{', '.join(taken)} in {location.name} is not ours, and now a coordinate of the source has "
+                          "that name: move it elsewhere, then run this again")  # fmt: skip
+
+
+def _write(writer: Writer, documents: Documents, changed: set[str]) -> None:
     """Write documents of a target in place of others, the group's own last, and leave to users what is theirs."""
     for key in sorted(documents, key=lambda key: key == ROOT):
         if key in (ROOT, *(f"{output.name}/{ROOT}" for output in OUTPUTS)):
-            writer.change(key, partial(_with_theirs, documents[key]))
+            writer.change(key, partial(_with_theirs, documents[key], changed))
         else:
             writer.create(key, documents[key])
 
 
-def _with_theirs(fresh: bytes, old: bytes | None) -> bytes:
-    """Return a fresh document with the attributes of the old one, as far as that can be read, but for those of ours."""
-    meta = json_object(fresh, ROOT)
-    new, theirs = attributes_of(meta), _attributes_in(old)
-    ours = (MARK, "complete", "coordinates")
+def _with_theirs(fresh: bytes, changed: set[str], old: bytes | None) -> bytes:
+    """Return a fresh document with what users have put into the old one: attributes, and arrays that are not ours."""
+    meta, before = json_object(fresh, ROOT), {}
+    with suppress(ValueError):
+        before = json_object(old or b"{}", ROOT)
+    ours = (MARK, "complete", "coordinates", *(["units"] if "inverse" in changed else []))
+    meta["attributes"] = _merged(meta, before, ours)
+    inner, theirs = _consolidated(meta), _consolidated(before)
+    then = (read_mark(attributes_of(before)) or {}).get("names", ())
+    for name, node in theirs.items():
+        if name in inner and name in MEMBERS:
+            inner[name]["attributes"] = _merged(inner[name], node, ours)
+        elif name.partition("/")[0] not in {*MEMBERS, *then, *inner}:
+            inner[name] = node
+    return json.dumps(meta, indent=2).encode()
+
+
+def _merged(fresh: dict[str, Any], old: dict[str, Any], ours: tuple[str, ...]) -> dict[str, Any]:
+    new, theirs = attributes_of(fresh), attributes_of(old)
     kept = {name: value for name, value in theirs.items() if name not in ours}
-    attributes = kept | {name: new[name] for name in ours if name in new} if theirs else new
-    return json.dumps(meta | {"attributes": attributes}, indent=2).encode()
+    return kept | {name: new[name] for name in ours if name in new} if theirs else new
+
+
+def _consolidated(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the nodes that are consolidated in a group."""
+    found = meta.get("consolidated_metadata")
+    nodes = found.get("metadata") if isinstance(found, dict) else None
+    return nodes if isinstance(nodes, dict) else {}
 
 
 def follows(location: Location, target: Target, contents: Contents) -> bool:
-    """Tell whether a target has the shape and the coordinates of its source as they are now."""
-    known = recorded_coordinates(location)
-    same = known is None or known == digest_of_coordinates(contents)
-    return same and target.shape == contents.tiling.shape
+    """Tell whether a target has the shape, the coordinates and the units of its source as they are now."""
+    changed = changed_names(recorded_digests(location), digests_of(contents))
+    return not changed and target.shape == contents.tiling.shape and {*target.members} == {*contents.members}
 
 
 def update(location: Location, target: Target, contents: Contents, writer: Writer) -> Target:
-    """Let a target follow its source, to its shape and its coordinates; return what it is then.
+    """Let a target follow its source, to its shape, coordinates and units; return what it is then.
 
-    What was done stays done. The mark is changed in one write, and from then on says what all else must be like: what
-    a break leaves behind, the next run mends.
+    What was done stays done. The group's own document is changed in one write, and from then on says what all else must
+    be like: what a break leaves behind, the next run mends.
 
     Raises
     ------
     TargetError
         If something of others has the name of a new coordinate.
     """
-    if taken := [name for name in contents.names if name not in target.members and location.is_kept(name)]:
-        raise TargetError(f"{', '.join(taken)} in {location.name} is not ours, and now a coordinate of the source has "
-                          "that name: move it elsewhere, then run this again")  # fmt: skip
-    now = replace(target, shape=contents.tiling.shape, members=tuple(contents.members))
+    _refuse_taken(location, target, contents)
+    now = replace(target, shape=contents.tiling.shape, tile=contents.tiling.tile, members=tuple(contents.members))
     with raised_as(OSError, f"the target {location.name} could not be updated", "; run the command again"):
-        if gone := {*target.members} - {*now.members}:
-            for name in sorted(gone):
-                _delete(location, writer, name, gone)
+        changed = changed_names(recorded_digests(location), digests_of(contents))
         if _renumbers(target.tiling, now.tiling):
             number = int(target.ledger.partition("-")[2] or 0) + 1
             now = replace(now, ledger=f"tiles-{number}")
             Ledger(location, target).moved_to(location, now, writer).flush()
         documents = _documents(now, contents)
-        ours = _attributes_in(documents[ROOT])
-        writer.change(ROOT, lambda root: with_attributes(root or documents[ROOT], {MARK: ours[MARK], "complete": 0}))
-        _write(writer, documents, contents)
-        if now.ledger != target.ledger:
-            _delete(location, writer, f"{LEDGER}/{target.ledger}", MEMBERS)
+        _write(writer, {ROOT: documents[ROOT]}, changed)
+        _write(writer, {key: documents[key] for key in damaged_keys(location, documents) if key != ROOT}, changed)
+        gone = {*target.members} - {*now.members}
+        for folder in [*sorted(gone), *([f"{LEDGER}/{target.ledger}"] if now.ledger != target.ledger else [])]:
+            _delete(location, writer, folder, {*MEMBERS, *gone})
     return now
 
 
@@ -358,12 +388,25 @@ def chunk_nbytes(tiling: Tiling, dtype: np.dtype[Any]) -> dict[str, int]:
 
 
 def open_as_reader(location: Location) -> None:
-    """Open a target as those will who use it; DamagedTargetError if that fails."""
+    """Open a target as those will who use it; DamagedTargetError if that fails.
+
+    Without what others have put beside it, which may be as long as it was before it has grown.
+    """
     try:
+        root = location.read_json(ROOT) or {}
+        ours = {*MEMBERS, *(read_mark(attributes_of(root)) or {}).get("names", ())}
+        theirs = [name for name in _consolidated(root) if name not in ours]
         store = FilesStore(location.store(read_only=True))
         with (
             unspecified(),
-            xr.open_zarr(store, decode_cf=False, chunks=None, consolidated=True, create_default_indexes=False) as found,
+            xr.open_zarr(
+                store,
+                decode_cf=False,
+                chunks=None,
+                consolidated=True,
+                create_default_indexes=False,
+                drop_variables=theirs,
+            ) as found,
         ):
             missing = [output.name for output in OUTPUTS if output.name not in found]
     except Exception as error:  # whatever Xarray and Zarr may raise

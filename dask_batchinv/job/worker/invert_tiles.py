@@ -22,6 +22,7 @@ from dask_batchinv.job.results import (
     as_results,
     content_checksum,
 )
+from dask_batchinv.job.seen import mark_of_files
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import Chunk, open_array, write_chunks
 from dask_batchinv.job.target.holder import holder_of
@@ -75,11 +76,18 @@ def do_span(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
             device,
             count_filled(task.run, task.source, task.options.missing, task.tiling, number),
             sources[number],
+            mark_of_files(task.target, _keys(task.tiling, number)),
         )
         for number in numbers
     }
     milliseconds = round(1000 * (time.perf_counter() - start) / len(numbers))
     return [TileResult(number, row, milliseconds=milliseconds) for number, row in rows.items()]
+
+
+def _keys(tiling: Tiling, number: int) -> dict[str, str]:
+    """Return the key of a tile's chunk in each output; none where it has no numbers."""
+    outputs = (output for output in OUTPUTS if 0 not in (tiling.shape[axis] for axis in tiling.axes(output.core)))
+    return {output.name: tiling.chunk_key(number, core=output.core) for output in outputs}
 
 
 def count_filled(run: str, source: Source, missing: Missing, tiling: Tiling, number: int) -> int:
