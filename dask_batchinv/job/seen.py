@@ -139,7 +139,8 @@ def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
         for numbers, which in _tiles_of(files.places, grid, tiling):
             np.add.at(sums, numbers, files.marks[which])
             unsure[numbers] |= files.unsure[which]
-    return Seen(_never_unknown(sums), unsure, tells, count)
+    # A listing with nothing in it may be that of a server which lists nothing.
+    return Seen(_never_unknown(sums), unsure, tells and (location.is_local or count > 0 or not len(sums)), count)
 
 
 def look_at_target(location: Location, grids: dict[str, ChunkGrid], nbytes: dict[str, int], tiling: Tiling) -> Seen:
