@@ -138,7 +138,7 @@ def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
         tells, count = tells and all_tell, count + len(files.places)
         for numbers, which in _tiles_of(files.places, grid, tiling):
             np.add.at(sums, numbers, files.marks[which])
-            unsure[numbers] |= files.unsure[which]
+            np.logical_or.at(unsure, numbers, files.unsure[which])
     # A listing with nothing in it may be that of a server which lists nothing.
     return Seen(_never_unknown(sums), unsure, tells and (location.is_local or count > 0 or not len(sums)), count)
 

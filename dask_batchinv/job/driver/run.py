@@ -113,6 +113,7 @@ class Run:
         """Bring the target to its end, and return the report."""
         with ExitStack() as held:
             seen = self.looks.source = self.looks.source or self._look_at_source()
+            self.totals.has_chunks = seen.count > 0
             lock, writer, target, ledger = self._begin(held)
             try:
                 self._bring_up_to_date(target, ledger, writer, lock, seen)
@@ -179,7 +180,6 @@ class Run:
             ledger = Ledger(job.target, target, writer=writer, durable=job.options.durable)
             if target.state is State.COMPLETE:  # until all has been looked at again
                 targets.set_complete(writer, target.generation, False)
-        self.totals.had_tiles = bool(ledger.done.any())
         self._forget_filled(ledger)
         return lock, writer, target, ledger
 

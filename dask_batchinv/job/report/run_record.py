@@ -91,7 +91,7 @@ class RunTotals:
     changed_meanwhile: set[int] = field(default_factory=set)
     grown_from: tuple[int, ...] | None = None
     followed: bool = False
-    had_tiles: bool = False
+    has_chunks: bool = True
     done: set[int] = field(default_factory=set)
     stopped: str | None = None
     events: list[WorkerEvent] = field(default_factory=list)
@@ -147,7 +147,7 @@ class RunTotals:
         if any("MissingChunkError" in (result.error or "") for result in self.failed):
             notes.append(
                 "if chunks that are not stored stand for matrices of the fill value, pass --missing fill"
-                if self.tiles or self.had_tiles
+                if self.has_chunks
                 else f"not one chunk of {source.location.name} was found: is it the right array, and all of it there?"
             )
         if not source.checksummed:
