@@ -193,13 +193,13 @@ def plan(as_json: bool, **arguments: Any) -> None:
 @click.option(
     "--source",
     metavar="SOURCE",
-    help="The array that it was made from, if its address has changed or has credentials in it.",
+    help="What it was made from, if that has another address now, or one with credentials in it.",
 )
 @_json_option
 def status(target: str, source: str | None, as_json: bool) -> None:
     """Print how far the job that writes TARGET is, and whether it is up to date with its source.
 
-    The source is listed, not read.
+    Of the source coordinates are read; its chunks are listed.
     """  # fmt: skip
     with _exit_codes():
         _print_and_exit(status_of(target, source), as_json)
