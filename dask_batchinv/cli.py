@@ -188,7 +188,7 @@ def plan(as_json: bool, **arguments: Any) -> None:
         _print_plan(_plan(*_parse(arguments)), as_json)
 
 
-@main.command()
+@main.command(epilog=EXIT_CODES)
 @click.argument("target")
 @click.option(
     "--source",
