@@ -11,13 +11,12 @@ import numpy as np
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, prepare
-from dask_batchinv.job.report.account import Account, account_of
+from dask_batchinv.job.report.account import Account, make_account
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Location
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.text import clean
 
@@ -94,15 +93,16 @@ def status_of(path: str | os.PathLike[str], source: str | os.PathLike[str] | Non
         If there is no target of ours.
     """
     location, target = targets.existing(path)
-    account, made = account_of(path), target.fingerprint
+    ledger, made = Ledger(location, target), target.fingerprint
+    account = make_account(location, made, target.tiling, ledger, complete=target.state is State.COMPLETE)
     try:
         options = JobOptions(
             variable=made["variable"], dims=made["dims"], assume_a=made["assume_a"], lower=made["lower"],
-            min_rcond=made["min_rcond"], missing="fill" if Ledger(location, target).total("filled") else "error",
+            min_rcond=made["min_rcond"], missing="fill" if ledger.total("filled") else "error",
             device="gpu" if made["kernel"].startswith("cuda") else "auto",
         )  # fmt: skip
         then = made["source"].removesuffix(f"/{made['variable']}")
-        freshness = check_job(prepare(source or then, path, options, moved=source is not None))
+        freshness = check_job(prepare(source or then, path, options, moved=source is not None), ledger)
     except TargetError as error:
         freshness = _cannot_tell(target, str(error), up_to_date=False)
     except Exception as error:  # whatever a file system may raise
@@ -110,8 +110,15 @@ def status_of(path: str | os.PathLike[str], source: str | os.PathLike[str] | Non
     return Status(account, freshness)
 
 
-def check_job(job: Job) -> Freshness:
+def check_job(job: Job, ledger: Ledger | None = None) -> Freshness:
     """Return whether the target of a job is up to date with its source.
+
+    Parameters
+    ----------
+    job
+        What made it.
+    ledger
+        That of the target, if it was read already.
 
     Raises
     ------
@@ -125,7 +132,7 @@ def check_job(job: Job) -> Freshness:
             up_to_date=False, tiles=now.n_tiles, tiles_missing=now.n_tiles, tiles_changed=0, tiles_unknown=0,
             shape=job.source.shape, reasons=(why,),
         )  # fmt: skip
-    recorded, done = _recorded(location, target, now, job.options.missing)
+    recorded, done = _recorded(target, ledger or Ledger(location, target), now, job.options.missing)
     seen = job.source.look(now)
     differs = done & seen.differs(recorded)
     unknown = int((differs & (recorded == UNKNOWN)).sum()) if seen.tells else int(done.sum())
@@ -149,12 +156,12 @@ def check_job(job: Job) -> Freshness:
     )  # fmt: skip
 
 
-def _recorded(location: Location, target: Target, now: Tiling, missing: Missing) -> tuple[Numbers, Flags]:
+def _recorded(target: Target, ledger: Ledger, now: Tiling, missing: Missing) -> tuple[Numbers, Flags]:
     """Return what is recorded of the source of each tile, as they are now, and which tiles are done and count."""
     recorded, done = np.full(now.n_tiles, UNKNOWN, np.int64), np.zeros(now.n_tiles, bool)
     old = target.tiling
     if old.n_tiles:
-        ledger, numbers = Ledger(location, target), old.numbers_in(now)
+        numbers = old.numbers_in(now)
         counts = ledger.done & (old.matrices() == now.matrices()[numbers])
         done[numbers] = counts if missing == "fill" else counts & (ledger.column("filled") == 0)
         recorded[numbers] = ledger.column("source_seen")
