@@ -133,26 +133,6 @@ class Tiling(StackShape):
         position = self._position(number)
         return ".".join(["c", *(str(position.get(axis, 0)) for axis in self.axes(core))])
 
-    def number_of(self, key: str, *, core: bool) -> int | None:
-        """Return the number of the tile whose `chunk_key` a key is; None if it is none.
-
-        Examples
-        --------
-        >>> tiling = Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3))
-        >>> tiling.number_of("c.2.0.0", core=True), tiling.number_of("c.3", core=False)
-        (2, None)
-        """
-        first, *parts = key.split(".")
-        axes = self.axes(core)
-        if first != "c" or len(parts) != len(axes) or not all(map(str.isdecimal, parts)):
-            return None
-        number, position = 0, dict(zip(axes, map(int, parts), strict=True))
-        for axis, count in zip(self.batch, self.grid, strict=True):
-            if position[axis] >= count:
-                return None
-            number = number * count + position[axis]
-        return number
-
     def spans(self, numbers: Iterable[int], longest: int) -> Iterator[range]:
         """Yield `numbers`, which ascend, as ranges of tiles that lie side by side along the last axis.
 

@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import threading
 import time
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.location import Known, Location
 from tests.support.stacks import assert_same_bits, conditioned
 from tests.support.targets import read_target, tree
+from tests.support.web import silent_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata")
 TILE = {"tile_size": 720}  # ten 3 x 3 matrices of float64
@@ -566,36 +565,16 @@ def test_a_store_that_tells_neither_times_nor_versions(tmp_path, stack, job, cli
 def test_a_source_on_a_web_server(tmp_path, stack, job):
     """One that lists nothing, and tells when a file was written to the second."""
     pytest.importorskip("aiohttp", reason="aiohttp is not installed")
-    asked = []
-
-    class Silent(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=tmp_path)
-
-        def do_HEAD(self):
-            asked.append(self.path)
-            super().do_HEAD()
-
-        def list_directory(self, path):
-            self.send_error(403)
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}/{stack.name}"
-            job(url)
-            zarr.open_array(stack)[30:40] = conditioned(10, 3, 50)  # in the same second
-            assert job(url).changed_tiles == 1
-            time.sleep(2.1)
-            job(url)
-            asked.clear()
-            assert "nothing was left to do" in str(job(url))
-            assert len([path for path in asked if "/c/" in path]) == 6
-        finally:
-            server.shutdown()
+    with silent_server(tmp_path) as (root, asked):
+        url = f"{root}/{stack.name}"
+        job(url)
+        zarr.open_array(stack)[30:40] = conditioned(10, 3, 50)  # in the same second
+        assert job(url).changed_tiles == 1
+        time.sleep(2.1)
+        job(url)
+        asked.clear()
+        assert "nothing was left to do" in str(job(url))
+        assert len([path for path in asked if "/c/" in path]) == 6
     assert_inverse_of(stack, tmp_path / "t")
 
 

@@ -1,8 +1,6 @@
 """Jobs give what the accessor gives: packed numbers, labels, coordinates, attributes. Targets can be written on."""
 
-import threading
 import tracemalloc
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import dask
 import numpy as np
@@ -15,6 +13,7 @@ from dask_batchinv.job.plan.plan import IDLE_WORKER_NBYTES, Limits, StackLayout,
 from dask_batchinv.job.source.decoding import decode
 from dask_batchinv.job.source.source import open_source
 from tests.support.stacks import assert_same_bits, conditioned
+from tests.support.web import silent_server
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The data type:FutureWarning"),
@@ -340,24 +339,9 @@ def test_a_server_that_lists_nothing_is_a_source(tmp_path):
     group.create_array("cov", shape=(4, 2, 2), dtype="f8", dimension_names=["t", "i", "j"])
     group.create_array("twice", shape=(4, 2, 2), dtype="f8", dimension_names=["t", "p", "p"])
 
-    class Silent(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=tmp_path)
-
-        def list_directory(self, path):
-            self.send_error(403)
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}/s"
-            assert open_source(url, "cov").dims == ("t", "i", "j")
-            assert open_source(url, "twice").dims == ("t", "p", "p_2")
-        finally:
-            server.shutdown()
+    with silent_server(tmp_path) as (root, _):
+        assert open_source(f"{root}/s", "cov").dims == ("t", "i", "j")
+        assert open_source(f"{root}/s", "twice").dims == ("t", "p", "p_2")
 
 
 # --- structures -----------------------------------------------------------------------------------------------
