@@ -13,6 +13,7 @@ import zarr
 
 from dask_batchinv import TargetError, invert_store, verify_store
 from dask_batchinv.job.report.account import account_of
+from tests.support.clusters import wait_until_idle
 from tests.support.stacks import conditioned
 from tests.support.targets import tree
 
@@ -296,6 +297,7 @@ def test_a_power_failure_loses_nothing_that_cannot_be_done_again(
             finished = True
         except KeyboardInterrupt:
             finished = False
+        wait_until_idle(client)  # a tile that was begun before the interruption is still being written
         recorded = account_of(target).tiles_done
         disk(tmp_path / "deep", remove=remove)
         if durable:
