@@ -1,21 +1,26 @@
 """The inverse of every matrix in a very large stack."""
 
-from dask_batchinv import accessor, config  # noqa: F401  (register .linalg on Xarray objects, and defaults)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dask_batchinv import config, with_xarray
 from dask_batchinv._version import __version__ as __version__
-from dask_batchinv.array import inverse, inverse_ex
-from dask_batchinv.job import JobFailedError, JobReport, VerifyReport, invert_store, verify_store
-from dask_batchinv.kernels import InverseEx
-from dask_batchinv.kernels.device import DeviceError
-from dask_batchinv.outcome import (
-    ClusterError,
-    IllConditionedWarning,
-    Info,
-    PlanError,
-    RefusedError,
-    SingularMatrixError,
-    SourceError,
-    TargetError,
-)
+
+if TYPE_CHECKING:
+    from dask_batchinv.array import inverse, inverse_ex
+    from dask_batchinv.job import JobFailedError, JobReport, VerifyReport, invert_store, verify_store
+    from dask_batchinv.kernels import InverseEx
+    from dask_batchinv.kernels.device import DeviceError
+    from dask_batchinv.outcome import (
+        ClusterError,
+        IllConditionedWarning,
+        Info,
+        PlanError,
+        RefusedError,
+        SingularMatrixError,
+        SourceError,
+        TargetError,
+    )
 
 __all__ = [
     "ClusterError",
@@ -37,6 +42,28 @@ __all__ = [
     "verify_store",
 ]
 
-for _name in __all__:
-    if isinstance(_thing := globals()[_name], type):
-        _thing.__module__ = __name__  # what tracebacks and documentation call it: where users find it
+#: Where the names are. A job needs no Dask arrays, and `inverse` no cluster: what is not asked for is not imported.
+_HOMES = {
+    "DeviceError": "kernels.device",
+    "InverseEx": "kernels",
+    "inverse": "array",
+    "inverse_ex": "array",
+    **dict.fromkeys(("JobFailedError", "JobReport", "VerifyReport", "invert_store", "verify_store"), "job"),
+}
+
+config.set_defaults()
+with_xarray.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    thing = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'outcome')}"), name)
+    if isinstance(thing, type):
+        thing.__module__ = __name__  # what tracebacks and documentation call it: where users find it
+    globals()[name] = thing
+    return thing
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

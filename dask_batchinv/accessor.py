@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Hashable, Iterable
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from dask_batchinv import labelled
-from dask_batchinv.labels import Dims
-from dask_batchinv.options import CallOptions
 from dask_batchinv.stack import AssumeAWord, Device, OnError
+
+if TYPE_CHECKING:
+    from dask_batchinv.labels import Dims
+    from dask_batchinv.options import CallOptions
+
+
+def _labelled(**words: Any) -> tuple[ModuleType, CallOptions]:
+    """Return what does the work, and its options: imported when it is called, for Xarray is imported for much else."""
+    from dask_batchinv import labelled
+    from dask_batchinv.options import CallOptions
+
+    return labelled, CallOptions.parse(**words)
 
 
 class _OfSeveral:
@@ -61,7 +71,7 @@ class _OfSeveral:
         numpy.linalg.LinAlgError, TypeError, SingularMatrixError, DeviceError
             As in `dask_batchinv.inverse`.
         """
-        options = CallOptions.parse(
+        labelled, options = _labelled(
             assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
             device=device,
         )  # fmt: skip
@@ -119,11 +129,12 @@ def _register_data_array_accessor() -> type:
             device: Device = "auto",
         ) -> xr.DataArray:
             """Return the DataArray with every matrix replaced by its inverse; see `Dataset.linalg.inv`."""
-            options = CallOptions.parse(
+            labelled, options = _labelled(
                 assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
                 device=device,
             )  # fmt: skip
-            return labelled.data_array_inv(self._obj, dims, options)
+            inverted: xr.DataArray = labelled.data_array_inv(self._obj, dims, options)
+            return inverted
 
         def inv_ex(
             self,
@@ -147,11 +158,12 @@ def _register_data_array_accessor() -> type:
             check_errors, on_error, assume_a, lower, min_rcond, device
                 As in `dask_batchinv.inverse_ex`.
             """
-            options = CallOptions.parse(
+            labelled, options = _labelled(
                 assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
                 device=device,
             )  # fmt: skip
-            return labelled.data_array_inv_ex(self._obj, dims, options)
+            account: xr.Dataset = labelled.data_array_inv_ex(self._obj, dims, options)
+            return account
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", xr.core.extensions.AccessorRegistrationWarning)

@@ -16,6 +16,7 @@ from dask.base import tokenize
 from dask_batchinv import torch_tensors
 from dask_batchinv._version import __version__
 from dask_batchinv.attributes import refuse_packed
+from dask_batchinv.chunks.plain_array import plain_array, read_directly
 from dask_batchinv.containers import check_meta, open_container, open_masked, plain_block
 from dask_batchinv.kernels import InverseEx
 from dask_batchinv.kernels.device import is_gpu_array
@@ -244,7 +245,9 @@ def _(a: da.Array, options: CallOptions, out: Any) -> Any:
     a, dtype = _whole(a), result_dtype(a.dtype)
     if out is not None and isinstance(a._meta, np.ma.MaskedArray):
         raise TypeError("out= takes no masked blocks: leave it out, or fill them first")
-    result = a.map_blocks(_inverse_of_block, options=options, declared=a._meta, dtype=dtype, meta=a._meta.astype(dtype))
+    result = read_directly(a).map_blocks(
+        _inverse_of_block, options=options, declared=a._meta, dtype=dtype, meta=a._meta.astype(dtype)
+    )
     if out is None:
         return result
     # What a stricter call has done is what a laxer one does.
@@ -292,7 +295,7 @@ def _lazy(a: zarr.Array[Any]) -> da.Array:
         "open it with xarray.open_zarr, which decodes it, and use .linalg.inv(); or run a job, which decodes it too",
     )
     # Not da.from_zarr, which does not exist under array query planning (dask 2026.8).
-    return da.from_array(a, chunks=write_unit(a))
+    return da.from_array(plain_array(a), chunks=write_unit(a))
 
 
 def _whole(a: da.Array) -> da.Array:

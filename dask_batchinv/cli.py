@@ -15,9 +15,9 @@ from typing import Any, NoReturn, get_args
 import click
 
 from dask_batchinv._version import __version__
-from dask_batchinv.job.driver.cluster import ClusterOptions, connect, count_gpus, local_workers
+from dask_batchinv.job.driver.cluster_options import ClusterOptions
+from dask_batchinv.job.driver.placing import plan_locally
 from dask_batchinv.job.driver.run import run_job
-from dask_batchinv.job.driver.verify import verify
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, plan_for, prepare
@@ -217,6 +217,10 @@ def verify_command(target: str, source: str | None, sample: float, as_json: bool
 
     What it finds, `run` repairs.
     """
+    from dask_batchinv.job.driver.verify import (
+        verify,  # with it Dask's cluster is imported, which small jobs do without
+    )
+
     with _exit_codes():
         report = verify(target, source, ClusterOptions(**arguments), sample)
         _print(report, as_json)
@@ -248,7 +252,9 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
 
 def _plan(job: Job, cluster: ClusterOptions) -> Plan:
     if cluster.is_local:
-        return plan_for(job, local_workers(cluster))
+        return plan_locally(job, cluster)
+    from dask_batchinv.job.driver.cluster import connect, count_gpus
+
     with connect(cluster) as (client, workers):
         return plan_for(job, replace(workers, gpus=count_gpus(job.options.device, client)))
 

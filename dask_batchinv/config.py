@@ -5,4 +5,7 @@ from pathlib import Path
 import dask.config
 import yaml
 
-dask.config.update_defaults(yaml.safe_load((Path(__file__).parent / "batchinv.yaml").read_text()))
+
+def set_defaults() -> None:
+    """Make them known to Dask."""
+    dask.config.update_defaults(yaml.safe_load((Path(__file__).parent / "batchinv.yaml").read_text()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -67,17 +67,19 @@ def _stamp(found: os.stat_result) -> str:
     return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
-def write_file(path: str, content: Any, *, synced: bool) -> str:
+def write_file(path: str, pieces: Sequence[Any], *, synced: bool) -> str:
     """Write bytes to a file of a name that nobody else can have made, then rename it: a link is not followed."""
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    partial = f"{path}.{os.urandom(16).hex()}.partial"
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        try:
+            for piece in pieces:
+                _write_all(handle, piece)
             if synced:
                 os.fsync(handle)
             stamp = _stamp(os.fstat(handle))
+        finally:
+            os.close(handle)
         try:
             os.replace(partial, path)
         except IsADirectoryError:
@@ -90,6 +92,12 @@ def write_file(path: str, content: Any, *, synced: bool) -> str:
     if synced:
         sync_path(os.path.dirname(path))
     return stamp
+
+
+def _write_all(handle: int, content: Any) -> None:
+    left = memoryview(content).cast("B")
+    while left:
+        left = left[os.write(handle, left) :]
 
 
 def make_folders(path: str, *, synced: bool) -> bool:

@@ -245,7 +245,7 @@ class Location:
         if self.is_local:
             file = os.path.join(self.url, key)
             make_folders(os.path.dirname(file), synced=synced)
-            return write_file(file, content, synced=synced)
+            return write_file(file, [content], synced=synced)
         fs, path = self._filesystem()
         if self.is_memory:
             fs.makedirs(f"{path}/{key}".rpartition("/")[0], exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +15,6 @@ import dask
 import dask.array as da
 import dask.local
 import dask.threaded
-import distributed
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -129,7 +129,8 @@ def _write_to_memory(out: Any, result: da.Array, chosen: Sequence[int] | None = 
     if chosen is not None:
         regions, blocks = [regions[number] for number in chosen], [blocks[number] for number in chosen]
     client = getattr(scheduler, "__self__", None)
-    if not isinstance(client, distributed.Client):
+    distributed = sys.modules.get("distributed")  # who has a client has imported it
+    if distributed is None or not isinstance(client, distributed.Client):
         for region, block in zip(regions, dask.compute(*blocks), strict=True):
             out[region] = block
         return

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from distributed import Client
-
-from dask_batchinv.job.driver.cluster import ClusterOptions
+from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.run import run_job
-from dask_batchinv.job.driver.verify import verify
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
@@ -17,6 +15,9 @@ from dask_batchinv.job.report.run_record import OnProgress
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.stack import AssumeAWord, Device
+
+if TYPE_CHECKING:  # to import Dask's cluster takes as long as a small job
+    from distributed import Client
 
 
 def invert_store(
@@ -75,7 +76,9 @@ def invert_store(
         The cluster to use.
     scheduler : str, optional
         Address of a scheduler to connect to instead, ``tcp://host:port``. With neither, a cluster of local
-        processes is started; a script then needs an ``if __name__ == "__main__":`` around its call.
+        processes is started; a script then needs an ``if __name__ == "__main__":`` around its call. A job that reads
+        and writes no more than ``batchinv.job.in-process`` runs on threads of this process instead, unless something
+        is said of the cluster.
     workers, threads_per_worker, memory_limit
         Of that local cluster: by default a process per core with one thread and its share of the memory.
     tile_size : int or str
@@ -170,6 +173,8 @@ def verify_store(
     RefusedError
         If there is no target of ours, or `source` is not what it was made from.
     """
+    from dask_batchinv.job.driver.verify import verify
+
     check_optimized()
     cluster = ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure)
     return verify(target, source, cluster, sample)

@@ -107,12 +107,18 @@ class TileRow:
         written: int = 0,
     ) -> TileRow:
         """Return the account of matrices with these codes and condition numbers."""
-        good = info == int(Info.GOOD)
+        failed = dict.fromkeys(FAILURE_KINDS, 0)
+        known = rcond
+        if info.any():  # else there is nothing to look for
+            failed = {failure.kind: int(failure.includes(info).sum()) for failure in failures_of("general")}
+            known = rcond[info == int(Info.GOOD)]
+        smallest = float(known.min()) if known.size else np.nan
+        eps = np.finfo(rcond.dtype).eps
         return cls(
             matrices=info.size,
-            failed={failure.kind: int(failure.includes(info).sum()) for failure in failures_of("general")},
-            ill_conditioned=int((good & (rcond < np.finfo(rcond.dtype).eps)).sum()),
-            smallest_rcond=float(rcond[good].min()) if good.any() else np.nan,
+            failed=failed,
+            ill_conditioned=0 if smallest >= eps else int((known < eps).sum()),
+            smallest_rcond=smallest,
             checksums=checksums,
             device=device,
             filled=filled,

@@ -183,9 +183,10 @@ def mark_of_files(target: Location, keys: dict[str, str]) -> int:
     if not target.is_local:
         return UNKNOWN
     sums = np.zeros(1, np.uint64)
-    for array, key in keys.items():
-        for _, _, says in (target / array).look(lambda key=key: [(key, None)]):  # type: ignore[misc]
-            sums += np.uint64(mark_of(array, key, says))
+    paths = [(f"{array}/{key}", (array, key)) for array, key in keys.items()]
+    for _, named, says in target.look(lambda: paths):
+        assert named is not None
+        sums += np.uint64(mark_of(*named, says))
     return int(_never_unknown(sums)[0])
 
 

@@ -16,7 +16,7 @@ import zarr
 from distributed import Client, LocalCluster
 
 from dask_batchinv import invert_store
-from dask_batchinv.job.target.chunks import Chunk
+from dask_batchinv.chunks.sealed import Chunk
 from dask_batchinv.job.target.ledger import Ledger
 from tests.campaign.work import Row, check
 

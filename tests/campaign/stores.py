@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from dask_batchinv import JobFailedError, JobReport, RefusedError, disk, invert_store
+from dask_batchinv.chunks.bounded_store import BoundedStore
 from dask_batchinv.location import Location
 from tests.campaign.work import Row, Work, check
 
@@ -86,7 +87,7 @@ class FaultyStore(zarr.storage.WrapperStore[Any]):
             raise fault.error("injected")
 
 
-_original_read, _original_write = Location.read, disk.write_file
+_original_read, _original_write, _original_opened = Location.read, disk.write_file, BoundedStore.opened
 
 
 def _read(self: Location, key: str, limit: int | None = None) -> bytes:
@@ -94,6 +95,15 @@ def _read(self: Location, key: str, limit: int | None = None) -> bytes:
     if _now[-1].due("get", key) is not None:
         raise OSError("injected")
     return _original_read(self, key, limit)
+
+
+@contextmanager
+def _opened(self: BoundedStore, key: str) -> Iterator[Any]:
+    """Open a chunk that is read without Zarr, or fail."""
+    if (fault := _now[-1].due("get", key)) is not None:
+        raise fault.error("injected")
+    with _original_opened(self, key) as file:
+        yield file
 
 
 def _write_file(path: str, content: Any, *, synced: bool) -> str:
@@ -118,7 +128,8 @@ def faulty(schedule: Schedule) -> Iterator[None]:
         mock.patch.object(Location, "store", store),
         mock.patch.object(Location, "read", _read),
         mock.patch("dask_batchinv.location.write_file", _write_file),
-        mock.patch("dask_batchinv.job.target.chunks.write_file", _write_file),
+        mock.patch("dask_batchinv.chunks.sealed.write_file", _write_file),
+        mock.patch.object(BoundedStore, "opened", _opened),
     ):
         yield
     _now.append(Schedule([]))  # for what still has such a store open

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import zarr
 
+from dask_batchinv.chunks.decompression import COMPRESSORS, Size, decompress, zstd_nbytes
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.source.bounded_decoding import BoundedCodec, BoundedCompressor
-from dask_batchinv.job.source.decompression import COMPRESSORS, Size, decompress, zstd_nbytes
 from dask_batchinv.storage import ChunkSizeError
 from tests.support.hostile import BYTES, V2, V3, shard, write_array
 from tests.support.stacks import conditioned

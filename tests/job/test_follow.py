@@ -12,8 +12,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from dask_batchinv import JobFailedError, SourceError, TargetError, inverse_ex, invert_store, verify_store
+from dask_batchinv.chunks.bounded_store import BoundedStore
 from dask_batchinv.cli import main
-from dask_batchinv.job.driver import run as driver
 from dask_batchinv.job.plan import prepare as preparing
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.target import target as targets
@@ -43,13 +43,18 @@ def job(tmp_path, client):
 def read(monkeypatch):
     """Every chunk that is read of any store on a disk."""
     seen = []
-    get = zarr.storage.LocalStore.get
+    get, opened = zarr.storage.LocalStore.get, BoundedStore.opened
 
     async def noted(self, key, *args, **kwargs):
         seen.append(key)
         return await get(self, key, *args, **kwargs)
 
+    def noted_directly(self, key):
+        seen.append(key)
+        return opened(self, key)
+
     monkeypatch.setattr(zarr.storage.LocalStore, "get", noted)
+    monkeypatch.setattr(BoundedStore, "opened", noted_directly)
     return seen
 
 
@@ -588,7 +593,7 @@ def test_a_notebook_whose_cells_are_run_twice_with_other_data(tmp_path, client):
 
 def test_nothing_is_read_and_no_cluster_started_where_nothing_has_changed(tmp_path, stack, job, monkeypatch, read):
     job(stack)
-    monkeypatch.setattr(driver, "connect", None)
+    monkeypatch.setattr("dask_batchinv.job.driver.cluster.connect", None)
     read.clear()
     assert job(stack).exit_code == 0
     assert not [key for key in read if "c/" in key or "c." in key]

@@ -19,14 +19,14 @@ from tests.support.targets import tree
 
 
 def test_a_busy_target_is_refused_before_workers_are_asked(tmp_path, make_source, monkeypatch):
-    monkeypatch.setattr("dask_batchinv.job.driver.run.connect", None)
+    monkeypatch.setattr("dask_batchinv.job.driver.cluster.connect", None)
     source, target = make_source(conditioned(4, 3, 10)), tmp_path / "t"
     with locked(Location.parse(target)), pytest.raises(TargetError, match="another run is writing"):
-        invert_store(source, target)
+        invert_store(source, target, workers=1)
     target.mkdir()
     (target / LOCK).symlink_to(tmp_path / "mine")
     with pytest.raises(TargetError, match="was not made by dask_batchinv"):
-        invert_store(source, target)
+        invert_store(source, target, workers=1)
 
 
 def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path, make_source, client):

@@ -116,7 +116,7 @@ def test_reading_whole_shards_needs_more_memory():
 
 def test_what_cannot_fit_is_refused_with_the_numbers_and_the_knob():
     huge = layout((10, 20000, 20000), (1, 20000, 20000))
-    with pytest.raises(PlanError, match=r"9.13 GiB are needed.*819.20 MiB of the 1.00 GiB.*--memory-limit") as caught:
+    with pytest.raises(PlanError, match=r"12.11 GiB are needed.*819.20 MiB of the 1.00 GiB.*--memory-limit") as caught:
         make_plan(huge, Limits(2**30, 1, 0, 10), tile_nbytes=32 * MIB)
     assert isinstance(caught.value, MemoryError)
     # The advice is good.

@@ -10,7 +10,7 @@ import xarray as xr
 
 from dask_batchinv import TargetError, invert_store, verify_store
 from dask_batchinv.job.driver import run as driver
-from dask_batchinv.job.driver.cluster import ClusterOptions
+from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.executor import Serial
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers

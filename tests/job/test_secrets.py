@@ -128,6 +128,7 @@ def test_a_scheduler_here_or_behind_tls_needs_none(monkeypatch, tmp_path):
 def test_the_local_cluster_listens_on_the_loopback_interface_alone(tmp_path, make_source):
     source = make_source(conditioned(2000, 30, 10))
     arguments = [sys.executable, "-m", "dask_batchinv.cli", "run", source, tmp_path / "t", "--tile-size", "720"]
+    arguments += ["--workers", "2"]
     with subprocess.Popen([*arguments, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
         while not (tmp_path / "t" / "ledger").exists():
             assert job.poll() is None

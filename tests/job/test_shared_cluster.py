@@ -15,7 +15,8 @@ from distributed import Client, LocalCluster
 
 from dask_batchinv import ClusterError, JobFailedError, invert_store, verify_store
 from dask_batchinv.job.driver import roster
-from dask_batchinv.job.driver.cluster import ClusterOptions, connect
+from dask_batchinv.job.driver.cluster import connect
+from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.worker import invert_tiles
 from tests.support.stacks import conditioned
 

@@ -9,7 +9,7 @@ import zarr
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.codecs import Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
-from dask_batchinv.job.source.bounded_store import BoundedStore, Stored
+from dask_batchinv.chunks.bounded_store import BoundedStore, Stored
 from dask_batchinv.job.source.source import open_source
 from dask_batchinv.storage import ChunkSizeError, DamagedChunkError, MissingChunkError, StrictStore
 from tests.support.hostile import BYTES, V3, numcodec, shard, write_array
@@ -290,7 +290,7 @@ def test_a_chunk_that_arrives_is_counted_as_it_was_read(tmp_path):
 def test_what_was_read_long_ago_is_looked_for(tmp_path, monkeypatch, asked):
     source, chunk = make(tmp_path / "s", LAYOUTS["no shards"])
     chunk.unlink()
-    monkeypatch.setattr("dask_batchinv.job.source.bounded_store._REMEMBERED", 2)
+    monkeypatch.setattr("dask_batchinv.chunks.bounded_store._REMEMBERED", 2)
     array = source.open("fill")
     source.read_block(array, EVERYWHERE)
     asked.clear()

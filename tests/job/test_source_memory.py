@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import zarr
 
+from dask_batchinv.chunks.decompression import Size, decompress
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import IDLE_WORKER_NBYTES, Workers
 from dask_batchinv.job.plan.prepare import plan_for, prepare
-from dask_batchinv.job.source.decompression import Size, decompress
 from dask_batchinv.job.source.source import open_source
 from tests.support.hostile import BYTES, V3, grid, numcodec, shard, write_array
 

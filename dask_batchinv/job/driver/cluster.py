@@ -9,17 +9,14 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import dask.config
-from dask.system import CPU_COUNT
-from dask.utils import parse_bytes
 from distributed import Client, LocalCluster, Security
 from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.comm.registry import backends
-from distributed.system import MEMORY_LIMIT
 
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_workers
 from dask_batchinv.job.driver.roster import ask_workers, is_silent
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.plan.plan import Workers
@@ -34,65 +31,8 @@ from dask_batchinv.text import harmless, remember_url
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
-#: Threads of a local worker with a GPU: enough that reading and writing go on meanwhile.
-GPU_THREADS = 4
 CONNECT_SECONDS = 5
 WORKER_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    """Which cluster to use."""
-
-    client: Any = None
-    """A `distributed.Client` to use."""
-    scheduler: str | None = None
-    """Address of a scheduler to connect to."""
-    workers: int | None = None
-    """Processes of the local cluster; by default one per core."""
-    threads_per_worker: int | None = None
-    """Their threads; by default one."""
-    memory_limit: str | int | None = None
-    """Memory of each of them, such as "4GiB", 0 for no limit; by default a fair share of the machine."""
-    dashboard: int | None = None
-    """Port of this machine on which to serve Dask's dashboard; by default there is none."""
-    insecure: bool = False
-    """Allow a scheduler on another machine that is not reached by TLS."""
-    restart_stalled: bool = False
-    """Restart workers that give no result even if they are not ours."""
-    device: Device = "cpu"
-    """Where the job computes: the local cluster has one process for a GPU."""
-
-    def __post_init__(self) -> None:
-        own = ("workers", "threads_per_worker", "memory_limit", "dashboard")
-        given = [name.replace("_", "-") for name in own if getattr(self, name) is not None]
-        if self.client is not None and self.scheduler is not None:
-            raise ClusterError("pass a client or the address of a scheduler, not both")
-        if given and not self.is_local:
-            raise ClusterError(f"{', '.join(given)}: only for the local cluster; a running one has its own workers")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether we start the cluster ourselves."""
-        return self.client is None and self.scheduler is None
-
-
-def local_workers(options: ClusterOptions) -> Workers:
-    """Return what the local cluster would have, without starting it."""
-    gpus = count_gpus(options.device, None)
-    if gpus:
-        count, threads = options.workers or 1, options.threads_per_worker or min(GPU_THREADS, CPU_COUNT)
-    else:
-        count = options.workers or max(1, CPU_COUNT // (options.threads_per_worker or 1))
-        threads = options.threads_per_worker or 1
-    if options.memory_limit is None:
-        return Workers(count, threads, MEMORY_LIMIT // count, gpus)
-    try:
-        memory = int(parse_bytes(options.memory_limit))
-    except ValueError as error:
-        text = f"memory limit {options.memory_limit!r} is not a number of bytes such as 4GiB"
-        raise ClusterError(text) from error
-    return Workers(count, threads, memory or None, gpus)
 
 
 @contextmanager
@@ -244,8 +184,8 @@ def _ask_all(client: Client, function: Any, *arguments: Any) -> tuple[dict[str, 
     return heard, [address for address in addresses if address not in heard]
 
 
-def count_gpus(device: Device, client: Client | None) -> int:
-    """Return how many workers have a GPU that a job may use; without a client, whether this machine has one.
+def count_gpus(device: Device, client: Client) -> int:
+    """Return how many workers have a GPU that a job may use.
 
     Raises
     ------
@@ -255,7 +195,7 @@ def count_gpus(device: Device, client: Client | None) -> int:
     device = parse_device(device)
     if device == "cpu":
         return 0
-    found = _ask_all(client, why_unusable)[0] if client else {"this machine": why_unusable()}
+    found = _ask_all(client, why_unusable)[0]
     without = {address: reason for address, reason in found.items() if reason is not None}
     if device == "gpu" and without:
         address, reason = next(iter(without.items()))

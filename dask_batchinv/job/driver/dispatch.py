@@ -20,9 +20,9 @@ from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.client import CancelledError
 from distributed.comm import CommClosedError
 
-from dask_batchinv.job.driver.executor import Work
+from dask_batchinv.job.driver.executor import ClusterLostError, Work
 from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
-from dask_batchinv.job.driver.roster import ClusterLostError, Roster
+from dask_batchinv.job.driver.roster import Roster
 from dask_batchinv.job.events import HEARTBEAT, Heartbeat, WorkerEvent
 from dask_batchinv.job.results import TileResult
 from dask_batchinv.job.worker.introduction import Introduction, place_of

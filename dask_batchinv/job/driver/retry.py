@@ -91,7 +91,7 @@ class Retries:
                 tile = range(result.number, result.number + 1)
                 self.requeue(tile, now + BACK_OFF_SECONDS * 2 ** (tried - 1))
             else:
-                yield replace(result, attempts=tried)
+                yield result if result.attempts == tried else replace(result, attempts=tried)
 
     def on_death(self, span: range, now: float, *, deaths: int, cause: str) -> Iterator[TileResult[Any]]:
         """Note that a worker died with a span, or as good as several; yield the result of a tile that is given up."""

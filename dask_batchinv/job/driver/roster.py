@@ -15,22 +15,16 @@ from typing import Any
 
 from distributed import Client
 
+from dask_batchinv.job.driver.executor import PER_THREAD, ClusterLostError
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.worker.introduction import Introduction, introduce, tasks_begun
-from dask_batchinv.text import CleanError
 
-#: Spans per thread of a worker: one at work, one that keeps it from waiting for us.
-PER_THREAD = 2
 #: A worker gets tiles only after so much of its life: a nanny whose worker dies while it starts gives up.
 SETTLING_SECONDS = 1.0
 #: How long to wait for a scheduler's answer, and for a worker's; and after how long a silent one is asked again.
 ANSWER_SECONDS = 30.0
 WORKER_SECONDS = 10.0
 AGAIN_SECONDS = 15.0
-
-
-class ClusterLostError(CleanError, ConnectionError):
-    """The scheduler, or every worker, was lost while a job was running."""
 
 
 async def ask_workers(client: Client, addresses: Iterable[str], function: Any, *arguments: Any) -> dict[str, Any]:

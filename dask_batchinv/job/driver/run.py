@@ -13,10 +13,9 @@ from typing import Any
 import dask.config
 import numpy as np
 
-from dask_batchinv.job.driver.cluster import ClusterOptions, connect, count_gpus, meet_workers
-from dask_batchinv.job.driver.dispatch import Dispatcher
-from dask_batchinv.job.driver.executor import Executor, Serial
-from dask_batchinv.job.driver.roster import ClusterLostError
+from dask_batchinv.job.driver.cluster_options import ClusterOptions
+from dask_batchinv.job.driver.executor import ClusterLostError, Executor, InProcess, Serial
+from dask_batchinv.job.driver.placing import plan_here
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.plan.plan import Plan, Workers
@@ -33,6 +32,7 @@ from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
+from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
@@ -67,6 +67,13 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         remove_stale_lock(job.target)
         return idle.report(ledger)
     refuse_held(job.target)  # before workers are started, or asked
+    if (here := plan_here(job, options)) is not None:
+        workers = Workers(1, here.limits.threads, None)
+        return Run(job, here, workers, InProcess(workers.threads), on_progress, looks=idle.looks)()
+    # Not before it is needed: to import Dask's cluster takes as long as a small job.
+    from dask_batchinv.job.driver.cluster import connect, count_gpus, meet_workers
+    from dask_batchinv.job.driver.dispatch import Dispatcher
+
     with connect(options) as (client, workers):
         if not options.is_local:
             workers = replace(workers, gpus=count_gpus(job.options.device, client))
@@ -144,8 +151,10 @@ class Run:
         return ledger
 
     def _look_at_source(self) -> Seen:
-        time.sleep(SETTLING_SECONDS)
         seen = self.job.source.look(self.plan.tiling)
+        if seen.unsure.any():
+            time.sleep(SETTLING_SECONDS)
+            seen = self.job.source.look(self.plan.tiling)
         if not seen.tells and MUTE not in self.totals.notes:
             self.totals.notes.append(MUTE)
         return seen
@@ -311,7 +320,8 @@ class Run:
         before = done = ledger.total("matrices")
         recorded = seen.recorded
         without_inverse = sum(ledger.failed.values())
-        spans = tiling.spans(map(int, np.flatnonzero(among & ~ledger.done)), self.plan.tiles_per_task)
+        numbers = np.flatnonzero(among & ~ledger.done)
+        spans = tasks_of(numbers, tiling, self.plan, self.workers.count * self.workers.threads)
         for result in self._results(invert_tiles, self.task(lock.run), spans, self._attempts, lock):
             if not isinstance(result, Heartbeat):
                 totals.add(result)
@@ -332,7 +342,10 @@ class Run:
     def task(self, holder: str) -> TileTask:
         """Return what workers need to know to invert tiles of a target."""
         job = self.job
-        return TileTask(uuid.uuid4().hex, job.source.for_workers(), job.target, holder, self.plan.tiling, job.options)
+        return TileTask(
+            uuid.uuid4().hex, job.source.for_workers(), job.target, holder, self.plan.tiling, job.options,
+            self.plan.together, self.plan.ahead,
+        )  # fmt: skip
 
     def _flush(self, ledger: Ledger, attempts: int = 1) -> None:
         """Write the ledger. What fails during a run is tried again later, by itself; at its end that must be known."""
@@ -396,6 +409,20 @@ class Run:
 
     def _record(self) -> RunRecord:
         return self.totals.record(self.plan, self.workers, self.job.source, notes=self._tell.notes)
+
+
+def tasks_of(numbers: Numbers, tiling: Tiling, plan: Plan, threads: int) -> Iterator[range]:
+    """Yield ascending tile numbers as workers get them: side by side where they are done at a time and no more."""
+    if not plan.ahead and plan.per_unit == 1:
+        yield from tiling.spans(map(int, numbers), plan.together)
+        return
+    # All threads have something to do, also where there are few.
+    longest = max(plan.per_unit, plan.tiles_per_task)
+    longest = max(plan.together, min(longest, -(-len(numbers) // max(1, threads))))
+    ends = (np.diff(numbers) > 1) | (np.diff(numbers // plan.per_unit) > 0 if plan.per_unit > 1 else False)
+    for part in np.split(numbers, np.flatnonzero(ends) + 1):
+        for start in range(0, len(part), longest):
+            yield range(int(part[start]), int(part[start : start + longest][-1]) + 1)
 
 
 def spans_to_read_back(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], tile_nbytes: int) -> Iterator[range]:

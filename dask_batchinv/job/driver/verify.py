@@ -7,7 +7,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from dask_batchinv.job.driver.cluster import ClusterOptions, connect, meet_workers
+from dask_batchinv.job.driver.cluster import connect, meet_workers
+from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.dispatch import Dispatcher
 from dask_batchinv.job.plan.prepare import fingerprint_of
 from dask_batchinv.job.report.tiles import FailedTile

@@ -21,6 +21,9 @@ LARGEST_TILE = 4
 SPAN_NBYTES = 2**20
 #: But not more, so that little is done again when a worker dies.
 LARGEST_SPAN = 256
+#: Where stores make us wait, so many times as many tiles are read ahead as are done at a time, or fewer where memory is
+#: short or it takes more than so many bytes for each thread; and a task has so many times as many.
+MOST_AHEAD, MOST_AHEAD_NBYTES, AHEAD_PER_TASK = 8, 2**30, 2
 #: Temporary arrays of a number for each matrix, while they are counted.
 MASKS_NBYTES = 24
 #: Copies of a decoded tile that are alive at once while Xarray decodes it, and bytes of masks per number: measured.
@@ -47,6 +50,10 @@ class StackLayout(StackShape):
     """Bytes of an element once decoded, where numbers are packed; else 0."""
     itemsize_held: int = 0
     """Bytes alive at once for an element of a chunk that is being decoded; 0 for twice `itemsize_in`."""
+    direct_nbytes: int | None = None
+    """Bytes that a chunk has at most as it is stored, if it is decoded to where it is wanted; None if Zarr reads."""
+    waits: bool = False
+    """Whether source or target are in a store that makes us wait, so that much is read and written at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,19 @@ class Plan:
     """Bytes of the whole target."""
     read_amplification: float
     """How many times the source is decoded; above 1 where tiles are smaller than its chunks."""
-    tiles_per_task: int
+    together: int
     """Tiles that a worker does at a time."""
+    ahead: int = 0
+    """How many times as many it reads ahead meanwhile, and writes behind."""
+    per_unit: int = 1
+    """Tiles, one after the other, that a read unit is cut into, and that one worker does, which decodes it once."""
+    in_process: bool = False
+    """Whether the job is so small that it runs in the process of its caller."""
+
+    @property
+    def tiles_per_task(self) -> int:
+        """Tiles that a worker gets at a time."""
+        return self.together * max(1, AHEAD_PER_TASK * self.ahead)
 
     @property
     def tile_nbytes(self) -> int:
@@ -115,6 +133,7 @@ class Plan:
             f"to write            {format_bytes(self.nbytes_out)}",
             f"memory per worker   {format_bytes(self.projected_nbytes)} projected at its peak, {limit} allowed, "
             f"{self.limits.threads} thread(s)",
+            f"runs in             {'this process, because it is small' if self.in_process else 'worker processes'}",
         ]
         return "\n".join(lines)
 
@@ -131,6 +150,7 @@ class Plan:
             "projected_bytes_per_worker": self.projected_nbytes,
             "allowed_bytes_per_worker": self.limits.memory,
             "threads_per_worker": self.limits.threads,
+            "in_process": self.in_process,
         }
 
 
@@ -169,14 +189,18 @@ def make_plan(layout: StackLayout, limits: Limits, *, tile_nbytes: int, tile: tu
     tiling = Tiling(layout.shape, layout.core, shape)
     if tiling.n_tiles > LARGEST_COUNT:
         raise PlanError(_too_many(tiling, begun=tile is not None))
+    per_unit = _count_per_unit(layout, tiling)
+    ahead, need = _look_ahead(layout, limits, shape, usable) if per_unit == 1 else (0, need)
     return Plan(
         tiling=tiling,
         projected_nbytes=need,
         limits=limits,
         nbytes_in=math.prod(layout.shape) * layout.itemsize_in,
         nbytes_out=math.prod(layout.shape) * layout.itemsize_out + layout.n_matrices * layout.nbytes_per_matrix,
-        read_amplification=_read_amplification(layout, shape),
-        tiles_per_task=count_per_task(layout, shape),
+        read_amplification=1.0 if per_unit > 1 else _read_amplification(layout, shape),
+        together=count_per_task(layout, shape),
+        ahead=ahead,
+        per_unit=per_unit,
     )
 
 
@@ -189,10 +213,33 @@ def count_per_task(layout: StackLayout, tile: tuple[int, ...]) -> int:
     return max(1, min(SPAN_NBYTES // nbytes, LARGEST_SPAN, cuts(layout.shape[along], tile[along])))
 
 
-def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...]) -> int:
+def _count_per_unit(layout: StackLayout, tiling: Tiling) -> int:
+    """Return how many tiles, one after the other, are cut from a read unit; 1 where they are not cut so."""
+    parts = [
+        unit // step if unit % step == 0 else 0
+        for unit, step in (
+            (min(layout.read_unit[axis], layout.shape[axis]), tiling.tile[axis]) for axis in layout.batch
+        )
+    ]
+    cut = [axis for axis, count in enumerate(parts) if count != 1]
+    is_one = len(cut) == 1 and all(count == 1 for count in tiling.grid[cut[0] + 1 :])
+    whole = all(layout.read_unit[axis] >= layout.shape[axis] for axis in layout.core)
+    return max(1, parts[cut[0]]) if layout.direct_nbytes is not None and whole and is_one else 1
+
+
+def _look_ahead(layout: StackLayout, limits: Limits, tile: tuple[int, ...], usable: float) -> tuple[int, int]:
+    """Return how far to read ahead, as far as there is memory, and what that takes of it."""
+    ahead = MOST_AHEAD if layout.waits else 0
+    while ahead and project_memory(layout, limits, tile, ahead) > min(usable, MOST_AHEAD_NBYTES * limits.threads):
+        ahead //= 2
+    return ahead, project_memory(layout, limits, tile, ahead)
+
+
+def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...], ahead: int = 0) -> int:
     """Return the peak memory of a worker, in bytes: a plain sum of everything alive at once.
 
-    The task lets go of its input before it writes, so the peak is that of the worst of four moments.
+    It has buffers that it keeps, and beside them what the worst of four moments takes: reading, decoding packed
+    numbers, inverting, and writing.
     """
     if (several := count_per_task(layout, tile)) > 1:
         along = layout.batch[-1]
@@ -203,18 +250,42 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...]) -
         min(cuts(size, unit) + bool(size % unit and unit % size), cuts(whole, unit))
         for size, unit, whole in zip(tile, layout.read_unit, layout.shape, strict=True)
     )
-    in_flight = units if limits.read_concurrency is None else min(units, limits.read_concurrency)
-    # A unit in flight stands in memory encoded, decoded, and as one codec gives it to the next.
-    held = math.prod(layout.read_unit) * (layout.itemsize_held or 2 * layout.itemsize_in)
-    reading = source + in_flight * held + units * CHUNK_NBYTES
-    decoding = source + elements * (DECODING_COPIES * layout.itemsize_decoded + DECODING_MASKS)
-    stack = elements * (layout.itemsize_decoded or layout.itemsize_in)
-    inverting = stack + result * (2 if layout.needs_copy else 1) + limits.scratch
-    # The inverse, and in the order stored with its checksum.
-    writing = 2 * result
+    unit = math.prod(layout.read_unit)
+    # What is inverted to where it is written needs no copy in the order stored.
+    copied = 0 if _is_stored_as_inverted(layout, tile) and several == 1 else result
+    if layout.direct_nbytes is None:
+        in_flight = units if limits.read_concurrency is None else min(units, limits.read_concurrency)
+        # A unit in flight stands in memory encoded, decoded, and as one codec gives it to the next.
+        held = unit * (layout.itemsize_held or 2 * layout.itemsize_in)
+        kept, read, reading = result, source, source + in_flight * held
+        kept += ahead * (reading + result)
+    else:  # what is decoded, one unit after the other, stays for the next tile
+        cut = unit * layout.itemsize_in if _cuts_units(layout, tile) else 0
+        fetched = layout.direct_nbytes * (units if layout.waits else 1)
+        kept, read, reading = result + source + fetched + cut + ahead * (fetched + result), 0, 0
+    decoding = read + elements * (DECODING_COPIES * layout.itemsize_decoded + DECODING_MASKS)
+    stack = elements * layout.itemsize_decoded or read
+    inverting = stack + copied + (result if layout.needs_copy else 0) + limits.scratch
     per_matrix = (layout.nbytes_per_matrix + MASKS_NBYTES) * elements // max(1, layout.n**2)
-    task = max(reading, decoding if layout.itemsize_decoded else 0, inverting, writing) + per_matrix
+    moments = reading + units * CHUNK_NBYTES, decoding if layout.itemsize_decoded else 0, inverting, copied
+    task = kept + max(moments) + per_matrix
     return IDLE_WORKER_NBYTES + limits.compile_nbytes + limits.threads * task
+
+
+def _is_stored_as_inverted(layout: StackLayout, tile: tuple[int, ...]) -> bool:
+    """Tell whether every tile has the shape of a chunk of the target, core dimensions last."""
+    last = layout.core == (len(tile) - 2, len(tile) - 1)
+    return last and not any(size % step for size, step in zip(layout.shape, tile, strict=True) if step)
+
+
+def _cuts_units(layout: StackLayout, tile: tuple[int, ...]) -> bool:
+    """Tell whether a read unit does not lie in one piece in a tile, but must be copied there, or a part of it."""
+    pairs = list(zip(tile, layout.read_unit, layout.shape, strict=True))
+    return (
+        pairs[0][2] % pairs[0][1] != 0
+        or pairs[0][0] % pairs[0][1] != 0
+        or any(not size == unit == whole for size, unit, whole in pairs[1:])
+    )
 
 
 def _tile_of(layout: StackLayout, nbytes: int) -> tuple[int, ...]:

@@ -190,6 +190,10 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         read_unit=source.read_unit,
         itemsize_in=source.dtype.itemsize,
         itemsize_held=source.itemsize_held,
+        direct_nbytes=None
+        if source.plain is None
+        else source.plain.longest_nbytes(in_store=not source.location.is_local),
+        waits=not (source.location.is_local and job.target.is_local),
         itemsize_decoded=source.decoded_dtype.itemsize if source.packing else 0,
         itemsize_out=dtype.itemsize,
         nbytes_per_matrix=nbytes_per_matrix(dtype),

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 from dask_batchinv.job.report.run_record import OnProgress, Progress
 from dask_batchinv.job.report.streams import Lasting
 
@@ -26,6 +24,8 @@ def shown(*, enabled: bool = True, stream: Any = None) -> Iterator[OnProgress | 
     if not enabled:
         yield None
     elif stream.isatty():
+        from tqdm import tqdm  # not before it is needed: most jobs of scripts are watched by nobody
+
         with tqdm(unit=" matrices", unit_scale=True, file=stream, dynamic_ncols=True, smoothing=0.05) as bar:
             yield lambda now: _move(bar, now)
     else:

@@ -24,8 +24,16 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
 from zarr.registry import get_codec_class
 
-from dask_batchinv.job.source.bounded_store import BoundedStore, Stored, check_least, least_nbytes
-from dask_batchinv.job.source.decompression import CHECKSUMS, COMPRESSORS, Bytes, Config, Size, decompress
+from dask_batchinv.chunks.bounded_store import BoundedStore, Stored, check_least, least_nbytes
+from dask_batchinv.chunks.decompression import (
+    CHECKSUMS,
+    COMPRESSORS,
+    Bytes,
+    Config,
+    Size,
+    compressed_nbytes,
+    decompress,
+)
 from dask_batchinv.storage import ChunkSizeError
 
 #: What the metadata call text of any length.
@@ -105,7 +113,7 @@ def _chunk_shape(meta: Config) -> tuple[int, ...]:
 
 def _stored_v2(meta: Config) -> Stored:
     if is_text(meta):
-        return Stored(_compressed(TEXT_NBYTES), _compressed(TEXT_NBYTES))
+        return Stored.of(TEXT_NBYTES)
     chain = [*(meta["filters"] or ()), *([] if meta["compressor"] is None else [meta["compressor"]])]
     while chain and chain[-1]["id"] in CHECKSUMS and any(map(_compresses, chain)):
         chain.pop()
@@ -115,7 +123,7 @@ def _stored_v2(meta: Config) -> Stored:
         raise ValueError(f"{chain[-1]['id']} behind a compressor: the size of chunks cannot be bounded")
     limit = _size_after([numcodecs.get_codec(codec) for codec in before], meta).limit
     # Where nothing compresses exactly that: filters multiply what is too long.
-    return Stored(_compressed(limit), _compressed(limit)) if compressed else Stored(limit, limit)
+    return Stored.of(limit) if compressed else Stored(limit, limit)
 
 
 def _stored_v3(meta: Config) -> Stored:
@@ -123,17 +131,17 @@ def _stored_v3(meta: Config) -> Stored:
     shape = _chunk_shape(meta)
     least = _index_nbytes(shards[0], shape) if shards else 1
     if is_text(meta):
-        return Stored(_compressed(TEXT_NBYTES), _compressed(TEXT_NBYTES), least)
+        return Stored(compressed_nbytes(TEXT_NBYTES), compressed_nbytes(TEXT_NBYTES), least)
     widths = [meta["data_type"]]
     widths += [codec["configuration"]["astype"] for codec in meta["codecs"] if _has(codec, "astype")]
     widths += [codec["configuration"]["encode_dtype"] for codec in meta["codecs"] if _has(codec, "encode_dtype")]
     itemsize = max(map(element_nbytes, widths))
     whole = math.prod(shape) * itemsize
     if not shards:
-        return Stored(_compressed(whole), _compressed(whole))
+        return Stored.of(whole)
     # There may be gaps in a shard, and in the shards in it; each chunk has a header and a place in the index.
     part = math.prod(shards[0]["chunk_shape"]) * itemsize
-    return Stored(2 * _compressed(whole) + whole // part * 1024, 2 * _compressed(part), least)
+    return Stored(2 * compressed_nbytes(whole) + whole // part * 1024, 2 * compressed_nbytes(part), least)
 
 
 def _index_nbytes(shard: Config, shape: Sequence[int]) -> int:
@@ -145,11 +153,6 @@ def _index_nbytes(shard: Config, shape: Sequence[int]) -> int:
 
 def _has(codec: Any, key: str) -> bool:
     return isinstance(codec, dict) and (codec.get("configuration") or {}).get(key) is not None
-
-
-def _compressed(nbytes: int) -> int:
-    """Return more than any compressor makes of `nbytes` that cannot be compressed, with checksums."""
-    return nbytes + nbytes // 8 + 4096
 
 
 # --- Zarr format 3 --------------------------------------------------------------------------------------------

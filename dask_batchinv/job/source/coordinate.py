@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 
+from dask_batchinv.chunks.decompression import CHECKSUMS, COMPRESSORS
 from dask_batchinv.job.source.bounded_decoding import TEXTS, TextAllowance, element_nbytes, is_text, open_bounded
 from dask_batchinv.job.source.decoding import attributes_in_xarray
-from dask_batchinv.job.source.decompression import CHECKSUMS, COMPRESSORS
 from dask_batchinv.job.source.metadata import (
     CODEC_DTYPES,
     Node,
@@ -26,6 +25,9 @@ from dask_batchinv.job.source.metadata import (
     stored_names,
 )
 from dask_batchinv.storage import unspecified
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 #: Labels may be text and times, which the stack may not.
 _LABELS_V2 = re.compile(r"[<>|]([bifcu]\d{1,2}|[SU]\d{1,5}|[mM]8(\[\d{0,9}[a-zA-Z]{0,2}\])?)")
@@ -83,6 +85,8 @@ class Coordinate:
 
     def read(self, allowance: TextAllowance) -> xr.Variable:
         """Read it, undecoded, into memory, with no more text than is allowed."""
+        import xarray as xr  # not before it is needed: that takes longer than a small job
+
         array = self._open(allowance)
         # One chunk after the other, so that each finds what those before have left of the allowance.
         with zarr.config.set({"async.concurrency": 1} if is_text(self.node.meta) else {}):

@@ -6,9 +6,7 @@ import lzma
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import xarray as xr
+from typing import TYPE_CHECKING, Any
 
 from dask_batchinv.attributes import PLACING
 from dask_batchinv.job.source.bounded_decoding import TextAllowance
@@ -19,6 +17,9 @@ from dask_batchinv.location import Location, raised_as
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import DamagedChunkError, unspecified
 from dask_batchinv.text import clean
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 #: All coordinates together may take so many bytes, all of their chunks decoded.
 COORDINATES_NBYTES = 2**30
@@ -52,6 +53,8 @@ class Found:
             raise SourceError(f"the labels of {dim}, which decide what comes out, cannot be read: {self.left_out[dim]}")
         if dim not in self.coordinates:
             return None
+        import xarray as xr
+
         stored = read([self.coordinates[dim]])
         with raised_as(SourceError, f"the labels of {dim} cannot be decoded"):
             return xr.decode_cf(stored)[dim].to_index()
@@ -193,6 +196,8 @@ def read(
 
 def _undecoded(variables: dict[str, xr.Variable], *, decode_coords: bool = False) -> xr.Dataset:
     """Return variables as Xarray gives them where numbers and times are not to be decoded."""
+    import xarray as xr
+
     how: dict[str, Any] = {"mask_and_scale": False, "decode_times": False, "decode_coords": decode_coords}
     with unspecified():
         found: xr.Dataset = xr.decode_cf(xr.Dataset(variables), **how).load()

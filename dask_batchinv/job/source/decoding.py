@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xarray as xr
 import zarr
-from xarray.backends.zarr import FillValueCoder
 
 from dask_batchinv.attributes import is_nan, packing_of
 from dask_batchinv.job.source.metadata import Node
@@ -30,7 +28,7 @@ def attributes_in_xarray(node: Node, array: zarr.Array[Any]) -> dict[str, Any]:
         if array.fill_value is not None:
             found["_FillValue"] = array.fill_value
     elif "_FillValue" in found:
-        found["_FillValue"] = FillValueCoder.decode(found["_FillValue"], array.dtype)
+        found["_FillValue"] = _decoded_fill_value(found["_FillValue"], array)
     return found
 
 
@@ -45,12 +43,18 @@ def read_packing(node: Node, array: zarr.Array[Any]) -> Packing:
         found["_FillValue"] = array.fill_value
     elif "_FillValue" in found and not _is_plain(found["_FillValue"], array):
         try:
-            found["_FillValue"] = FillValueCoder.decode(found["_FillValue"], array.dtype)
+            found["_FillValue"] = _decoded_fill_value(found["_FillValue"], array)
         except (TypeError, ValueError, struct.error) as error:
             raise SourceError(
                 f"the attribute _FillValue of {node.location.name} is not one of {array.dtype}: {error}"
             ) from harmless(error)
     return packing_of(found)
+
+
+def _decoded_fill_value(value: Any, array: zarr.Array[Any]) -> Any:
+    from xarray.backends.zarr import FillValueCoder  # Xarray takes longer to import than a small job
+
+    return FillValueCoder.decode(value, array.dtype)
 
 
 def _is_plain(value: Any, array: zarr.Array[Any]) -> bool:
@@ -72,6 +76,8 @@ def decode(block: Array, packing: Packing) -> Array:
     """
     if not packing:
         return block
+    import xarray as xr
+
     variable = xr.Variable([f"dim_{axis}" for axis in range(block.ndim)], block, dict(packing))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", xr.SerializationWarning)  # "saved with multiple fill values": all are missing

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_batchinv.job.source.decompression import COMPRESSORS
+from dask_batchinv.chunks.decompression import COMPRESSORS
 
 #: Filters that give back what they are given, or a view of it.
 _IN_PLACE = frozenset(["bitround", "bytes", "quantize", "sharding_indexed", "transpose"])

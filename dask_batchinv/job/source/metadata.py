@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dask_batchinv.attributes import packing_of
+from dask_batchinv.chunks.decompression import CHECKSUMS, COMPRESSORS
 from dask_batchinv.job.seen import ChunkGrid
-from dask_batchinv.job.source.decompression import CHECKSUMS, COMPRESSORS
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.stack import KEPT

@@ -7,20 +7,22 @@ import itertools
 import json
 import os
 from collections.abc import Hashable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import xarray as xr
 import zarr
 
 from dask_batchinv.attributes import PLACING
+from dask_batchinv.chunks.bounded_store import BoundedStore
+from dask_batchinv.chunks.direct_reading import DirectReader, Fetched, KeptChunk
+from dask_batchinv.chunks.plain import PlainChunks, plain_chunks
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import MEMBERS
 from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_source
 from dask_batchinv.job.source.bounded_decoding import open_bounded
-from dask_batchinv.job.source.bounded_store import BoundedStore
 from dask_batchinv.job.source.coordinate import Coordinate
 from dask_batchinv.job.source.coordinates import Found, find
 from dask_batchinv.job.source.coordinates import read as read_coordinates
@@ -47,6 +49,9 @@ from dask_batchinv.location import Location, raised_as
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import METADATA_KEYS, StrictStore, write_unit
 from dask_batchinv.text import clean, harmless
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 #: What the files of ours begin with that are no arrays.
 _OURS = ".dask_batchinv"
@@ -98,6 +103,8 @@ class Source:
     """By which its numbers are decoded."""
     decoded_dtype: np.dtype[Any]
     """dtype of the numbers, once decoded."""
+    plain: PlainChunks | None = field(hash=False)
+    """How its chunks are stored, where that is so plain that they are read without Zarr."""
     chunk_grid: ChunkGrid
     """Where its stored chunks are."""
     checksummed: bool
@@ -153,9 +160,39 @@ class Source:
             raise SourceError(f"{self.location.name} has become smaller since the job began: start it again")
         return node
 
-    def read_stored(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """Read a region of the array, which was opened for reading, as it is stored."""
-        return np.asarray(array[region])
+    def read_stored(
+        self,
+        array: zarr.Array[Any],
+        region: tuple[slice, ...],
+        out: npt.NDArray[Any] | None = None,
+        coming: Future[Any] | Fetched | None = None,
+        kept: KeptChunk | None = None,
+    ) -> npt.NDArray[Any]:
+        """Read a region of the array, which was opened for reading, as it is stored.
+
+        Into `out` where Zarr does not read it; from what is `coming`, if `fetch` was called for it before; and from
+        what was `kept` when its neighbour was read.
+        """
+        if isinstance(coming, Future):
+            stored: npt.NDArray[Any] = coming.result()
+            return stored
+        if (reader := self._reader(array)) is None:
+            return np.asarray(array[region])
+        return reader.read(self._of_all_axes(region), out, coming, kept)
+
+    def fetch(self, array: zarr.Array[Any], region: tuple[slice, ...], pool: Executor) -> Future[Any] | Fetched | None:
+        """Begin to read a region ahead, with the threads of a pool; None where there is nothing to wait for."""
+        reader = self._reader(array)
+        if reader is None:
+            return pool.submit(self.read_stored, array, region)
+        return None if reader.store.is_local else reader.fetch(self._of_all_axes(region), pool)
+
+    def _reader(self, array: zarr.Array[Any]) -> DirectReader | None:
+        store = array.store
+        return DirectReader(array, self.plain, store) if self.plain and isinstance(store, BoundedStore) else None
+
+    def _of_all_axes(self, region: tuple[slice, ...]) -> tuple[slice, ...]:
+        return (*region, *map(slice, self.shape[len(region) :]))
 
     def read_block(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read a region of the array, which was opened for reading, and decode its numbers."""
@@ -304,6 +341,7 @@ def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Seque
         packing=packing,
         decoded_dtype=decoded,
         checksummed=is_checksummed(node),
+        plain=plain_chunks(node.meta),
         chunk_grid=chunk_grid_of(node),
         facts=facts_of(node),
         left_out=tuple(sorted(beside.left_out)),

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import zarr
 import zarr.abc.store
 import zarr.storage
-from crc32c import crc32c
-from zarr.buffer.cpu import Buffer
-from zarr.core.sync import sync
 
-from dask_batchinv.disk import write_file
+from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 from dask_batchinv.location import Location
 from dask_batchinv.storage import StrictStore, innermost
 from dask_batchinv.text import harmless
 
-#: Every chunk of ours ends with its CRC-32C.
-CHECKSUM_NBYTES = 4
 #: The dtypes of arrays of ours.
 _ITEMSIZES = {"float32": 4, "float64": 8, "complex64": 8, "complex128": 16, "int32": 4, "int64": 8}
 
@@ -109,60 +101,3 @@ def checksum(array: zarr.Array[Any], key: str) -> int:
     store = array.store
     assert isinstance(store, OwnStore)
     return store.checksum(key)
-
-
-class Chunk:
-    """A chunk of an array of ours as it is stored: the values, and after them their checksum.
-
-    Zarr's codecs give the same bytes, but copy all of them twice for the sake of the last four.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike):
-        dtype = np.dtype(dtype).newbyteorder("<")
-        self._stored = np.empty(math.prod(shape) * dtype.itemsize + CHECKSUM_NBYTES, np.uint8)
-        self.values: npt.NDArray[Any] = self._stored[:-CHECKSUM_NBYTES].view(dtype).reshape(shape)
-        """To be filled before `seal`."""
-
-    @classmethod
-    def of(cls, array: zarr.Array[Any], values: npt.NDArray[Any]) -> Chunk:
-        """Return a chunk of an array with copies of `values`, which may be fewer where the array ends."""
-        chunk = cls(array.chunks, array.dtype)
-        if values.shape != array.chunks:
-            chunk.values[...] = array.fill_value
-        chunk.values[tuple(map(slice, values.shape))] = values
-        return chunk
-
-    def seal(self) -> int:
-        """Set the checksum, and return it."""
-        checksum = crc32c(self._stored[:-CHECKSUM_NBYTES].data)
-        self._stored[-CHECKSUM_NBYTES:] = np.frombuffer(checksum.to_bytes(CHECKSUM_NBYTES, "little"), np.uint8)
-        return checksum
-
-    @property
-    def stored(self) -> npt.NDArray[np.uint8]:
-        """What is stored, once sealed."""
-        return self._stored
-
-
-def write_chunks(array: zarr.Array[Any], chunks: dict[str, Chunk], *, synced: bool = False) -> None:
-    """Write sealed chunks under their keys, where there is a store several at a time.
-
-    On a disk no folder is made for them: one that is not there any more was removed with the target. With `synced`
-    they and their names are on the disk when it returns.
-    """
-    inner = innermost(array.store)
-    if isinstance(inner, zarr.storage.LocalStore):
-        for key, chunk in chunks.items():
-            write_file(os.path.join(inner.root, key), chunk.stored.data, synced=synced)
-        return
-
-    async def write() -> None:
-        room = asyncio.Semaphore(int(zarr.config.get("async.concurrency")))
-
-        async def one(key: str, chunk: Chunk) -> None:
-            async with room:
-                await (array.store_path / key).set(Buffer(chunk.stored))
-
-        await asyncio.gather(*(one(key, chunk) for key, chunk in chunks.items()))
-
-    sync(write())

@@ -9,10 +9,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 from crc32c import crc32c
 from zarr.abc.buffer import Buffer
@@ -27,6 +26,9 @@ from dask_batchinv.location import JSON_NBYTES, Location, json_object
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.stack import AssumeA
 from dask_batchinv.storage import array_options, unspecified
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 ROOT = "zarr.json"
 #: The attribute of the ledger that has the length and the checksum of each key that coordinates are stored in.

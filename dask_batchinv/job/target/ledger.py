@@ -16,10 +16,11 @@ import numpy.typing as npt
 import zarr
 from crc32c import crc32c
 
+from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES, Chunk
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.results import COLUMNS, DEVICES, Rows, TileResult, TileRow, smallest_of
 from dask_batchinv.job.seen import UNKNOWN
-from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES, Chunk, DamagedTargetError
+from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.state import Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.tiling import cuts

@@ -6,19 +6,20 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import xarray as xr
+import zarr
 
+from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 from dask_batchinv.disk import PARTIAL
 from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS
 from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_target
-from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES, DamagedTargetError
+from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import (
     ROOT,
     Contents,
@@ -395,25 +396,27 @@ def open_as_reader(location: Location) -> None:
     try:
         root = location.read_json(ROOT) or {}
         ours = {*MEMBERS, *(read_mark(attributes_of(root)) or {}).get("names", ())}
-        theirs = [name for name in _consolidated(root) if name not in ours]
         store = FilesStore(location.store(read_only=True))
-        with (
-            unspecified(),
-            xr.open_zarr(
-                store,
-                decode_cf=False,
-                chunks=None,
-                consolidated=True,
-                create_default_indexes=False,
-                drop_variables=theirs,
-            ) as found,
-        ):
+        with unspecified():
+            if ours == {*MEMBERS}:  # then Xarray would read nothing that Zarr does not
+                found: Any = zarr.open_group(store, mode="r", use_consolidated=True)
+            else:
+                theirs = [name for name in _consolidated(root) if name not in ours]
+                found = _open_dataset(store, theirs)
             missing = [output.name for output in OUTPUTS if output.name not in found]
     except Exception as error:  # whatever Xarray and Zarr may raise
         text = f"{location.name} cannot be opened: {type(error).__name__}: {error}"
         raise DamagedTargetError(text) from harmless(error)
     if missing:
         raise DamagedTargetError(f"{location.name} has no {', '.join(missing)}")
+
+
+def _open_dataset(store: FilesStore, left_out: Sequence[str]) -> Any:
+    import xarray as xr  # not before it is needed: that takes longer than a small job
+
+    return xr.open_zarr(
+        store, decode_cf=False, chunks=None, consolidated=True, create_default_indexes=False, drop_variables=left_out
+    )
 
 
 def set_complete(writer: Writer, generation: str, complete: bool) -> None:

@@ -12,9 +12,9 @@ from functools import lru_cache
 import numpy as np
 from crc32c import crc32c
 
+from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.job.results import COLUMNS, Rows, TileResult
-from dask_batchinv.job.target.chunks import CHECKSUM_NBYTES
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, read_chunk
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location

@@ -11,6 +11,7 @@ from typing import Any
 
 import numcodecs  # type: ignore[import-untyped]
 import numpy as np
+import numpy.typing as npt
 
 from dask_batchinv.storage import ChunkSizeError
 
@@ -46,6 +47,11 @@ class Size:
             )
 
 
+def compressed_nbytes(nbytes: int) -> int:
+    """Return more than any compressor makes of `nbytes` that cannot be compressed, with checksums."""
+    return nbytes + nbytes // 8 + 4096
+
+
 def decompress(kind: str, configuration: Config, data: Bytes, size: Size) -> Bytes:
     """Return what a compressor makes of `data`.
 
@@ -64,6 +70,32 @@ def decompress(kind: str, configuration: Config, data: Bytes, size: Size) -> Byt
         out[filled : filled + len(step)] = np.frombuffer(step, np.uint8)
         filled += len(step)
     return out[:filled]
+
+
+def decompress_into(kind: str, configuration: Config, data: Bytes, out: npt.NDArray[np.uint8]) -> None:
+    """Fill `out` with what a compressor makes of `data`.
+
+    Raises
+    ------
+    ChunkSizeError
+        If that were more bytes than `out` has, or fewer.
+    """
+    data, size = memoryview(data).cast("B"), Size(out.nbytes)
+    # Each of these says first how many bytes will come, and none writes more than that.
+    if kind == "blosc" and _blosc_nbytes(data, size) == out.nbytes:
+        numcodecs.Blosc().decode(data, out)
+    elif kind == "lz4" and _lz4_nbytes(data, size) == out.nbytes:
+        numcodecs.LZ4().decode(data, out)
+    elif kind == "zstd" and [*zstd_frames(data)] == [out.nbytes]:
+        numcodecs.Zstd().decode(data, out)
+    else:
+        made = np.frombuffer(decompress(kind, configuration, data, size), np.uint8)
+        if made.nbytes != out.nbytes:
+            raise ChunkSizeError(
+                f"a chunk of the source decompresses to {made.nbytes} bytes where its metadata say {out.nbytes}: it is "
+                "corrupt. Restore it from where it came from"
+            )
+        out[:] = made
 
 
 def _steps(kind: str, configuration: Config, data: memoryview) -> Iterator[bytes]:
@@ -108,15 +140,28 @@ _STREAMS: dict[str, Callable[[Config], Any]] = {
 
 
 def _blosc(data: Bytes, size: Size) -> Bytes:
-    size.check(int.from_bytes(data[4:8], "little"))
-    if not 16 <= int.from_bytes(data[12:16], "little") <= len(data):  # Blosc itself would read on
-        raise EOFError("a chunk of the source ends before its last byte")
+    _blosc_nbytes(data, size)
     return numcodecs.Blosc().decode(data)
 
 
+def _blosc_nbytes(data: Bytes, size: Size) -> int:
+    """Return how many bytes come out, and see that all is there that they are made of."""
+    nbytes = int.from_bytes(data[4:8], "little")
+    size.check(nbytes)
+    if not 16 <= int.from_bytes(data[12:16], "little") <= len(data):  # Blosc itself would read on
+        raise EOFError("a chunk of the source ends before its last byte")
+    return nbytes
+
+
 def _lz4(data: Bytes, size: Size) -> Bytes:
-    size.check(int.from_bytes(data[:4], "little"))
+    _lz4_nbytes(data, size)
     return numcodecs.LZ4().decode(data)
+
+
+def _lz4_nbytes(data: Bytes, size: Size) -> int:
+    nbytes = int.from_bytes(data[:4], "little")
+    size.check(nbytes)
+    return nbytes
 
 
 def _zstd(data: Bytes, size: Size) -> Bytes:
@@ -142,20 +187,28 @@ _HEADERS: dict[str, Callable[[Bytes, Size], Bytes]] = {"blosc": _blosc, "lz4": _
 
 
 def zstd_nbytes(data: Bytes) -> int | None:
-    """Return the size of the content of all frames of Zstandard; None if one of them does not say (RFC 8878)."""
-    total, at = 0, 0
-    while at < len(data):
-        magic = int.from_bytes(data[at : at + 4], "little")
-        if magic >> 4 == 0x184D2A5:  # a frame to skip
-            at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-            continue
-        if magic != _ZSTD_MAGIC or at + 5 > len(data):
-            raise ValueError("a chunk of the source is damaged: it is not compressed by Zstandard")
-        nbytes, at = _zstd_frame(data, at + 4)
+    """Return the size of the content of all frames of Zstandard; None if one of them does not say."""
+    total = 0
+    for nbytes in zstd_frames(data):
         if nbytes is None:
             return None
         total += nbytes
     return total
+
+
+def zstd_frames(data: Bytes) -> Iterator[int | None]:
+    """Yield the size of the content of each frame, 0 for one to skip; None if it does not say (RFC 8878)."""
+    at = 0
+    while at < len(data):
+        magic = int.from_bytes(data[at : at + 4], "little")
+        if magic >> 4 == 0x184D2A5:  # a frame to skip
+            at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+            yield 0
+            continue
+        if magic != _ZSTD_MAGIC or at + 5 > len(data):
+            raise ValueError("a chunk of the source is damaged: it is not compressed by Zstandard")
+        nbytes, at = _zstd_frame(data, at + 4)
+        yield nbytes
 
 
 def _zstd_frame(data: Bytes, at: int) -> tuple[int | None, int]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import zarr.abc.store
 import zarr.storage
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from dask_batchinv.storage import ChunkSizeError, GuardedStore, innermost
+from dask_batchinv.chunks.decompression import compressed_nbytes
+from dask_batchinv.storage import ChunkSizeError, GuardedStore, MissingChunkError, StrictStore, innermost
 
 #: Of so many chunks it is known whether they were there; of others the store is asked again.
 _REMEMBERED = 2**16
@@ -30,6 +33,11 @@ class Stored:
     """At most, what is read by itself."""
     least: int = 1
     """At least, all of it: a shard has an index."""
+
+    @classmethod
+    def of(cls, nbytes: int) -> Stored:
+        """Return that of chunks of `nbytes` bytes, however they are compressed."""
+        return cls(compressed_nbytes(nbytes), compressed_nbytes(nbytes))
 
 
 class BoundedStore(GuardedStore):
@@ -56,6 +64,45 @@ class BoundedStore(GuardedStore):
             check_least(f"the chunk {key}", len(value), least_nbytes(byte_range, self._stored.least))
         return value
 
+    def fetch(self, key: str) -> Any:
+        """Return the bytes under a key, which is no file on this machine; None if there are none."""
+        value = sync(self.get(key, default_buffer_prototype()))
+        return None if value is None else value.as_numpy_array()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its chunks are files on this machine."""
+        return self._root is not None
+
+    @contextmanager
+    def opened(self, key: str) -> Iterator[tuple[int, int] | None]:
+        """Open the file of a chunk on this machine, and give its handle and its bytes; None if there is none.
+
+        Raises
+        ------
+        ChunkSizeError
+            If it is too long or too short, or no file.
+        """
+        assert self._root is not None
+        path = os.path.join(self._root, key)
+        try:
+            # A pipe would else be waited for.
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            self._check_file(key)
+            self._remember(key, False)
+            if isinstance(self._store, StrictStore):
+                raise MissingChunkError(f"chunk {key} is not in the store") from None
+            yield None
+            return
+        try:
+            nbytes = self._check_opened(path, os.fstat(handle))
+            self._remember(key, True)
+            check_least(f"the chunk {key}", nbytes, self._stored.least)
+            yield handle, nbytes
+        finally:
+            os.close(handle)
+
     def count_missing(self, keys: Iterable[str]) -> int:
         """Return how many of some chunks are not there; those that were read are not asked for again."""
         known = ((key, self._found.get(key)) for key in keys)
@@ -80,9 +127,13 @@ class BoundedStore(GuardedStore):
         except OSError:
             _refuse_detached(self._root, path)
             return  # it is not there, or reading will say what it is
+        self._check_opened(path, found)
+
+    def _check_opened(self, path: str, found: os.stat_result) -> int:
         if not stat.S_ISREG(found.st_mode):
             raise ChunkSizeError(f"{path} is not a file: a chunk of the source was expected")
         _check_longest(path, found.st_size, self._stored.whole)
+        return found.st_size
 
 
 def _refuse_detached(root: str, path: str) -> None:

@@ -1,0 +1,36 @@
+"""Where a job runs: a small one in the process of its caller, for to start others takes longer than the job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import dask.config
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_gpus, local_workers
+from dask_batchinv.job.plan.plan import Plan, Workers
+from dask_batchinv.job.plan.prepare import Job, plan_for
+
+#: What a job may take of the memory of its caller's process, in bytes: it cannot be ended there if it took more.
+LARGEST_NBYTES = 2**30
+
+
+def plan_here(job: Job, options: ClusterOptions) -> Plan | None:
+    """Return the plan of a job that runs in this process; None if it needs worker processes.
+
+    It does if the user says something of them, if it has a GPU to use, or if it is large.
+    """
+    if not options.is_open or local_gpus(job.options.device):
+        return None
+    plan = plan_for(job, Workers(1, CPU_COUNT, None))
+    if plan.nbytes_in + plan.nbytes_out > parse_bytes(dask.config.get("batchinv.job.in-process")):
+        return None
+    threads = min(CPU_COUNT, -(-plan.tiling.n_tiles // plan.together))
+    plan = replace(plan_for(job, Workers(1, max(1, threads), None)), in_process=True)
+    return plan if plan.projected_nbytes <= LARGEST_NBYTES else None
+
+
+def plan_locally(job: Job, options: ClusterOptions) -> Plan:
+    """Return the plan of a job on this machine."""
+    return plan_here(job, options) or plan_for(job, local_workers(options))
