@@ -29,10 +29,10 @@ def dask_setup(worker: Any) -> None:
     invert_tiles.read_stack = read_stack
 
 
-def do_span(task: invert_tiles.TileTask, numbers: range) -> list[TileResult[TileRow]]:
+def do_span(task: invert_tiles.TileTask, numbers: range, kept: Any = None) -> list[TileResult[TileRow]]:
     """Do tiles, slowly, and note that they were finished."""
     time.sleep(SECONDS)
-    results = _do_span(task, numbers)
+    results = _do_span(task, numbers, kept)
     log = os.open(Path(task.target.url).parent / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.write(log, "".join(f"{number}\n" for number in numbers).encode())
     os.close(log)

@@ -93,12 +93,12 @@ def hang_at(number, once=None):
     """Have a tile hang, whoever does it; with `once`, a file that is made then, only the first time."""
     original = invert_tiles.do_span
 
-    def do_span(task, numbers):
+    def do_span(task, numbers, kept=None):
         if number in numbers and not (once and once.exists()):
             if once:
                 once.touch()
             time.sleep(1000)
-        return original(task, numbers)
+        return original(task, numbers, kept)
 
     invert_tiles.do_span = do_span
 

@@ -119,7 +119,7 @@ class _InFlight:
 
     def feed(self) -> None:
         """Give spans to workers while they have room."""
-        while (address := self._roster.free()) is not None:
+        for address in self._roster.free():
             if (span := self._retries.next_ready(time.monotonic())) is None:
                 return
             self._submit(span, address)
@@ -127,16 +127,17 @@ class _InFlight:
     def collect(self) -> Results:
         """Wait up to a second for tiles to finish, and yield those that are not to be tried again."""
         yield from self._roster.admit()
-        if not (self._running or self._retries.exhausted) and self._roster.free() is not None:
+        if not (self._running or self._retries.exhausted) and any(self._roster.free()):
             return  # somebody was admitted just now
         with suppress(queue.Empty):
             futures = [self._finished.get(timeout=self._wait())]
             while not self._finished.empty():
                 futures.append(self._finished.get())
+            futures = [future for future in futures if future in self._running]  # others were taken from their workers
+            fetched = self._fetch(futures)
             for future in futures:
-                if future in self._running:  # else it was taken from its worker
-                    self._moved = time.monotonic()
-                    yield from self._results_of(future)
+                self._moved = time.monotonic()
+                yield from self._results_of(future, fetched)
         if self._client.status not in ("running", "connecting"):
             raise ClusterLostError("the connection to the scheduler was closed")
         if time.monotonic() - self._looked >= LOOK_SECONDS:
@@ -179,12 +180,25 @@ class _InFlight:
             worker.spans -= 1
         return held
 
-    def _results_of(self, future: Future) -> Results:
+    def _fetch(self, futures: list[Future]) -> dict[Future, list[TileResult[Any]]]:
+        """Return what workers have, in one request for all; nothing if one has gone: then each is asked for."""
+        done = [future for future in futures if future.status == "finished"]
+
+        async def gather() -> list[list[TileResult[Any]]]:
+            found: Any = await self._client.gather(done, asynchronous=True)
+            return list(found)
+
+        if len(done) > 1:
+            with suppress(Exception):
+                return dict(zip(done, self._client.sync(gather, callback_timeout=RESULT_SECONDS), strict=True))
+        return {}
+
+    def _results_of(self, future: Future, fetched: dict[Future, list[TileResult[Any]]]) -> Results:
         if future.status in ("pending", "lost"):  # the worker has died with the result: that will be seen
             return
         held, now = self._take(future), time.monotonic()
         try:
-            results: list[TileResult[Any]] = future.result(timeout=RESULT_SECONDS)
+            results = fetched[future] if future in fetched else future.result(timeout=RESULT_SECONDS)
         except (CancelledError, CommClosedError) as error:
             raise ClusterLostError("the scheduler was lost") from error
         except KilledWorker:  # a worker has come back under the address of one that died

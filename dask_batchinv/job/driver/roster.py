@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import heapq
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -72,6 +73,14 @@ class Worker:
         return max(0, self.threads - self.others - self.stuck)
 
 
+def _load(worker: Worker) -> float:
+    return (worker.spans + worker.others) / worker.threads
+
+
+def _has_room(worker: Worker, all_busy: bool) -> bool:
+    return worker.spans < (1 if all_busy else PER_THREAD * worker.free_threads)
+
+
 class Roster:
     """The workers of a cluster.
 
@@ -112,8 +121,8 @@ class Roster:
             if worker.answer is not None and worker.answer.done():
                 yield from self._hear(address, worker)
 
-    def free(self) -> str | None:
-        """Return the worker with the least to do of those that have room."""
+    def free(self) -> Iterator[str]:
+        """Yield the worker with the least to do of those that have room, as often as they have after what they got."""
         now = time.monotonic()
         usable = {
             address: worker
@@ -122,12 +131,13 @@ class Roster:
         }
         # Where others keep all workers busy, a span waits for its turn on each like everybody's.
         all_busy = not any(worker.free_threads for worker in usable.values())
-        room = [
-            ((worker.spans + worker.others) / worker.threads, address)
-            for address, worker in usable.items()
-            if worker.spans < (1 if all_busy else PER_THREAD * worker.free_threads)
-        ]
-        return min(room)[1] if room else None
+        room = [(_load(worker), address) for address, worker in usable.items() if _has_room(worker, all_busy)]
+        heapq.heapify(room)
+        while room:
+            _, address = heapq.heappop(room)
+            yield address
+            if _has_room(worker := usable[address], all_busy):
+                heapq.heappush(room, (_load(worker), address))
 
     def may_have(self, worker: Worker) -> bool:
         """Tell whether a worker may have tiles at all."""

@@ -32,7 +32,6 @@ from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
-from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
@@ -54,6 +53,8 @@ MUTE = (
     "the store of the source tells neither versions nor times of its chunks, so that a change of it cannot be seen: "
     "--overwrite does all again"
 )
+#: No fewer tasks for each thread of a worker, if there are so many tiles: else some would wait for others at the end.
+TASKS_PER_THREAD = 4
 #: Tiles of at most so many bytes are read back at a time.
 READ_BACK_NBYTES = 2**26
 
@@ -316,12 +317,12 @@ class Run:
         if self.totals.stopped is not None:
             return
         start, flushed, totals = time.monotonic() - self.totals.seconds, -FLUSH_SECONDS, self.totals
-        tiling, n_matrices = self.plan.tiling, self.plan.tiling.n_matrices
+        n_matrices = self.plan.tiling.n_matrices
         before = done = ledger.total("matrices")
         recorded = seen.recorded
         without_inverse = sum(ledger.failed.values())
         numbers = np.flatnonzero(among & ~ledger.done)
-        spans = tasks_of(numbers, tiling, self.plan, self.workers.count * self.workers.threads)
+        spans = tasks_of(numbers, self.plan, self.workers.count * self.workers.threads)
         for result in self._results(invert_tiles, self.task(lock.run), spans, self._attempts, lock):
             if not isinstance(result, Heartbeat):
                 totals.add(result)
@@ -411,16 +412,15 @@ class Run:
         return self.totals.record(self.plan, self.workers, self.job.source, notes=self._tell.notes)
 
 
-def tasks_of(numbers: Numbers, tiling: Tiling, plan: Plan, threads: int) -> Iterator[range]:
-    """Yield ascending tile numbers as workers get them: side by side where they are done at a time and no more."""
-    if not plan.ahead and plan.per_unit == 1:
-        yield from tiling.spans(map(int, numbers), plan.together)
-        return
-    # All threads have something to do, also where there are few.
-    longest = max(plan.per_unit, plan.tiles_per_task)
-    longest = max(plan.together, min(longest, -(-len(numbers) // max(1, threads))))
-    ends = (np.diff(numbers) > 1) | (np.diff(numbers // plan.per_unit) > 0 if plan.per_unit > 1 else False)
-    for part in np.split(numbers, np.flatnonzero(ends) + 1):
+def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:
+    """Yield ascending tile numbers as workers get them: all of a read unit that is cut, else so that all are busy."""
+    longest = plan.per_unit
+    if plan.per_unit == 1:
+        longest = max(plan.together, min(plan.tiles_per_task, len(numbers) // max(1, TASKS_PER_THREAD * threads)))
+    elif len(numbers) < threads * plan.per_unit:
+        longest = max(plan.together, -(-len(numbers) // max(1, threads)))
+    units = numbers // plan.per_unit if plan.per_unit > 1 else np.zeros_like(numbers)
+    for part in np.split(numbers, np.flatnonzero((np.diff(numbers) > 1) | (np.diff(units) > 0)) + 1):
         for start in range(0, len(part), longest):
             yield range(int(part[start]), int(part[start : start + longest][-1]) + 1)
 

@@ -24,6 +24,8 @@ LARGEST_SPAN = 256
 #: Where stores make us wait, so many times as many tiles are read ahead as are done at a time, or fewer where memory is
 #: short or it takes more than so many bytes for each thread; and a task has so many times as many.
 MOST_AHEAD, MOST_AHEAD_NBYTES, AHEAD_PER_TASK = 8, 2**30, 2
+#: A worker gets about so many bytes of tiles at a time, which take it some tenths of a second.
+TASK_NBYTES = 2**28
 #: Temporary arrays of a number for each matrix, while they are counted.
 MASKS_NBYTES = 24
 #: Copies of a decoded tile that are alive at once while Xarray decodes it, and bytes of masks per number: measured.
@@ -113,8 +115,10 @@ class Plan:
 
     @property
     def tiles_per_task(self) -> int:
-        """Tiles that a worker gets at a time."""
-        return self.together * max(1, AHEAD_PER_TASK * self.ahead)
+        """Tiles that a worker gets at a time, at most."""
+        together = max(1, self.together * self.tile_nbytes)
+        count = self.together * max(1, AHEAD_PER_TASK * self.ahead, TASK_NBYTES // together)
+        return max(self.together, min(count, LARGEST_SPAN))
 
     @property
     def tile_nbytes(self) -> int:
