@@ -16,6 +16,7 @@ from dask.base import tokenize
 from dask_batchinv import torch_tensors
 from dask_batchinv._version import __version__
 from dask_batchinv.attributes import refuse_packed
+from dask_batchinv.buffers import BUFFERS
 from dask_batchinv.chunks.plain_array import plain_array, read_directly
 from dask_batchinv.containers import check_meta, open_container, open_masked, plain_block
 from dask_batchinv.kernels import InverseEx
@@ -246,7 +247,12 @@ def _(a: da.Array, options: CallOptions, out: Any) -> Any:
     if out is not None and isinstance(a._meta, np.ma.MaskedArray):
         raise TypeError("out= takes no masked blocks: leave it out, or fill them first")
     result = read_directly(a).map_blocks(
-        _inverse_of_block, options=options, declared=a._meta, dtype=dtype, meta=a._meta.astype(dtype)
+        _inverse_of_block,
+        options=options,
+        declared=a._meta,
+        is_written=out is not None,
+        dtype=dtype,
+        meta=a._meta.astype(dtype),
     )
     if out is None:
         return result
@@ -310,16 +316,21 @@ def _whole(a: da.Array) -> da.Array:
     return a.rechunk(chunks, block_size_limit=limit or None, threshold=sys.maxsize)
 
 
-def _inverse_of_block(block: Any, options: CallOptions, declared: Any, block_info: Any = None) -> Any:
-    return _results_of_block(_checked_block(block, declared, block_info), options, block_info).inverse
+def _inverse_of_block(
+    block: Any, options: CallOptions, declared: Any, is_written: bool = False, block_info: Any = None
+) -> Any:
+    block = _checked_block(block, declared, block_info)
+    # What is written and let go may stand in memory that is used again.
+    out = BUFFERS.array(block.shape, result_dtype(block.dtype)) if is_written and type(block) is np.ndarray else None
+    return _results_of_block(block, options, block_info, out).inverse
 
 
-def _results_of_block(block: Any, options: CallOptions, block_info: Any = None) -> InverseEx:
+def _results_of_block(block: Any, options: CallOptions, block_info: Any = None, out: Any = None) -> InverseEx:
     place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in _spans(block, block_info)[:-2]))
     if isinstance(block, np.ma.MaskedArray):
         opened = open_masked(block, options)
         return opened.closed(options.invert(opened.stack, place, masked=opened.missing))
-    return options.invert(block, place)
+    return options.invert(block, place, out=out)
 
 
 def _checked_block(block: Any, declared: Any, block_info: Any = None) -> Any:

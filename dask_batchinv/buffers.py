@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,9 @@ class Buffers:
 
     def __init__(self) -> None:
         self._free: list[tuple[float, Bytes]] = []
-        self._lock = threading.Lock()
+        self._lent = 0
+        # What is given back when the garbage is collected may interrupt anything, also what holds this.
+        self._lock = threading.RLock()
         self._sweeps = False
 
     @contextmanager
@@ -37,7 +41,15 @@ class Buffers:
         try:
             yield buffer
         finally:
-            self._give_back(buffer)
+            self.give_back(buffer)
+
+    def array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an array, whatever is in it, whose memory comes back when it and all its views are gone."""
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < LEAST_NBYTES:
+            return np.empty(shape, dtype)
+        return np.asarray(_Lent(self, self._take(nbytes))).view(dtype).reshape(shape)
 
     @property
     def nbytes(self) -> int:
@@ -45,31 +57,47 @@ class Buffers:
         with self._lock:
             return sum(buffer.nbytes for _, buffer in self._free)
 
+    def give_back(self, buffer: Bytes) -> None:
+        """Take back what was lent."""
+        with self._lock:
+            self._lent -= 1
+            self._free.append((time.monotonic(), buffer))
+
     def _take(self, nbytes: int) -> Bytes:
         with self._lock:
-            for place, (_, buffer) in reversed([*enumerate(self._free)]):
-                if buffer.nbytes == nbytes:
-                    del self._free[place]
-                    return buffer
-        return np.empty(nbytes, np.uint8)
-
-    def _give_back(self, buffer: Bytes) -> None:
-        with self._lock:
-            self._free.append((time.monotonic(), buffer))
+            self._lent += 1
             starts, self._sweeps = not self._sweeps, True
+            # The last one first: some of it is still in the processor's cache.
+            places = reversed(range(len(self._free)))
+            found = next((place for place in places if self._free[place][1].nbytes == nbytes), None)
+            buffer = None if found is None else self._free.pop(found)[1]
         if starts:
             threading.Thread(target=self._sweep, name="dask_batchinv-buffers", daemon=True).start()
+        return np.empty(nbytes, np.uint8) if buffer is None else buffer
 
     def _sweep(self) -> None:
-        """Let go of what was not used for a while, until nothing is left."""
+        """Let go of what was not used for a while, until nothing is lent, or left."""
         while True:
             time.sleep(_IDLE_SECONDS / 2)
             with self._lock:
                 oldest = time.monotonic() - _IDLE_SECONDS
-                self._free = [(since, buffer) for since, buffer in self._free if since > oldest]
-                if not self._free:
+                for place in reversed(range(len(self._free))):
+                    if self._free[place][0] < oldest:
+                        del self._free[place]
+                if not self._free and not self._lent:
                     self._sweeps = False
                     return
+
+
+class _Lent:
+    """What an array and its views hold on to: gives their memory back when they are gone."""
+
+    def __init__(self, lender: Buffers, buffer: Bytes):
+        self._lender, self._buffer = lender, buffer
+        self.__array_interface__ = buffer.__array_interface__
+
+    def __del__(self) -> None:
+        self._lender.give_back(self._buffer)
 
 
 #: Those of this process.

@@ -86,7 +86,7 @@ class DirectReader:
         """
         spans = self._spans(region)
         if out is None:
-            out = np.empty([len(span) for span in spans], self.plain.dtype)
+            out = BUFFERS.array([len(span) for span in spans], self.plain.dtype)
         if fetched is None and not self.store.is_local:
             pool = ThreadPoolExecutor(int(zarr.config.get("async.concurrency")))
             try:

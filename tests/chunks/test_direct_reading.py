@@ -229,6 +229,19 @@ def test_buffers_are_given_back_when_nobody_uses_them(monkeypatch):
         time.sleep(0.01)
 
 
+def test_the_memory_of_an_array_comes_back_with_its_last_view():
+    lender = Buffers()
+    a = lender.array((64, 64, 64), np.float64)
+    a[...] = 3
+    view = a[5:, ::2].reshape(-1, 4)[7:]
+    del a
+    assert lender.nbytes == 0
+    assert (view == 3).all()
+    del view
+    assert lender.nbytes == 64**3 * 8
+    assert lender.array((3, 3), np.float32).shape == (3, 3)
+
+
 def test_many_threads_borrow():
     lender, wrong = Buffers(), []
 

@@ -53,7 +53,7 @@ MUTE = (
     "the store of the source tells neither versions nor times of its chunks, so that a change of it cannot be seen: "
     "--overwrite does all again"
 )
-#: No fewer tasks for each thread of a worker, if there are so many tiles: else some would wait for others at the end.
+#: A task has at most so many times less than its share of what is left to do.
 TASKS_PER_THREAD = 4
 #: Tiles of at most so many bytes are read back at a time.
 READ_BACK_NBYTES = 2**26
@@ -414,15 +414,18 @@ class Run:
 
 def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:
     """Yield ascending tile numbers as workers get them: all of a read unit that is cut, else so that all are busy."""
-    longest = plan.per_unit
-    if plan.per_unit == 1:
-        longest = max(plan.together, min(plan.tiles_per_task, len(numbers) // max(1, TASKS_PER_THREAD * threads)))
-    elif len(numbers) < threads * plan.per_unit:
-        longest = max(plan.together, -(-len(numbers) // max(1, threads)))
     units = numbers // plan.per_unit if plan.per_unit > 1 else np.zeros_like(numbers)
+    left, threads = len(numbers), max(1, threads)
     for part in np.split(numbers, np.flatnonzero((np.diff(numbers) > 1) | (np.diff(units) > 0)) + 1):
-        for start in range(0, len(part), longest):
-            yield range(int(part[start]), int(part[start : start + longest][-1]) + 1)
+        start = 0
+        while start < len(part):
+            if plan.per_unit == 1:  # ever fewer, so that at the end none waits long for another
+                longest = min(plan.tiles_per_task, left // (TASKS_PER_THREAD * threads))
+            else:
+                longest = min(plan.per_unit, -(-len(numbers) // threads))
+            task = part[start : start + max(plan.together, longest)]
+            yield range(int(task[0]), int(task[-1]) + 1)
+            start, left = start + len(task), left - len(task)
 
 
 def spans_to_read_back(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], tile_nbytes: int) -> Iterator[range]:

@@ -40,7 +40,7 @@ def _work(array: zarr.Array[Any], source: str, target: str, first: int, step: in
         content[:-4].view(dtype) for content, dtype in zip(stored.values(), ("f8", "i4", "f8"), strict=True)
     )
     zstd = numcodecs.Zstd() if array.compressors else None
-    for number in range(first, len(array) // each, step):
+    for number in range(first, array.shape[0] // each, step):
         handle = os.open(f"{source}/c/{number}/0/0", os.O_RDONLY)
         if zstd is None:
             os.readv(handle, [plain])

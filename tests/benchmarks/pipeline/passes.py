@@ -73,7 +73,7 @@ def cubed(source: str, target: str, threads: int) -> None:
 
     spec = package.Spec(allowed_mem="4GB", executor_name="threads", executor_options={"max_workers": threads})
     a = package.from_zarr(source, spec=spec)
-    package.map_blocks(np.linalg.inv, a, dtype=a.dtype).to_zarr(target)
+    package.to_zarr(package.map_blocks(np.linalg.inv, a, dtype=a.dtype), target)
 
 
 def numpy(source: str, target: str, threads: int) -> None:

@@ -30,7 +30,7 @@ def make(folder: Path, n: int, codec: str, nbytes: int, chunk_nbytes: int = CHUN
         compressors="auto" if codec == "zstd" else None,
     )  # fmt: skip
     rng = np.random.default_rng(n)
-    for start in range(0, len(array), each):
+    for start in range(0, array.shape[0], each):
         array[start : start + each] = rng.standard_normal((each, n, n)) + 2 * n**0.5 * np.eye(n)
     (path / "made").touch()
     return path
