@@ -61,7 +61,8 @@ class Buffers:
         """Take back what was lent."""
         with self._lock:
             self._lent -= 1
-            self._free.append((time.monotonic(), buffer))
+            if self._sweeps:  # else nobody would let go of it
+                self._free.append((time.monotonic(), buffer))
 
     def _take(self, nbytes: int) -> Bytes:
         with self._lock:
@@ -72,7 +73,10 @@ class Buffers:
             found = next((place for place in places if self._free[place][1].nbytes == nbytes), None)
             buffer = None if found is None else self._free.pop(found)[1]
         if starts:
-            threading.Thread(target=self._sweep, name="dask_batchinv-buffers", daemon=True).start()
+            try:
+                threading.Thread(target=self._sweep, name="dask_batchinv-buffers", daemon=True).start()
+            except RuntimeError:  # no thread can be started any more
+                self._sweeps = False
         return np.empty(nbytes, np.uint8) if buffer is None else buffer
 
     def _sweep(self) -> None:

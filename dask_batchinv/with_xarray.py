@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def register() -> None:
@@ -20,29 +22,39 @@ def register() -> None:
 
 
 def _import_accessors() -> None:
-    importlib.import_module("dask_batchinv.accessor")
+    try:
+        importlib.import_module("dask_batchinv.accessor")
+    except Exception as error:  # Xarray itself can be used all the same
+        with suppress(Warning):
+            warnings.warn(f"Xarray objects have no .linalg of dask_batchinv: {error}", RuntimeWarning, stacklevel=2)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds Xarray where it is, once, and has something done when it is imported."""
+    """Finds Xarray as the others do, and has something done once it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != "xarray":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if finder is self or find is None else find(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
 
 
 class _Loader(importlib.abc.Loader):
     """Loads a module as another loader does, and then registers the accessors."""
 
-    def __init__(self, loader: importlib.abc.Loader):
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder):
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -51,4 +63,6 @@ class _Loader(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader  # what others may ask for resources
         self._loader.exec_module(module)
+        with suppress(ValueError):  # another thread was first
+            sys.meta_path.remove(self._finder)
         _import_accessors()

@@ -88,8 +88,10 @@ class BoundedStore(GuardedStore):
         try:
             # A pipe would else be waited for.
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
             self._check_file(key)
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # it is there, and cannot be read
+                raise
             self._remember(key, False)
             if isinstance(self._store, StrictStore):
                 raise MissingChunkError(f"chunk {key} is not in the store") from None

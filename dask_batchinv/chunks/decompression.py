@@ -64,12 +64,8 @@ def decompress(kind: str, configuration: Config, data: Bytes, size: Size) -> Byt
     if kind in _HEADERS:
         return _HEADERS[kind](data, size)
     # Of itself a decompressor would put pieces together at the end: then there are two copies.
-    out, filled = np.empty(size.limit, np.uint8), 0
-    for step in _steps(kind, configuration, data):
-        size.check(filled + len(step))
-        out[filled : filled + len(step)] = np.frombuffer(step, np.uint8)
-        filled += len(step)
-    return out[:filled]
+    out = np.empty(size.limit, np.uint8)
+    return out[: _decompress_steps(kind, configuration, data, size, out)]
 
 
 def decompress_into(kind: str, configuration: Config, data: Bytes, out: npt.NDArray[np.uint8]) -> None:
@@ -88,14 +84,32 @@ def decompress_into(kind: str, configuration: Config, data: Bytes, out: npt.NDAr
         numcodecs.LZ4().decode(data, out)
     elif kind == "zstd" and [*zstd_frames(data)] == [out.nbytes]:
         numcodecs.Zstd().decode(data, out)
+    elif kind in _STREAMS:
+        _check_all(_decompress_steps(kind, configuration, data, size, out), out.nbytes)
     else:
         made = np.frombuffer(decompress(kind, configuration, data, size), np.uint8)
-        if made.nbytes != out.nbytes:
-            raise ChunkSizeError(
-                f"a chunk of the source decompresses to {made.nbytes} bytes where its metadata say {out.nbytes}: it is "
-                "corrupt. Restore it from where it came from"
-            )
+        _check_all(made.nbytes, out.nbytes)
         out[:] = made
+
+
+def _check_all(nbytes: int, expected: int) -> None:
+    if nbytes != expected:
+        raise ChunkSizeError(
+            f"a chunk of the source decompresses to {nbytes} bytes where its metadata say {expected}: it is corrupt. "
+            "Restore it from where it came from"
+        )
+
+
+def _decompress_steps(
+    kind: str, configuration: Config, data: memoryview, size: Size, out: npt.NDArray[np.uint8]
+) -> int:
+    """Decompress to the front of `out`, and return how many bytes that were."""
+    filled = 0
+    for step in _steps(kind, configuration, data):
+        size.check(filled + len(step))
+        out[filled : filled + len(step)] = np.frombuffer(step, np.uint8)
+        filled += len(step)
+    return filled
 
 
 def _steps(kind: str, configuration: Config, data: memoryview) -> Iterator[bytes]:

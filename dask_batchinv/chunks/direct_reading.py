@@ -23,8 +23,10 @@ from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 
 Region = Sequence[slice]
 Bytes = npt.NDArray[np.uint8]
+#: Some systems read no more at a time.
+_READ_NBYTES = 2**30
 #: What is on its way from a store: the bytes of chunks, None for one that is not there.
-Fetched = deque[Future[Any]]
+Fetched = deque[Future[Any] | None]
 
 
 class KeptChunk:
@@ -100,7 +102,8 @@ class DirectReader:
     def fetch(self, region: Region, pool: Executor, kept: KeptChunk | None = None) -> Fetched:
         """Begin to fetch the chunks of a region from a store, and return what will come, in the order of reading."""
         keys = map(self.array.metadata.encode_chunk_key, self._places(self._spans(region)))
-        return deque(Future() if kept and key == kept.key else pool.submit(self.store.fetch, key) for key in keys)
+        # What is kept may have made room before its turn comes: then it is fetched when it is wanted.
+        return deque(None if kept and key == kept.key else pool.submit(self.store.fetch, key) for key in keys)
 
     def _spans(self, region: Region) -> list[range]:
         return [range(*span.indices(size)) for span, size in zip(region, self.array.shape, strict=True)]
@@ -123,7 +126,7 @@ class DirectReader:
     ) -> None:
         """Read what the chunk at a place in the grid has of a region."""
         key = self.array.metadata.encode_chunk_key(place)
-        fill = partial(self._read_file, key) if fetched is None else partial(self._decode, fetched.popleft())
+        fill = partial(self._read_file, key) if fetched is None else partial(self._decode, key, fetched.popleft())
         starts = [at * unit for at, unit in zip(place, self.plain.shape, strict=True)]
         both = [
             slice(max(start, span.start), min(start + unit, span.stop))
@@ -132,18 +135,22 @@ class DirectReader:
         there = out[_moved(both, [span.start for span in spans])]
         if there.shape == self.plain.shape and there.flags.c_contiguous:
             if not fill(there.reshape(-1).view(np.uint8)):
-                there[...] = self.array.fill_value
+                there[...] = self._fill_value
             return
         with ExitStack() as lent:
             content = (kept or KeptChunk(lent)).get(key, self.plain.nbytes, fill)
             if content is None:
-                there[...] = self.array.fill_value
+                there[...] = self._fill_value
             else:
                 there[...] = content.view(self.plain.dtype).reshape(self.plain.shape)[_moved(both, starts)]
 
-    def _decode(self, coming: Future[Any], out: Bytes) -> bool:
+    @property
+    def _fill_value(self) -> Any:
+        return 0 if self.array.fill_value is None else self.array.fill_value  # so does Zarr
+
+    def _decode(self, key: str, coming: Future[Any] | None, out: Bytes) -> bool:
         """Decode what comes from a store into `out`; return whether something does."""
-        if (data := coming.result()) is not None:
+        if (data := self.store.fetch(key) if coming is None else coming.result()) is not None:
             self.plain.decode(data, out)
         return data is not None
 
@@ -173,7 +180,7 @@ def _fill(handle: int, buffers: list[memoryview], nbytes: int) -> None:
     """Read `nbytes` bytes of a file into buffers, one after the other; EOFError if it has become shorter meanwhile."""
     done = 0
     while done < nbytes:
-        count = os.preadv(handle, buffers, done)
+        count = os.preadv(handle, [buffers[0][:_READ_NBYTES]], done)
         if not count:
             raise EOFError("a chunk of the source became shorter while it was read")
         done += count

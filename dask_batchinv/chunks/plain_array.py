@@ -15,7 +15,6 @@ from fsspec.implementations.local import LocalFileSystem
 from dask_batchinv.chunks.bounded_store import BoundedStore, Stored
 from dask_batchinv.chunks.direct_reading import DirectReader
 from dask_batchinv.chunks.plain import plain_chunks
-from dask_batchinv.storage import innermost
 
 
 class PlainArray:
@@ -40,12 +39,12 @@ class PlainArray:
 
 def plain_array(array: zarr.Array[Any]) -> Any:
     """Return an array as `PlainArray` where that is possible, else as it is."""
-    if array.fill_value is None or (folder := _folder(array)) is None:
+    if not array.ndim or not _gives_fill_values(array) or (folder := _folder(array)) is None:
         return array
     meta: dict[str, Any] = array.metadata.to_dict()
     try:
         plain = plain_chunks(meta)
-    except (KeyError, TypeError, AttributeError):  # metadata of an extension
+    except (KeyError, TypeError, ValueError, AttributeError):  # metadata of an extension
         plain = None
     if plain is None or plain.dtype != array.dtype or plain.shape != array.chunks:
         return array
@@ -74,12 +73,19 @@ def _is_plain_slice(key: Any) -> bool:
     return isinstance(key, slice) and key.step in (None, 1)
 
 
+def _gives_fill_values(array: zarr.Array[Any]) -> bool:
+    """Tell whether Zarr gives those where chunks are not there: newer versions raise an error if they are asked to."""
+    configuration = getattr(array.async_array, "config", None)
+    wanted = getattr(configuration, "read_missing_chunks", None)
+    return bool(zarr.config.get("array.read_missing_chunks", True) if wanted is None else wanted)
+
+
 def _folder(array: zarr.Array[Any]) -> str | None:
-    """Return the folder of this machine that an array is in."""
-    store = innermost(array.store)
-    if isinstance(store, zarr.storage.LocalStore):
+    """Return the folder of this machine that an array is in, if no other store is between, which may change bytes."""
+    store = array.store
+    if type(store) is zarr.storage.LocalStore:
         return os.path.join(store.root, array.path)
     # `da.from_zarr` opens a path so.
-    if isinstance(store, zarr.storage.FsspecStore) and isinstance(getattr(store.fs, "sync_fs", None), LocalFileSystem):
+    if type(store) is zarr.storage.FsspecStore and type(getattr(store.fs, "sync_fs", None)) is LocalFileSystem:
         return os.path.join(store.path, array.path)
     return None

@@ -90,7 +90,10 @@ def write_chunks(chunks: Iterable[tuple[zarr.Array[Any], str, Chunk]], *, synced
             async with room:
                 await path.set(Buffer(chunk.stored))
 
-        await asyncio.gather(*(one(path, chunk) for path, chunk in elsewhere))
+        # All have ended, well or not, when this does: the memory of the chunks is used for others then.
+        ends = await asyncio.gather(*(one(path, chunk) for path, chunk in elsewhere), return_exceptions=True)
+        for failure in filter(None, ends):
+            raise failure
 
     if elsewhere:
         sync(write())

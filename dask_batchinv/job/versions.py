@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import zarr
@@ -35,6 +36,11 @@ def check_optimized() -> None:
 
 def versions() -> Versions:
     """Return the versions of this process."""
+    return dict(_versions())
+
+
+@cache  # they are looked for in files
+def _versions() -> Versions:
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "dask_batchinv": __version__}
     for name in set(PACKAGES) - set(found):
         try:

@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 
 import dask.array as da
 import numcodecs
@@ -18,6 +19,7 @@ from dask_batchinv import buffers
 from dask_batchinv.buffers import Buffers
 from dask_batchinv.chunks.bounded_store import BoundedStore
 from dask_batchinv.chunks.decompression import decompress_into
+from dask_batchinv.chunks.direct_reading import KeptChunk
 from dask_batchinv.chunks.plain import plain_chunks
 from dask_batchinv.chunks.plain_array import PlainArray, plain_array, read_directly
 from dask_batchinv.job.source.source import open_source
@@ -140,6 +142,45 @@ def test_metadata_that_say_no_more_than_that_there_is_an_array():
     assert plain_chunks(meta | {"chunk_grid": {"configuration": {"chunk_shape": [2]}}}).nbytes == 16
 
 
+def test_a_file_that_cannot_be_opened_is_not_one_that_is_missing(tmp_path, monkeypatch):
+    zarr.create_array(tmp_path / "s", data=STACK[:4, :2], chunks=(4, 2, 2, 2))
+    source = open_source(tmp_path / "s")
+    array, original = source.open("fill"), os.open
+
+    def refuse(path, *more, **options):
+        if str(path).endswith("/c/0/0/0/0"):
+            raise PermissionError(13, "not yours")
+        return original(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError):
+        source.read_block(array, (slice(None),))
+
+
+def test_no_fill_value_is_zero_as_in_zarr(tmp_path):
+    zarr.create_array(tmp_path / "s", shape=(8, 2, 2), chunks=(2, 2, 2), dtype="f8", zarr_format=2, fill_value=None)[
+        :2
+    ] = 1
+    source = open_source(tmp_path / "s")
+    got = source.read_stored(source.open("fill"), (slice(None),))
+    np.testing.assert_array_equal(got, zarr.open_array(tmp_path / "s")[...])
+
+
+@pytest.mark.parametrize("place", ["memory://kept/s", ""])
+def test_what_is_kept_of_a_chunk_is_of_that_chunk_alone(tmp_path, place):
+    a = np.random.default_rng(0).normal(size=(8, 4, 2, 2))
+    url = place or str(tmp_path / "s")
+    zarr.create_array(url, shape=a.shape, chunks=(4, 2, 2, 2), dtype="f8", overwrite=True)[...] = a
+    source = open_source(url)
+    array = source.open()
+    with ExitStack() as lent:
+        kept = KeptChunk(lent)
+        for start in (0, 2, 2, 3, 6, 0):
+            for stop in (start + 2, 8):
+                got = source.read_stored(array, (slice(start, stop),), kept=kept)
+                np.testing.assert_array_equal(got, a[start:stop])
+
+
 # --- Dask arrays ------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +218,46 @@ def test_what_is_no_array_of_plain_chunks_stays_as_it_is(tmp_path):
     assert read_directly(a) is a
     sharded = zarr.create_array(tmp_path / "s", data=np.ones((4, 2, 2)), chunks=(2, 2, 2), shards=(4, 2, 2))
     assert plain_array(sharded) is sharded
+
+
+class Turned(zarr.storage.WrapperStore):
+    """A store that changes every byte."""
+
+    async def get(self, key, prototype, byte_range=None):
+        value = await self._store.get(key, prototype, byte_range)
+        if value is None or key.endswith("zarr.json"):
+            return value
+        return prototype.buffer.from_bytes(bytes(255 - byte for byte in value.to_bytes()))
+
+
+class Local(zarr.storage.LocalStore):
+    """A store of somebody's own."""
+
+
+@pytest.mark.parametrize("kind", [Turned, Local])
+def test_a_store_that_may_give_other_bytes_is_asked(tmp_path, kind):
+    zarr.create_array(tmp_path / "s", data=np.ones((4, 2, 2)), compressors=None)
+    local = zarr.storage.LocalStore(tmp_path / "s", read_only=True)
+    array = zarr.open_array(kind(local if kind is Turned else tmp_path / "s"), mode="r")
+    assert plain_array(array) is array
+
+
+def test_scalars_and_times_beside_the_stack_stay_with_zarr(tmp_path):
+    a = conditioned(4, 3, 10)
+    zarr.create_array(tmp_path / "s", data=a)
+    factor = zarr.create_array(tmp_path / "factor", data=np.array(2.0))
+    times = zarr.create_array(tmp_path / "times", data=np.arange(4).astype("M8[s]"))
+    assert plain_array(factor) is factor
+    assert plain_array(times) is times
+    product = da.from_zarr(str(tmp_path / "s")) * da.from_zarr(str(tmp_path / "factor"))
+    assert_same_bits(dask_batchinv.inverse(product).compute(), dask_batchinv.inverse(a * 2.0))
+
+
+def test_where_zarr_is_asked_for_errors_zarr_reads(tmp_path):
+    array = zarr.create_array(tmp_path / "s", data=np.ones((4, 2, 2)))
+    with zarr.config.set({"array.read_missing_chunks": False}):
+        assert plain_array(array) is array
+    assert plain_array(array) is not array
 
 
 def test_what_is_read_directly_still_is_the_array(tmp_path):

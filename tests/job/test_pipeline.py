@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import dask
 import fsspec
@@ -108,6 +109,23 @@ def test_what_is_left_of_tiles_is_given_out_once(tmp_path):
     assert all(task.start // 320 == (task.stop - 1) // 320 for task in tasks_of(numbers, plan, 2))
 
 
+def test_few_tiles_at_first_and_at_the_end_many_between(tmp_path):
+    plan = replace(
+        plan_for(prepare_local(tmp_path), Workers(1, 2, None)), together=1, per_unit=1, nbytes_out=64 * 2**25
+    )
+    sizes = [len(task) for task in tasks_of(np.arange(1000), replace(plan, nbytes_out=2**25), 2)]
+    assert sum(sizes) == 1000
+    assert sizes[:8] == [1] * 8
+    assert sizes[-3:] == [1] * 3
+    assert max(sizes) > 4
+
+
+def test_rows_that_hold_no_whole_units_are_not_counted_by_them(tmp_path):
+    zarr.create_array(tmp_path / "odd", shape=(3, 50, 2, 2), chunks=(1, 16, 2, 2), dtype="f8")
+    plan = plan_for(prepare(tmp_path / "odd", tmp_path / "t", JobOptions(tile_size=32)), Workers(1, 2, None))
+    assert plan.per_unit == 1
+
+
 # --- small jobs -------------------------------------------------------------------------------------------------
 
 
@@ -199,10 +217,19 @@ def test_what_is_not_used_is_not_imported(tmp_path, code, absent):
     "import dask_batchinv.labelled, xarray",
     "import dask_batchinv; dask_batchinv.inverse; import xarray",
     "from dask_batchinv import inverse; import importlib, xarray; importlib.reload(xarray)",
+    "import dask_batchinv, importlib.util; assert importlib.util.find_spec('xarray').loader.is_package; import xarray",
 ])  # fmt: skip
 def test_xarray_has_its_accessors_whatever_was_imported_first(code):
     check = "assert xarray.Dataset().linalg.inv; assert xarray.DataArray(1.0).linalg; assert xarray.__spec__.loader"
     subprocess.run([sys.executable, "-c", f"{code}; {check}"], check=True)
+
+
+def test_xarray_can_be_imported_where_the_accessors_cannot():
+    code = (
+        "import sys, dask_batchinv; sys.modules['dask_batchinv.accessor'] = None; import warnings; "
+        "warnings.simplefilter('error'); import xarray; xarray.Dataset()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names_are_there_before_they_are_used():

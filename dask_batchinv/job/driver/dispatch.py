@@ -214,7 +214,7 @@ class _InFlight:
         if astray := next((result.error for result in results if result.is_workers), None):
             self._roster.doubt(held.address)
             yield WorkerEvent("doubted", held.address, astray)
-        self._slowest = max(self._slowest, *(result.milliseconds / 1000 for result in results), 0.0)
+        self._slowest = max(self._slowest, now - held.since)
         yield from self._retries.on_results(held.span, results, now)
 
     def _look(self) -> Results:

@@ -415,17 +415,19 @@ class Run:
 def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:
     """Yield ascending tile numbers as workers get them: all of a read unit that is cut, else so that all are busy."""
     units = numbers // plan.per_unit if plan.per_unit > 1 else np.zeros_like(numbers)
-    left, threads = len(numbers), max(1, threads)
+    left, threads, count = len(numbers), max(1, threads), 0
     for part in np.split(numbers, np.flatnonzero((np.diff(numbers) > 1) | (np.diff(units) > 0)) + 1):
         start = 0
         while start < len(part):
-            if plan.per_unit == 1:  # ever fewer, so that at the end none waits long for another
+            if plan.per_unit == 1:
+                # Few at first, for nobody knows how long they take, and at the end, so that none waits for another.
                 longest = min(plan.tiles_per_task, left // (TASKS_PER_THREAD * threads))
+                longest = min(longest, plan.together << min(20, count // (TASKS_PER_THREAD * threads)))
             else:
                 longest = min(plan.per_unit, -(-len(numbers) // threads))
             task = part[start : start + max(plan.together, longest)]
             yield range(int(task[0]), int(task[-1]) + 1)
-            start, left = start + len(task), left - len(task)
+            start, left, count = start + len(task), left - len(task), count + 1
 
 
 def spans_to_read_back(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], tile_nbytes: int) -> Iterator[range]:

@@ -227,6 +227,8 @@ def _count_per_unit(layout: StackLayout, tiling: Tiling) -> int:
     ]
     cut = [axis for axis, count in enumerate(parts) if count != 1]
     is_one = len(cut) == 1 and all(count == 1 for count in tiling.grid[cut[0] + 1 :])
+    # Tiles are counted on from one row to the next: units begin at their multiples only if rows hold whole ones.
+    is_one = is_one and (math.prod(tiling.grid[: cut[0]]) <= 1 or tiling.grid[cut[0]] % max(1, parts[cut[0]]) == 0)
     whole = all(layout.read_unit[axis] >= layout.shape[axis] for axis in layout.core)
     return max(1, parts[cut[0]]) if layout.direct_nbytes is not None and whole and is_one else 1
 
@@ -267,6 +269,8 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...], a
         cut = unit * layout.itemsize_in if _cuts_units(layout, tile) else 0
         fetched = layout.direct_nbytes * (units if layout.waits else 1)
         kept, read, reading = result + source + fetched + cut + ahead * (fetched + result), 0, 0
+    if layout.waits:  # what is on its way to a store is there twice
+        kept += (ahead + 1) * result
     decoding = read + elements * (DECODING_COPIES * layout.itemsize_decoded + DECODING_MASKS)
     stack = elements * layout.itemsize_decoded or read
     inverting = stack + copied + (result if layout.needs_copy else 0) + limits.scratch

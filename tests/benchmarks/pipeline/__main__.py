@@ -37,14 +37,14 @@ def main() -> None:
         "versions": {name: version(name) for name in VERSIONS},
     }  # fmt: skip
     result["repeat"] = options.repeat
-    with tempfile.TemporaryDirectory(dir=options.folder) as name, tempfile.TemporaryDirectory() as on_disk:
-        folder, disk = Path(name), Path(on_disk)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
         parts = {
             "steps": lambda: measure.steps(folder, 7 * options.repeat),
             "small_jobs": lambda: measure.small_jobs(options.repeat),
             "waiting": lambda: measure.waiting(folder, options.nbytes),
             "passes": lambda: measure.all_passes(folder, options.nbytes, options.repeat),
-            "small_tiles": lambda: measure.small_tiles(disk, [10**3, 10**4, 10**5, 10**6]),
+            "small_tiles": lambda: measure.small_tiles(folder, [10**3, 10**4, 10**5, 10**6]),
             "workers": lambda: measure.more_workers(folder, options.nbytes, options.repeat),
         }
         options.out.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,8 @@ from tests.benchmarks.pipeline.stores import CHUNK_NBYTES, CODECS, make, place
 #: What a worker of the main table may take.
 MEMORY_NBYTES = 2**31
 SIZES = (3, 8, 16, 64)
+#: What is wished makes tiles of up to four times as much: one matrix of 2 KiB.
+TILE_NBYTES = 512
 Figures = dict[str, Any]
 
 
@@ -146,20 +148,18 @@ def small_tiles(folder: Path, counts: list[int]) -> Figures:
         for count in counts:
             source = folder / f"small-{count}"
             if not source.exists():
-                array = zarr.create_array(
-                    source, shape=(count, 16, 16), chunks=(min(count, 2**14), 16, 16), dtype="f8", compressors=None
-                )
+                array = zarr.create_array(source, shape=(count, 16, 16), chunks=(min(count, 2**14), 16, 16), dtype="f8")
                 array[...] = np.broadcast_to(
                     np.random.default_rng(0).standard_normal((16, 16)) + 8 * np.eye(16), array.shape
                 )
             with place(folder) as target:
                 start = time.perf_counter()
-                job = prepare(source, target, JobOptions(tile_size=2048))
+                job = prepare(source, target, JobOptions(tile_size=TILE_NBYTES))
                 plan = plan_for(job, Workers(2, 1, MEMORY_NBYTES))
                 sum(map(len, tasks_of(np.arange(plan.tiling.n_tiles), plan, 2)))
                 planned = time.perf_counter() - start
                 start = time.perf_counter()
-                report = dask_batchinv.invert_store(source, target, client=client, tile_size=2048)
+                report = dask_batchinv.invert_store(source, target, client=client, tile_size=TILE_NBYTES)
                 seconds = time.perf_counter() - start
             figures[str(count)] = {"tiles": report.tiles, "seconds": seconds, "planned": planned}
             print(figures[str(count)], flush=True)

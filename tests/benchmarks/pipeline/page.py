@@ -156,7 +156,7 @@ def _small_tiles(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     return "\n".join([
         "## Small tiles\n",
-        "Tiles of 2 KiB (n = 16), of chunks of 32 MiB, on two workers and a disk: each is three files and a row.\n",
+        "Tiles of 2 KiB (n = 16), of chunks of 32 MiB, on two workers: each is three files in memory and a row.\n",
         _table(["tiles", "tiles per second, plan to report", "whole job", "planned in"], rows),
     ])  # fmt: skip
 
