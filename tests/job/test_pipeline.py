@@ -120,6 +120,11 @@ def test_few_tiles_at_first_and_at_the_end_many_between(tmp_path):
     assert max(sizes) > 4
 
 
+def test_tasks_that_read_ahead_are_long(far, tmp_path):
+    plan = plan_for(prepare(far[0], tmp_path / "t", JobOptions(tile_size=720)), Workers(1, 2, None))
+    assert [len(task) for task in tasks_of(np.arange(100), replace(plan, together=1), 2)] == [50, 50]
+
+
 def test_rows_that_hold_no_whole_units_are_not_counted_by_them(tmp_path):
     zarr.create_array(tmp_path / "odd", shape=(3, 50, 2, 2), chunks=(1, 16, 2, 2), dtype="f8")
     plan = plan_for(prepare(tmp_path / "odd", tmp_path / "t", JobOptions(tile_size=32)), Workers(1, 2, None))

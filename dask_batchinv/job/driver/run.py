@@ -419,7 +419,9 @@ def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:
     for part in np.split(numbers, np.flatnonzero((np.diff(numbers) > 1) | (np.diff(units) > 0)) + 1):
         start = 0
         while start < len(part):
-            if plan.per_unit == 1:
+            if plan.ahead:  # as long as can be, for at its end a task waits for its last writes
+                longest = min(plan.tiles_per_task, -(-len(numbers) // threads))
+            elif plan.per_unit == 1:
                 # Few at first, for nobody knows how long they take, and at the end, so that none waits for another.
                 longest = min(plan.tiles_per_task, left // (TASKS_PER_THREAD * threads))
                 longest = min(longest, plan.together << min(20, count // (TASKS_PER_THREAD * threads)))
