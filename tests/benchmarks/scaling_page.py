@@ -7,21 +7,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dask_batchinv.job.plan.plan import TASK_NBYTES
+from dask_batchinv.job.results import COLUMNS
+from dask_batchinv.job.tiling import LARGEST_COUNT
+
 #: What is assumed of a worker: one core and its share of a network, in bytes a second each way.
 NETWORK = 150e6
 #: Milliseconds of a core for a tile of 32 MiB with zstd, all steps of docs/benchmarks/pipeline.md together.
 TILE_SECONDS = 0.06
 #: Prices that are assumed, in dollars: a worker for an hour, a thousand reads, a thousand writes and listings.
 HOUR, READS, WRITES = 0.05, 0.0004, 0.005
-#: A tile by default, and the most tiles that a job may have.
-TILE, MOST = 2**25, 10**7
+#: Bytes of a tile by default.
+TILE = 2**25
 #: Requests of a tile: its source chunk, the look at the lock; its three outputs.
 READS_PER_TILE, WRITES_PER_TILE = 2, 3
 #: Requests a second that an object store takes for one prefix before it asks to slow down, as Amazon says of S3.
 STORE_READS, STORE_WRITES = 5500, 3500
 SIZES = {"1 TB": 10**12, "1 PB": 10**15}
 COUNTS = (10, 100, 1000, 10_000)
-ROW_NBYTES = 144
+ROW_NBYTES = 8 * len(COLUMNS)
 
 HEAD = """# Scaling
 
@@ -95,11 +99,11 @@ def write(folder: Path) -> None:
             rows.append(row)
             lines.setdefault(name, []).append(seconds)
     text = HEAD.format(
-        **found["machine"], tile_us=1e6 * model.tile, dask_ms=1e3 * model.dask, per_task=8,
+        **found["machine"], tile_us=1e6 * model.tile, dask_ms=1e3 * model.dask, per_task=TASK_NBYTES // TILE,
         fixed_ms=1e3 * model.fixed, worker_ms=1e3 * model.worker, look_us=1e6 * model.look,
         simulated="\n".join(simulated), predicted="\n".join(rows), tile_ms=1e3 * TILE_SECONDS, network=NETWORK / 1e6,
         reads=STORE_READS, writes=STORE_WRITES, hour=HOUR, read_price=READS, write_price=WRITES, row=ROW_NBYTES,
-        most=MOST,
+        most=LARGEST_COUNT,
     )  # fmt: skip
     (folder / "scaling.md").write_text(text)
     _plot(folder, lines)
@@ -123,10 +127,10 @@ class Model:
     def row(self, name: str, nbytes: int, count: int) -> tuple[str, float]:
         """Return a row of the table of a stack, and the time it takes."""
         tile = TILE
-        while nbytes / tile > MOST / 4:
+        while nbytes / tile > LARGEST_COUNT / 4:
             tile *= 2
         tiles = math.ceil(nbytes / tile)
-        tasks = tiles / max(1, 2**28 // tile)
+        tasks = tiles / max(1, TASK_NBYTES // tile)
         each = max(TILE_SECONDS * tile / TILE, tile / NETWORK)
         place = "workers, their cores" if TILE_SECONDS / TILE > 1 / NETWORK else "workers, their network"
         terms = {

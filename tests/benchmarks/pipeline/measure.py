@@ -15,13 +15,18 @@ from typing import Any
 
 import numpy as np
 import zarr
+from crc32c import crc32c
 from distributed import Client, LocalCluster
 
 import dask_batchinv
+from dask_batchinv.chunks.decompression import decompress_into
+from dask_batchinv.disk import write_file
 from dask_batchinv.job.driver.run import tasks_of
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import plan_for, prepare
+from dask_batchinv.job.results import content_checksum
+from dask_batchinv.kernels import choose_kernel
 from tests.benchmarks.pipeline import slow_store
 from tests.benchmarks.pipeline.passes import passes
 from tests.benchmarks.pipeline.stores import CHUNK_NBYTES, CODECS, make, place
@@ -188,46 +193,40 @@ def more_workers(folder: Path, nbytes: int, repeat: int) -> Figures:
 
 def steps(folder: Path, repeat: int) -> Figures:
     """Time what a tile goes through, one after the other on one core; in milliseconds."""
-    from crc32c import crc32c
+    return {codec: _steps(make(folder, 16, codec, CHUNK_NBYTES), folder / "written", repeat) for codec in CODECS}
 
-    from dask_batchinv.chunks.decompression import decompress_into
-    from dask_batchinv.disk import write_file
-    from dask_batchinv.job.results import content_checksum
-    from dask_batchinv.kernels import choose_kernel
 
-    invert, figures = choose_kernel("general").invert, {}
-    for codec in CODECS:
-        source = make(folder, 16, codec, CHUNK_NBYTES)
-        path = source / "c" / "0" / "0" / "0"
-        block = np.empty((CHUNK_NBYTES // 2048, 16, 16))
-        out, info, rcond = np.empty_like(block), np.empty(len(block), np.int32), np.empty(len(block))
-        plain, encoded = block.reshape(-1).view(np.uint8), np.empty(path.stat().st_size, np.uint8)
-        opened = prepare(source, folder / "none", JobOptions()).source
-        array = opened.open()
-        region = (slice(0, len(block)),)
+def _steps(source: Path, written: Path, repeat: int) -> dict[str, float]:
+    """Time the steps of the one tile of a source; what is written is removed each time."""
+    opened, path = prepare(source, source.with_name("none"), JobOptions()).source, source / "c" / "0" / "0" / "0"
+    array, region = opened.open(), (slice(0, opened.shape[0]),)
+    block, invert = np.empty(opened.shape), choose_kernel("general").invert
+    out, info, rcond = np.empty_like(block), np.empty(len(block), np.int32), np.empty(len(block))
+    is_plain = path.stat().st_size == block.nbytes
+    plain = block.reshape(-1).view(np.uint8)
+    encoded = plain if is_plain else np.empty(path.stat().st_size, np.uint8)
 
-        def read_bare(path: Path = path, into: Any = plain if codec == "none" else encoded) -> None:
-            with path.open("rb", buffering=0) as file:
-                file.readinto(into)
+    def read_bare() -> None:
+        with path.open("rb", buffering=0) as file:
+            file.readinto(encoded)
 
-        work: dict[str, Callable[[], Any]] = {
-            "read, by Zarr": lambda array=array, region=region: array[region],  # type: ignore[misc]
-            "read, as the job does": lambda a=array, r=region, o=opened, b=block: o.read_stored(a, r, b),  # type: ignore[misc]
-            "read, the bytes alone": read_bare,
-            "decode": lambda e=encoded, p=plain: decompress_into("zstd", {}, e, p),  # type: ignore[misc]
-            "kernel": lambda: invert(block, out, info, rcond),  # noqa: B023
-            "checksum of the source": lambda: content_checksum(block),  # noqa: B023
-            "checksum of the inverse": lambda: crc32c(out.reshape(-1).view(np.uint8).data),  # noqa: B023
-            "write, new file": lambda: write_file(str(folder / "written"), [out.data.cast("B")], synced=False),  # noqa: B023
-        }
-        if codec == "none":
-            del work["decode"]
-        times: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(repeat):
-            for name, function in work.items():
-                start = time.perf_counter()
-                function()
-                times[name].append(1000 * (time.perf_counter() - start))
-                (folder / "written").unlink(missing_ok=True)
-        figures[codec] = {name: statistics.median(each) for name, each in times.items()}
-    return figures
+    work: dict[str, Callable[[], Any]] = {
+        "read, by Zarr": lambda: array[region],
+        "read, as the job does": lambda: opened.read_stored(array, region, block),
+        "read, the bytes alone": read_bare,
+        "decode": lambda: decompress_into("zstd", {}, encoded, plain),
+        "kernel": lambda: invert(block, out, info, rcond),
+        "checksum of the source": lambda: content_checksum(block),
+        "checksum of the inverse": lambda: crc32c(out.reshape(-1).view(np.uint8).data),
+        "write, new file": lambda: write_file(str(written), [out.data.cast("B")], synced=False),
+    }
+    if is_plain:
+        del work["decode"]
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeat):
+        for name, function in work.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1000 * (time.perf_counter() - start))
+            written.unlink(missing_ok=True)
+    return {name: statistics.median(each) for name, each in times.items()}
