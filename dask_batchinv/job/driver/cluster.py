@@ -16,14 +16,14 @@ from distributed import Client, LocalCluster, Security
 from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.comm.registry import backends
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_workers
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_workers, usable_gpus
 from dask_batchinv.job.driver.roster import ask_workers, is_silent
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.versions import versions
 from dask_batchinv.job.worker.introduction import Introduction, introduce
-from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
+from dask_batchinv.kernels.device import why_unusable
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.stack import Device
@@ -185,21 +185,5 @@ def _ask_all(client: Client, function: Any, *arguments: Any) -> tuple[dict[str, 
 
 
 def count_gpus(device: Device, client: Client) -> int:
-    """Return how many workers have a GPU that a job may use.
-
-    Raises
-    ------
-    DeviceError
-        With ``device="gpu"``, if one has none.
-    """
-    device = parse_device(device)
-    if device == "cpu":
-        return 0
-    found = _ask_all(client, why_unusable)[0]
-    without = {address: reason for address, reason in found.items() if reason is not None}
-    if device == "gpu" and without:
-        address, reason = next(iter(without.items()))
-        raise DeviceError(
-            f'device="gpu", but {len(without)} of {len(found)} workers have none, first {address}: {reason}'
-        )
-    return len(found) - len(without)
+    """Return how many workers have a GPU that a job may use; DeviceError as `usable_gpus`."""
+    return usable_gpus(device, lambda: _ask_all(client, why_unusable)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,17 +85,26 @@ def local_workers(options: ClusterOptions) -> Workers:
 
 
 def local_gpus(device: Device) -> int:
-    """Return 1 if this machine has a GPU that a job may use, else 0.
+    """Return 1 if this machine has a GPU that a job may use, else 0; DeviceError as `usable_gpus`."""
+    return usable_gpus(device, lambda: {"this machine": why_unusable()})
+
+
+def usable_gpus(device: Device, ask: Callable[[], dict[str, str | None]]) -> int:
+    """Return how many of those that are asked have a GPU that a job may use; they say why not, or None.
 
     Raises
     ------
     DeviceError
-        With ``device="gpu"``, if it has none.
+        With ``device="gpu"``, if one has none.
     """
     device = parse_device(device)
     if device == "cpu":
         return 0
-    why = why_unusable()
-    if device == "gpu" and why is not None:
-        raise DeviceError(f'device="gpu", but this machine has none that can be used: {why}')
-    return int(why is None)
+    found = ask()
+    without = {address: reason for address, reason in found.items() if reason is not None}
+    if device == "gpu" and without:
+        address, reason = next(iter(without.items()))
+        raise DeviceError(
+            f'device="gpu", but {len(without)} of {len(found)} workers have none, first {address}: {reason}'
+        )
+    return len(found) - len(without)
