@@ -149,7 +149,7 @@ def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not (target / "inverse" / "c.90.0.0").exists():
+    while not (target / "inverse" / "c.400.0.0").exists():  # tasks have up to 256 tiles, and are recorded when they end
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -110,14 +110,13 @@ def test_what_is_left_of_tiles_is_given_out_once(tmp_path):
 
 
 def test_few_tiles_at_first_and_at_the_end_many_between(tmp_path):
-    plan = replace(
-        plan_for(prepare_local(tmp_path), Workers(1, 2, None)), together=1, per_unit=1, nbytes_out=64 * 2**25
-    )
-    sizes = [len(task) for task in tasks_of(np.arange(1000), replace(plan, nbytes_out=2**25), 2)]
+    plan = plan_for(prepare_local(tmp_path), Workers(1, 2, None))
+    plan = replace(plan, together=1, per_unit=1, nbytes_out=plan.tiling.n_tiles * 2**24)
+    sizes = [len(task) for task in tasks_of(np.arange(1000), plan, 2)]
     assert sum(sizes) == 1000
-    assert sizes[:8] == [1] * 8
+    assert sizes[:5] == [8, 8, 8, 8, 16]
     assert sizes[-3:] == [1] * 3
-    assert max(sizes) > 4
+    assert max(sizes) == 16
 
 
 def test_tasks_that_read_ahead_are_long(far, tmp_path):

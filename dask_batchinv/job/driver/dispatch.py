@@ -102,10 +102,14 @@ class _InFlight:
         self._patience: float = parse_timedelta(dask.config.get("batchinv.job.patience"))
         self._slowest = 0.0
         self._running: dict[Future, _Held] = {}
-        self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        # None where a worker has introduced itself.
+        self._finished: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
         self._moved = self._looked = time.monotonic()
         self._prefix = f"tiles-{uuid.uuid4().hex}"
-        self._roster = Roster(self._client, introduction, self._prefix, is_own=dispatcher.is_own)
+        self._roster = Roster(
+            self._client, introduction, self._prefix, is_own=dispatcher.is_own,
+            on_answer=lambda _: self._finished.put(None),
+        )  # fmt: skip
 
     @property
     def idle(self) -> bool:
@@ -130,10 +134,10 @@ class _InFlight:
         if not (self._running or self._retries.exhausted) and any(self._roster.free()):
             return  # somebody was admitted just now
         with suppress(queue.Empty):
-            futures = [self._finished.get(timeout=self._wait())]
+            news = [self._finished.get(timeout=self._wait())]
             while not self._finished.empty():
-                futures.append(self._finished.get())
-            futures = [future for future in futures if future in self._running]  # others were taken from their workers
+                news.append(self._finished.get())
+            futures = [future for future in news if future in self._running]  # others were taken from their workers
             fetched = self._fetch(futures)
             for future in futures:
                 self._moved = time.monotonic()
@@ -147,8 +151,6 @@ class _InFlight:
     def _wait(self) -> float:
         """Return how long to wait for a tile to finish."""
         wait = LOOK_SECONDS
-        if any(worker.answer is not None for worker in self._roster.workers.values()):
-            wait = 0.02  # somebody introduces himself
         if (ready_at := self._retries.ready_at) is not None:
             wait = min(wait, max(0.01, ready_at - time.monotonic()))
         return wait

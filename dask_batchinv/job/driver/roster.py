@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import heapq
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +94,21 @@ class Roster:
         How the keys of our tasks begin, so that those of others are known.
     is_own : bool
         Whether we started the cluster, so that nobody else uses it.
+    on_answer : callable
+        What to call, in another thread, when a worker has answered: `admit` hears it.
     """
 
-    def __init__(self, client: Client, introduction: Introduction, prefix: str, *, is_own: bool):
+    def __init__(
+        self,
+        client: Client,
+        introduction: Introduction,
+        prefix: str,
+        *,
+        is_own: bool,
+        on_answer: Callable[[concurrent.futures.Future[Any]], None],
+    ):
         self._client, self._introduction = client, introduction
-        self._prefix, self._is_own = prefix, is_own
+        self._prefix, self._is_own, self._on_answer = prefix, is_own, on_answer
         self.workers: dict[str, Worker] = {}
         # Those that are here already are taken as settled.
         self._ask_scheduler(time.monotonic() - SETTLING_SECONDS)
@@ -164,7 +174,9 @@ class Roster:
 
     def _begin_to_ask(self, address: str, *question: Any) -> concurrent.futures.Future[Any]:
         loop = self._client.loop.asyncio_loop
-        return asyncio.run_coroutine_threadsafe(self._ask(address, *question), loop)
+        answer = asyncio.run_coroutine_threadsafe(self._ask(address, *question), loop)
+        answer.add_done_callback(self._on_answer)
+        return answer
 
     async def _ask(self, address: str, function: Any, *arguments: Any) -> Any:
         """Return what a function returns on a worker, or raises; or that it did not answer."""

@@ -53,8 +53,10 @@ MUTE = (
     "the store of the source tells neither versions nor times of its chunks, so that a change of it cannot be seen: "
     "--overwrite does all again"
 )
-#: A task has at most so many times less than its share of what is left to do.
-TASKS_PER_THREAD = 4
+#: A task has so many times less than its share of what is left to do.
+TASKS_PER_THREAD = 2
+#: The first have about so many bytes, which take a tenth of a second or more: a task itself costs some milliseconds.
+FIRST_TASK_NBYTES = 2**27
 #: Tiles of at most so many bytes are read back at a time.
 READ_BACK_NBYTES = 2**26
 
@@ -416,6 +418,7 @@ def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:
     """Yield ascending tile numbers as workers get them: all of a read unit that is cut, else so that all are busy."""
     units = numbers // plan.per_unit if plan.per_unit > 1 else np.zeros_like(numbers)
     left, threads, count = len(numbers), max(1, threads), 0
+    first = max(plan.together, FIRST_TASK_NBYTES // max(1, plan.tile_nbytes))
     for part in np.split(numbers, np.flatnonzero((np.diff(numbers) > 1) | (np.diff(units) > 0)) + 1):
         start = 0
         while start < len(part):
@@ -423,8 +426,8 @@ def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:
                 longest = min(plan.tiles_per_task, -(-len(numbers) // threads))
             elif plan.per_unit == 1:
                 # Few at first, for nobody knows how long they take, and at the end, so that none waits for another.
-                longest = min(plan.tiles_per_task, left // (TASKS_PER_THREAD * threads))
-                longest = min(longest, plan.together << min(20, count // (TASKS_PER_THREAD * threads)))
+                longest = min(plan.tiles_per_task, -(-left // (TASKS_PER_THREAD * threads)))
+                longest = min(longest, first << min(20, count // (TASKS_PER_THREAD * threads)))
             else:
                 longest = min(plan.per_unit, -(-len(numbers) // threads))
             task = part[start : start + max(plan.together, longest)]

@@ -20,6 +20,7 @@ from zarr.codecs import ZstdCodec
 from dask_batchinv.attributes import of_inverse
 from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS, Output
 from dask_batchinv.job.target import ledger
+from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.mark import Mark, attributes_of, marked
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import JSON_NBYTES, Location, json_object
@@ -164,7 +165,8 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
     def is_damaged(key: str, is_right: Callable[[str, bytes], bool]) -> bool:
         return _is_damaged(location, key, len(expected[key]) + JSON_NBYTES, is_right)
 
-    bad = [key for key in expected if is_damaged(key, is_right)]
+    found = for_each(location, lambda key: is_damaged(key, is_right), expected)
+    bad = [key for key, damaged in zip(expected, found, strict=True) if damaged]
     broken = {*changed, *(key.partition("/")[0] for key in bad if _is_coordinate(key))}
     suspects = [key for key in expected if _is_coordinate(key) and key.partition("/")[0] in broken]
     beside = [key for key in suspects if key not in bad]

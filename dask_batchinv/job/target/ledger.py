@@ -8,6 +8,7 @@ does not carry the number of this creation of the target: it was made for anothe
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -30,7 +31,8 @@ from dask_batchinv.storage import array_options
 
 #: At 10⁶ tiles it is read with 62 requests, and what is written of it while tiles are done has 3 MiB.
 ROWS_PER_CHUNK = 2**14
-_CHUNK_SHAPE = (ROWS_PER_CHUNK, len(COLUMNS))
+#: Where there are few tiles it has fewer, by powers of two, so that it rarely changes when a target grows.
+_FEWEST_ROWS = 2**8
 #: Of so many runs, the last ones, there is a record, in a file that Zarr does not know: its metadata are consolidated.
 _RUNS, _RECORDS = 100, "runs.json"
 
@@ -39,17 +41,28 @@ def create(group: zarr.Group, name: str, n_tiles: int, attributes: dict[str, Any
     """Create the ledger of a target, its rows in an array of a name."""
     # A group of its own, so that Xarray does not take it for a variable of the target.
     group.create_group(LEDGER, attributes={"columns": list(COLUMNS)} | attributes).create_array(
-        name, shape=(n_tiles, len(COLUMNS)), chunks=_CHUNK_SHAPE, dtype=np.int64,
+        name, shape=(n_tiles, len(COLUMNS)), chunks=chunk_shape(n_tiles), dtype=np.int64,
         dimension_names=("tile", "column"), **array_options(np.int64),
     )  # fmt: skip
+
+
+def chunk_shape(n_tiles: int) -> tuple[int, int]:
+    """Return the shape of the chunks of a ledger of so many rows.
+
+    Examples
+    --------
+    >>> [chunk_shape(n)[0] for n in (0, 256, 257, 10**6)]
+    [256, 256, 512, 16384]
+    """
+    return min(ROWS_PER_CHUNK, max(_FEWEST_ROWS, 1 << (n_tiles - 1).bit_length())), len(COLUMNS)
 
 
 def _key(name: str, chunk: int) -> str:
     return f"{LEDGER}/{name}/c/{chunk}/0"
 
 
-def read_chunk(target: Location, name: str, chunk: int) -> Rows:
-    """Return rows of a ledger as they are in the store, in the array of a name.
+def read_chunk(target: Location, name: str, chunk: int, n_tiles: int) -> Rows:
+    """Return rows of a ledger of so many as they are in the store, in the array of a name.
 
     Raises
     ------
@@ -58,12 +71,13 @@ def read_chunk(target: Location, name: str, chunk: int) -> Rows:
     OSError
         If they cannot be read, or are not there.
     """
-    key = _key(name, chunk)
-    content = target.read(key, 8 * ROWS_PER_CHUNK * len(COLUMNS) + CHECKSUM_NBYTES + 1)
+    key, shape = _key(name, chunk), chunk_shape(n_tiles)
+    nbytes = 8 * math.prod(shape)
+    content = target.read(key, nbytes + CHECKSUM_NBYTES + 1)
     rows, checksum = content[:-CHECKSUM_NBYTES], content[-CHECKSUM_NBYTES:]
-    if len(rows) != 8 * ROWS_PER_CHUNK * len(COLUMNS) or crc32c(rows) != int.from_bytes(checksum, "little"):
+    if len(rows) != nbytes or crc32c(rows) != int.from_bytes(checksum, "little"):
         raise DamagedTargetError(f"{key} of {target.name} is damaged")
-    return np.frombuffer(rows, "<i8").reshape(_CHUNK_SHAPE)
+    return np.frombuffer(rows, "<i8").reshape(shape)
 
 
 def tag_of(generation: str) -> int:
@@ -126,7 +140,7 @@ class Ledger:
             if writer is not None:
                 writer.watch(_key(self._name, chunk))
             with suppress(Exception):  # whatever a store may raise: then nothing is known of these tiles
-                part[...] = read_chunk(location, self._name, chunk)[: len(part)]
+                part[...] = read_chunk(location, self._name, chunk, len(self._rows))[: len(part)]
         # Neither of another creation, nor of a tile that was smaller before its source has grown.
         valid = (self._rows[:, 0] == self._tag) & (self.column("matrices") == self._tiling.matrices())
         self._rows[~valid] = 0
@@ -209,7 +223,7 @@ class Ledger:
         """
         assert self._writer is not None
         for number in sorted(self._dirty):
-            chunk = Chunk(_CHUNK_SHAPE, np.int64)
+            chunk = Chunk(chunk_shape(len(self._rows)), np.int64)
             rows = self._rows[number * ROWS_PER_CHUNK : (number + 1) * ROWS_PER_CHUNK]
             chunk.values[: len(rows)], chunk.values[len(rows) :] = rows, 0
             chunk.seal()

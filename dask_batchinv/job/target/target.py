@@ -19,6 +19,7 @@ from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 from dask_batchinv.disk import PARTIAL
 from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS
 from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_target
+from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import (
     ROOT,
@@ -31,7 +32,7 @@ from dask_batchinv.job.target.documents import (
     recorded_digests,
 )
 from dask_batchinv.job.target.holder import LOCK
-from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.target.ledger import Ledger, chunk_shape
 from dask_batchinv.job.target.mark import FORMAT, Mark, attributes_of, marked, read_mark, with_attributes
 from dask_batchinv.job.target.state import Fingerprint, State, Target
 from dask_batchinv.job.target.writer import Writer
@@ -195,8 +196,8 @@ def create(location: Location, fingerprint: Fingerprint, contents: Contents, wri
         documents = make_documents(contents, mark)
         if old.state is not State.ABSENT:
             _clear(location, old, writer)
-        for key in sorted(documents, key=lambda key: key != ROOT):
-            writer.create(key, documents[key])
+        writer.create(ROOT, documents[ROOT])
+        for_each(location, lambda key: writer.create(key, documents[key]), documents.keys() - {ROOT})
         writer.change(
             ROOT, lambda root: with_attributes(root or documents[ROOT], marked(False, mark | {"ready": True}))
         )
@@ -320,7 +321,7 @@ def update(location: Location, target: Target, contents: Contents, writer: Write
     now = replace(target, shape=contents.tiling.shape, tile=contents.tiling.tile, members=tuple(contents.members))
     with raised_as(OSError, f"the target {location.name} could not be updated", "; run the command again"):
         changed = changed_names(recorded_digests(location), digests_of(contents))
-        if _renumbers(target.tiling, now.tiling):
+        if _moves_rows(target.tiling, now.tiling):
             number = int(target.ledger.partition("-")[2] or 0) + 1
             now = replace(now, ledger=f"tiles-{number}")
             Ledger(location, target).moved_to(location, now, writer).flush()
@@ -340,9 +341,12 @@ def _delete(location: Location, writer: Writer, folder: str, members: Iterable[s
     writer.delete_all([key for key in keys if _is_ours(key, members)])
 
 
-def _renumbers(old: Tiling, new: Tiling) -> bool:
-    """Tell whether tiles have other numbers in a target that has grown: not where only its first dimension has."""
-    return old.n_tiles > 0 and old.grid[1:] != new.grid[1:]
+def _moves_rows(old: Tiling, new: Tiling) -> bool:
+    """Tell whether a target that has grown needs another ledger: where tiles get other numbers, or are many more.
+
+    They keep them where only the first dimension has grown.
+    """
+    return old.n_tiles > 0 and (old.grid[1:], chunk_shape(old.n_tiles)) != (new.grid[1:], chunk_shape(new.n_tiles))
 
 
 def damage(location: Location, target: Target, contents: Contents) -> list[str]:

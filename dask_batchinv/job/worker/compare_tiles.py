@@ -39,7 +39,7 @@ def compare_tiles(task: CompareTask, numbers: range) -> list[TileResult[bool]]:
 
 
 def _compare(task: CompareTask, number: int) -> list[TileResult[bool]]:
-    rows = rows_of_chunk(task.run, task.target, task.ledger, number // ROWS_PER_CHUNK)
+    rows = rows_of_chunk(task.run, task.target, task.ledger, number // ROWS_PER_CHUNK, task.tiling.n_tiles)
     row = TileRow.decode(rows[number % ROWS_PER_CHUNK])
     stored = read_stored(task.run, task.source, task.missing, task.tiling, number)
     filled = count_filled(task.run, task.source, task.missing, task.tiling, number)

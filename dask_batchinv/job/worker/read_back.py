@@ -48,7 +48,7 @@ class ReadBackTask:
 def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]:
     """Read tiles back, and return one result for each that is not as recorded, and one that counts the others."""
     chunk = numbers.start // ROWS_PER_CHUNK
-    rows = rows_of_chunk(task.run, task.target, task.ledger, chunk)
+    rows = rows_of_chunk(task.run, task.target, task.ledger, chunk, task.tiling.n_tiles)
 
     def problems(some: range) -> list[TileResult[int]]:
         found = ((number, _problem(task, number, rows[number % ROWS_PER_CHUNK])) for number in some)
@@ -61,9 +61,9 @@ def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]
 
 
 @lru_cache(maxsize=4)
-def rows_of_chunk(run: str, target: Location, ledger: str, chunk: int) -> Rows:
+def rows_of_chunk(run: str, target: Location, ledger: str, chunk: int, n_tiles: int) -> Rows:
     """Return rows of the ledger of a target, kept for a run."""
-    return read_chunk(target, ledger, chunk)
+    return read_chunk(target, ledger, chunk, n_tiles)
 
 
 def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:

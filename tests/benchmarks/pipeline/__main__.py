@@ -16,8 +16,9 @@ from typing import Any
 
 from tests.benchmarks.cpu import processor
 from tests.benchmarks.pipeline import measure, page
+from tests.benchmarks.pipeline.files import ways_to_touch_files
 
-VERSIONS = ("dask_batchinv", "numpy", "zarr", "dask", "distributed", "cubed", "tensorstore")
+VERSIONS = ("dask_batchinv", "numpy", "zarr", "dask", "distributed", "cubed", "tensorstore", "zarrs")
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for pipeline.md, pipeline.json and pipeline.png"
     )
     parser.add_argument("--in", dest="folder", type=Path, default=Path("/dev/shm"), help="where stores are; a tmpfs")
+    parser.add_argument("--disk", type=Path, default=Path("."), help="a folder on a disk")
     parser.add_argument("--nbytes", type=int, default=2**31, help="bytes of each stack")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the page, the others stay as they are")
@@ -41,6 +43,9 @@ def main() -> None:
         folder = Path(name)
         parts = {
             "steps": lambda: measure.steps(folder, 7 * options.repeat),
+            "files": lambda: ways_to_touch_files(
+                {"in memory": folder / "files", "on a disk": options.disk / f"files-{folder.name}"}, 2 * options.repeat
+            ),
             "small_jobs": lambda: measure.small_jobs(options.repeat),
             "waiting": lambda: measure.waiting(folder, options.nbytes),
             "passes": lambda: measure.all_passes(folder, options.nbytes, options.repeat),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask.config
 import numpy as np
 import zarr
 from crc32c import crc32c
@@ -21,6 +22,7 @@ from distributed import Client, LocalCluster
 import dask_batchinv
 from dask_batchinv.chunks.decompression import decompress_into
 from dask_batchinv.disk import write_file
+from dask_batchinv.job.driver.cluster import UNWATCHED
 from dask_batchinv.job.driver.run import tasks_of
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
@@ -40,11 +42,12 @@ Figures = dict[str, Any]
 
 
 def cluster(workers: int, threads: int = 1) -> Client:
-    """Start worker processes, as for all passes that need some."""
-    local = LocalCluster(
-        n_workers=workers, threads_per_worker=threads, memory_limit=MEMORY_NBYTES, dashboard_address=None
-    )
-    return Client(local)
+    """Start worker processes for all passes that need some, set as those that a job starts itself."""
+    with dask.config.set(UNWATCHED):
+        local = LocalCluster(
+            n_workers=workers, threads_per_worker=threads, memory_limit=MEMORY_NBYTES, dashboard_address=None
+        )
+        return Client(local)
 
 
 def all_passes(folder: Path, nbytes: int, repeat: int) -> Figures:

@@ -35,6 +35,12 @@ def job(source: str, target: str, threads: int, client: Client) -> None:
     dask_batchinv.invert_store(source, target, client=client, tile_size=CHUNK_NBYTES)
 
 
+def job_on_threads(source: str, target: str, threads: int) -> None:
+    """Run our job on threads of this process, as it does by itself where it is small."""
+    with dask.config.set({"batchinv.job.in-process": "1TiB"}):
+        dask_batchinv.invert_store(source, target, tile_size=CHUNK_NBYTES)
+
+
 def call(source: str, target: str, threads: int) -> None:
     """Call `inverse` with ``out=``, on threads."""
     with dask.config.set(scheduler="threads", num_workers=threads):
@@ -76,7 +82,7 @@ def cubed(source: str, target: str, threads: int) -> None:
     package.to_zarr(package.map_blocks(np.linalg.inv, a, dtype=a.dtype), target)
 
 
-def numpy(source: str, target: str, threads: int) -> None:
+def numpy(source: str, target: str, threads: int, invert: Callable[[Any], Any] = np.linalg.inv) -> None:
     """Loop over the chunks with Zarr and NumPy alone, on threads."""
     a: zarr.Array[Any] = zarr.open_array(source, mode="r")
     out = zarr.create_array(target, shape=a.shape, chunks=a.chunks, dtype=a.dtype, compressors=None)
@@ -84,7 +90,7 @@ def numpy(source: str, target: str, threads: int) -> None:
     def work(first: int) -> None:
         for number in range(first, a.shape[0] // a.chunks[0], threads):
             region = slice(number * a.chunks[0], (number + 1) * a.chunks[0])
-            out[region] = np.linalg.inv(np.asarray(a[region]))
+            out[region] = invert(np.asarray(a[region]))
 
     _on_threads(work, threads)
 
@@ -119,6 +125,14 @@ def _on_threads(work: Callable[[int], None], threads: int) -> None:
         worker.join()
 
 
+def zarrs_copy(source: str, target: str, threads: int) -> None:
+    """Copy chunk by chunk with Zarr, whose chunks zarrs reads and writes."""
+    import zarrs  # type: ignore[import-not-found]  # noqa: F401  # which the configuration names
+
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        numpy(source, target, threads, _as_it_is)
+
+
 def _as_it_is(block: Any) -> Any:
     return block
 
@@ -127,9 +141,11 @@ def passes(client: Client) -> dict[str, Pass]:
     """Return all of them by name: ours, what they are measured against, and what others would use."""
     return {
         "job": partial(job, client=client),
+        "job on threads": job_on_threads,
         "inverse(out=)": call,
         "loop": loop.run,
         "copy of the files": copy,
+        "zarrs, copy": zarrs_copy,
         "tensorstore, copy": partial(tensorstore, invert=_as_it_is),
         "map_blocks": map_blocks,
         "map_blocks on workers": partial(map_blocks_on_workers, client=client),
