@@ -13,21 +13,24 @@ from dataclasses import replace
 from typing import Any, NoReturn, get_args
 
 import click
+import dask.config
 
 from dask_batchinv._version import __version__
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
-from dask_batchinv.job.driver.placing import plan_locally
+from dask_batchinv.job.driver.placing import plan_for_unlike, plan_locally
 from dask_batchinv.job.driver.run import run_job
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.plan import Plan
-from dask_batchinv.job.plan.prepare import Job, plan_for, prepare
+from dask_batchinv.job.plan.prepare import Job, prepare
 from dask_batchinv.job.report import display
 from dask_batchinv.job.report.freshness import Freshness, Status, check_job, status_of
 from dask_batchinv.job.report.run_record import Progress
 from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.kernels.device import DeviceError
+from dask_batchinv.location import Location, json_object
 from dask_batchinv.outcome import RefusedError
+from dask_batchinv.places import locate
 from dask_batchinv.stack import SHORT_WORDS, AssumeA, Device
 from dask_batchinv.text import clean, clean_lines, clean_values
 
@@ -56,9 +59,18 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+_source_options, _target_options = (
+    click.option(f"--{name}-options", metavar="OPTIONS",
+                 help=f"What the file system of {name.upper()} is given, such as credentials or an endpoint: a JSON "
+                      "object, or, not to be seen by others on this machine, its name in the Dask configuration.")
+    for name in ("source", "target")
+)  # fmt: skip
+
 _job_options = _options(
     click.argument("source"),
     click.argument("target"),
+    _source_options,
+    _target_options,
     click.option("--variable", metavar="NAME", help="The stack in a group (Xarray dataset) that has several arrays."),
     click.option("--dims", metavar="ROW,COL",
                  help="Names of the core dimensions. Default: the last two, where no others could be meant."),
@@ -86,7 +98,15 @@ _job_options = _options(
 
 _cluster_options = _options(
     click.option("--scheduler", metavar="ADDRESS",
-                 help="A running Dask scheduler, tls://host:port. Default: processes on this machine."),
+                 help="A running Dask scheduler, tls://host:port. Default: that of the Dask configuration "
+                      "(DASK_SCHEDULER_ADDRESS), else processes on this machine."),
+    click.option("--scheduler-file", metavar="FILE", help="The file to which a running scheduler wrote its address."),
+    click.option("--wait-for-workers", type=click.IntRange(1), metavar="N",
+                 help="Begin when a running scheduler has so many workers. Default: 1."),
+    click.option("--for", "wait", metavar="TIME", help="How long to wait for them, such as 2h. Default: 30s."),
+    click.option("--only-workers", metavar="PATTERN", multiple=True,
+                 help="Use only workers of a running scheduler whose name, address or host matches, such as 'gpu-*', "
+                      "or that have a resource: 'resource:NAME'. May be given several times."),
     click.option("--insecure", is_flag=True,
                  help="Allow a scheduler on another machine without TLS: whoever reaches it can run code as you."),
     click.option("--restart-stalled", is_flag=True,
@@ -195,14 +215,19 @@ def plan(as_json: bool, **arguments: Any) -> None:
     metavar="SOURCE",
     help="What it was made from, if that has another address now, or one with credentials in it.",
 )
+@_source_options
+@_target_options
 @_json_option
-def status(target: str, source: str | None, as_json: bool) -> None:
+def status(as_json: bool, **arguments: Any) -> None:
     """Print how far the job that writes TARGET is, and whether it is up to date with its source.
 
     Of the source coordinates are read; its chunks are listed.
     """  # fmt: skip
     with _exit_codes():
-        _print_and_exit(status_of(target, source), as_json)
+        target = _locate("target", arguments)
+        if arguments["source"] is not None:
+            _print_and_exit(status_of(target, _locate("source", arguments)), as_json)
+        _print_and_exit(status_of(target, given=_options_of("source", arguments)), as_json)
 
 
 @main.command("verify")
@@ -210,9 +235,11 @@ def status(target: str, source: str | None, as_json: bool) -> None:
 @click.option("--source", metavar="SOURCE", help="Also multiply every matrix of SOURCE with its inverse.")
 @click.option("--sample", type=float, default=1.0, show_default=True, metavar="SHARE",
               help="With --source: multiply the matrices of this share of the tiles.")  # fmt: skip
+@_source_options
+@_target_options
 @_cluster_options
 @_json_option
-def verify_command(target: str, source: str | None, sample: float, as_json: bool, **arguments: Any) -> None:
+def verify_command(sample: float, as_json: bool, **arguments: Any) -> None:
     """Read TARGET back, every chunk of its arrays, and check it. Exit code 1 if something is not right.
 
     What it finds, `run` repairs.
@@ -222,6 +249,7 @@ def verify_command(target: str, source: str | None, sample: float, as_json: bool
     )
 
     with _exit_codes():
+        target, source = _locate("target", arguments), _source_if_given(arguments)
         report = verify(target, source, ClusterOptions(**arguments), sample)
         _print(report, as_json)
         sys.exit(0 if report.ok else 1)
@@ -229,6 +257,10 @@ def verify_command(target: str, source: str | None, sample: float, as_json: bool
 
 _CLUSTER_ARGUMENTS = (
     "scheduler",
+    "scheduler_file",
+    "wait_for_workers",
+    "wait",
+    "only_workers",
     "insecure",
     "restart_stalled",
     "workers",
@@ -240,7 +272,8 @@ _CLUSTER_ARGUMENTS = (
 
 def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     cluster = ClusterOptions(**{name: arguments.pop(name) for name in _CLUSTER_ARGUMENTS})
-    source, target = arguments.pop("source"), arguments.pop("target")
+    source = _locate("source", arguments)
+    target = _locate("target", arguments)
     if arguments["dims"] is not None:
         arguments["dims"] = tuple(arguments["dims"].split(","))
     allowed = arguments["max_failed"]
@@ -250,13 +283,44 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
 
 
+def _options_of(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the file system of an argument is given; of what was typed, which may be secret, nothing is shown."""
+    if (text := arguments.pop(f"{name}_options")) is None:
+        return None
+    try:
+        found = json_object(text, "") if text.lstrip().startswith("{") else dask.config.get(text)
+    except (ValueError, KeyError, TypeError, IndexError):
+        found = None
+    if not isinstance(found, dict):
+        raise RefusedError(f"--{name}-options takes a JSON object, or the name of one in the Dask configuration")
+    return found
+
+
+def _locate(name: str, arguments: dict[str, Any]) -> Location:
+    """Return the location of an argument, with its options."""
+    try:
+        return locate(arguments.pop(name), _options_of(name, arguments))
+    except ValueError as error:
+        raise RefusedError(f"{name}: {error}") from error
+
+
+def _source_if_given(arguments: dict[str, Any]) -> Location | None:
+    if arguments["source"] is not None:
+        return _locate("source", arguments)
+    arguments.pop("source")
+    arguments.pop("source_options")
+    return None
+
+
 def _plan(job: Job, cluster: ClusterOptions) -> Plan:
+    cluster = cluster.resolved()
     if cluster.is_local:
         return plan_locally(job, cluster)
     from dask_batchinv.job.driver.cluster import connect, count_gpus
 
-    with connect(cluster) as (client, workers):
-        return plan_for(job, replace(workers, gpus=count_gpus(job.options.device, client)))
+    with connect(cluster) as (client, (first, *others)):
+        gpus = count_gpus(job.options.device, client, cluster.only_workers)
+        return plan_for_unlike(job, [replace(first, gpus=gpus), *others])[0]
 
 
 def _print_plan(made: Plan, as_json: bool) -> None:

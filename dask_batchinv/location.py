@@ -11,10 +11,10 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_batchinv.disk import Stamp, chunk_folders, identity, is_file_or_absent, make_folders, stamp_of, write_file
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.text import CleanError, clean, harmless, remember_url, without_user
+from dask_batchinv.text import CleanError, clean, harmless, remember_options, remember_url, without_user
+from dask_batchinv.urls import CACHES, is_chain, joined, opened, resolved
 
 T = TypeVar("T")
 
@@ -38,8 +39,6 @@ JSON_NBYTES = 16 * 2**20
 #: that fsspec gives it, in small letters alone.
 _VERSIONS = frozenset(["etag", "md5hash", "md5", "contentmd5", "crc32c", "crc", "generation", "versionid"])
 _TIMES = frozenset(["mtime", "modified", "lastmodified", "updated", "created", "datetime", "timemodified"])
-#: File systems that keep copies of what others have.
-_CACHES = ("simplecache", "filecache", "blockcache", "cached")
 #: So many files are asked for at once, where none are listed.
 _ASKED_AT_ONCE = 16
 
@@ -87,35 +86,40 @@ class Location:
 
     url: str
     """As opened: an absolute real path, or an fsspec URL. May hold credentials: print `name` instead."""
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What its file system is given besides, such as credentials."""
 
     def __post_init__(self) -> None:
         remember_url(self.url)
+        remember_options(self.options)
 
-    def __reduce__(self) -> tuple[type[Location], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Location], tuple[str, dict[str, Any]]]:
         # Made anew where it arrives, so that its credentials are known there too.
-        return Location, (self.url,)
+        return Location, (self.url, dict(self.options))
 
     def __repr__(self) -> str:
         return f"Location({self.name!r})"
 
     @classmethod
-    def parse(cls, path: str | os.PathLike[str]) -> Location:
+    def parse(cls, path: str | os.PathLike[str] | Location, options: Mapping[str, Any] | None = None) -> Location:
         """Return the location that a path or URL names: symlinks, ``..`` and trailing slashes are resolved."""
-        text = os.fspath(path)
+        if isinstance(path, Location):
+            return path
+        text, options = os.fspath(path), options or {}
         remember_url(text)  # before it is resolved: a slash or a dot may be part of a credential
         if not text:
             raise ValueError("expected a path or a URL, got an empty string")
-        if text.startswith(("file://", "local://")) and not _is_chain(text):
+        if text.startswith(("file://", "local://")) and not is_chain(text):
             text = text.partition("://")[2]
-        if _is_chain(text):  # fsspec knows what it means
-            return cls(text.rstrip("/"))
+        if is_chain(text):  # fsspec knows what it means
+            return cls(text.rstrip("/"), options)
         if "://" in text:
             head, _, query = text.partition("?")
             protocol, _, rest = head.partition("://")
             authority, _, inner = rest.partition("/")
-            parts = _resolved([part for part in inner.split("/") if part], text)
-            return cls(f"{protocol}://{'/'.join([authority, *parts])}" + (f"?{query}" if query else ""))
-        return cls(os.path.realpath(os.path.expanduser(text)))
+            parts = resolved([part for part in inner.split("/") if part], text)
+            return cls(f"{protocol}://{'/'.join([authority, *parts])}" + (f"?{query}" if query else ""), options)
+        return cls(os.path.realpath(os.path.expanduser(text)), options)
 
     @property
     def name(self) -> str:
@@ -135,8 +139,7 @@ class Location:
     def __truediv__(self, part: str) -> Location:
         if self.is_local:
             return replace(self, url=os.path.realpath(os.path.join(self.url, part)))
-        head, mark, query = self.url.partition("?")
-        return replace(self, url=f"{head}/{part}{mark}{query}")
+        return replace(self, url=joined(self.url, part))
 
     def contains(self, other: Location) -> bool:
         """Tell whether `other` is this location or lies inside it, also where it has another name for that.
@@ -146,6 +149,8 @@ class Location:
         which the bytes are.
         """
         mine, others = self._parts(), other._parts()
+        if self._endpoint and other._endpoint and self._endpoint != other._endpoint:
+            return False
         if mine == others[: len(mine)]:
             return True
         if mine[0] != others[0] or mine[0] != "file":
@@ -169,6 +174,13 @@ class Location:
         with os.scandir(self.url) as entries:
             return [self / entry.name for entry in entries if entry.is_dir()]
 
+    @property
+    def _endpoint(self) -> str | None:
+        """Which server its options name, where several have the same URLs."""
+        client = self.options.get("client_kwargs")
+        given = {**self.options, **(client if isinstance(client, Mapping) else {})}
+        return next((str(given[name]) for name in ("endpoint_url", "account_name") if given.get(name)), None)
+
     def _folder(self) -> str | None:
         """Return the path of the folder on a disk that this is, if it is one."""
         protocol, *parts = self._parts()
@@ -178,7 +190,7 @@ class Location:
     def _parts(self) -> list[str]:
         """Return the file system, and the way to the location in it."""
         # User and query do not identify the data.
-        base = self.url.rpartition("::")[2] if _is_chain(self.url) else self.url
+        base = self.url.rpartition("::")[2] if is_chain(self.url) else self.url
         protocol, mark, rest = base.partition("://")
         if not mark or protocol in ("file", "local"):
             return ["file", *(part for part in os.path.realpath(rest or base).split("/") if part)]
@@ -196,21 +208,24 @@ class Location:
         """Return a Zarr store for this location."""
         if self.is_local:
             return zarr.storage.LocalStore(self.url, read_only=read_only)
-        return zarr.storage.FsspecStore.from_url(self.url, read_only=read_only, storage_options=self._options())
+        url, options = opened(self.url, self._options())
+        return zarr.storage.FsspecStore.from_url(url, read_only=read_only, storage_options=options)
 
     def _filesystem(self) -> tuple[Any, str]:
         """Return the (synchronous) fsspec file system and the path in it."""
         if self.is_local:  # whatever is in its name
             return LocalFileSystem(), self.url
-        fs, path = fsspec.core.url_to_fs(self.url, **self._options())
+        url, options = opened(self.url, self._options())
+        fs, path = fsspec.core.url_to_fs(url, **options)
         return fs, path
 
     def _options(self) -> dict[str, Any]:
         if "::" in self.url:
-            return {}
+            return dict(self.options)
         # A listing kept from before says that what was written since is not there. And s3fs asks for the size of all
         # that it might read in parts, which for chunks doubles the requests.
-        return {"use_listings_cache": False} | ({"max_concurrency": 1} if self.url.startswith("s3") else {})
+        few = {"max_concurrency": 1} if self.url.startswith("s3") else {}
+        return few | dict(self.options) | {"use_listings_cache": False}
 
     def exists(self) -> bool:
         """Tell whether anything is here."""
@@ -362,7 +377,7 @@ class Location:
 
     def _is_cached(self) -> bool:
         """Tell whether a link of a chain keeps copies, which may be older than what the store tells."""
-        return _is_chain(self.url) and any(link.partition("://")[0] in _CACHES for link in self.url.split("::"))
+        return is_chain(self.url) and any(link.partition("://")[0] in CACHES for link in self.url.split("::"))
 
     def nbytes(self, key: str) -> int | None:
         """Return the size of what is stored under a key; None if nothing is."""
@@ -403,6 +418,10 @@ class Location:
                 os.rmdir(os.path.join(self.url, folder))
 
 
+#: What can be parsed as a location, or is one.
+Place = str | os.PathLike[str] | Location
+
+
 def _known_of(found: os.stat_result) -> Known:
     # Whoever sets the time of change, as copies do, cannot do so with that of the file's own record.
     version = f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
@@ -428,25 +447,6 @@ def _nanoseconds(when: Any) -> int:
     if isinstance(when, datetime):
         when = when.timestamp()
     return int(when * 1e9) if isinstance(when, (int, float)) else time.time_ns()
-
-
-def _resolved(parts: list[str], url: str) -> list[str]:
-    done: list[str] = []
-    for part in parts:
-        if part == "..":
-            if not done:
-                raise ValueError(f"{clean(url)} leads out of its store by '..'")
-            done.pop()
-        elif part != ".":
-            done.append(part)
-    return done
-
-
-def _is_chain(url: str) -> bool:
-    """Tell whether a URL is a chain of file systems, and not a path that has two colons in a name."""
-    first, mark, _ = url.partition("::")
-    protocol = first.partition("://")[0]
-    return bool(mark) and ("://" in first or protocol in fsspec.available_protocols())
 
 
 def _files(top: str, folders: list[str], files: list[str]) -> list[str]:

@@ -20,12 +20,11 @@ import numpy.typing as npt
 import zarr
 import zarr.storage
 from dask.base import get_scheduler
-from fsspec.implementations.cached import CachingFileSystem
-from fsspec.implementations.dirfs import DirFileSystem
 
 from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.kernels.device import is_gpu_array
 from dask_batchinv.location import Location
+from dask_batchinv.places import unwrapped
 from dask_batchinv.stack import result_dtype
 from dask_batchinv.storage import fill_means_missing, innermost, write_unit
 from dask_batchinv.unfinished import Call, Unfinished
@@ -264,13 +263,7 @@ def _location(array: zarr.Array[Any]) -> Location | tuple[Any, str]:
         return Location(os.path.realpath(os.path.join(store.root, array.path)))
     if not isinstance(store, zarr.storage.FsspecStore):
         return store, array.path
-    fs, path = store.fs, f"{store.path}/{array.path}".rstrip("/")
-    # What is wrapped around the file system in which the bytes are: it is asynchronous, caches, or gives a folder.
-    while inner := getattr(fs, "sync_fs", None) or (
-        fs.fs if isinstance(fs, (CachingFileSystem, DirFileSystem)) else None
-    ):
-        path = f"{fs.path}/{path}" if isinstance(fs, DirFileSystem) else path
-        fs = inner
+    fs, path = unwrapped(store.fs, f"{store.path}/{array.path}".rstrip("/"))
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     return Location(os.path.realpath(path) if protocol in ("file", "local") else f"{protocol}://{path}")
 

@@ -58,6 +58,11 @@ def remember_url(url: str) -> None:
     _remembered.update(form for secret in _secrets_of_url(url) for form in _forms(secret))
 
 
+def remember_options(options: Mapping[str, Any]) -> None:
+    """Let `redact` know the credentials among the options of a file system, by their names."""
+    _remembered.update(form for secret in _secrets_of_options(options) for form in _forms(secret))
+
+
 def without_user(url: str) -> str:
     """Return a URL without the user that it names, and the password."""
     return _with_users_replaced(url, "")
@@ -108,6 +113,10 @@ def _secrets_of_options(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _secrets_of_options(value)
+        elif isinstance(value, (list, tuple)):  # a user and a password, say
+            yield from _secrets_of_options({f"{name} {number}": each for number, each in enumerate(value)})
+        elif isinstance(value, bytes):
+            yield from _secrets_of_options({name: value.decode(errors="replace")})
         elif isinstance(value, str):
             if _OPTION.search(str(name)):
                 yield value

@@ -16,11 +16,11 @@ PACKAGE = Path(dask_batchinv.__file__).parent
 #: floors, and nothing of its own floor.
 FLOORS = [
     ["text", "disk"],
-    ["_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes"],
+    ["urls", "_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "torch_tensors"],
     ["kernels.cpu", "kernels.cuda", "location", "chunks"],
-    ["kernels", "unfinished"],
+    ["kernels", "unfinished", "places"],
     ["out"],
     ["options"],
     ["containers"],

@@ -11,6 +11,7 @@ import pytest
 
 from dask_batchinv.location import Known, Location, TakenOverError, _told
 from dask_batchinv.text import redact
+from dask_batchinv.urls import opened
 
 
 def test_one_location_has_one_name(tmp_path, monkeypatch):
@@ -125,6 +126,33 @@ def test_what_is_no_file_is_not_read(tmp_path):
             location.read(name)
         with pytest.raises(ValueError, match=f"{name} of .* is not a file"):
             location.read_json(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "joined"),
+    [
+        ("memory://host/a", "memory://host/a/cov"),
+        ("https://host/a?sig=x/y", "https://host/a/cov?sig=x/y"),
+        ("zip::file:///x.zip", "zip://cov::file:///x.zip"),
+        ("zip://::file:///x.zip", "zip://cov::file:///x.zip"),
+        ("zip://group::/x.zip", "zip://group/cov::/x.zip"),
+        ("simplecache::s3://bucket/a", "simplecache::s3://bucket/a/cov"),
+        ("simplecache::/a", "simplecache::/a/cov"),
+        ("simplecache::zip://group::s3://bucket/x.zip", "simplecache::zip://group/cov::s3://bucket/x.zip"),
+        ("reference://::https://host/refs.json?sig=x", "reference://cov::https://host/refs.json?sig=x"),
+    ],
+)
+def test_names_are_joined_at_the_link_that_has_them(url, joined):
+    assert (Location.parse(url) / "cov").url == joined
+
+
+def test_the_query_of_a_web_server_is_asked_with_each_key():
+    url, options = opened("https://host/a.zarr?sig=a%2Bb&empty=", {"headers": {}})
+    assert url == "https://host/a.zarr"
+    assert options["params"] == [("sig", "a+b"), ("empty", "")]
+    assert "headers" in options
+    url, options = opened("simplecache::https://host/a.zarr?sig=x", {})
+    assert (url, options) == ("simplecache::https://host/a.zarr", {"https": {"params": [("sig", "x")]}})
 
 
 @pytest.mark.parametrize("name", ["a::b", "::", "zip:::", "x::y::z.zarr"])

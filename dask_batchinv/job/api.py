@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.run import run_job
@@ -14,16 +14,26 @@ from dask_batchinv.job.report.job_report import JobFailedError, JobReport
 from dask_batchinv.job.report.run_record import OnProgress
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.versions import check_optimized
+from dask_batchinv.location import Location
+from dask_batchinv.outcome import RefusedError, SourceError, TargetError
+from dask_batchinv.places import locate
 from dask_batchinv.stack import AssumeAWord, Device
+from dask_batchinv.text import harmless
 
 if TYPE_CHECKING:  # to import Dask's cluster takes as long as a small job
     from distributed import Client
 
 
+#: What people have in hand for a place: a path, a URL, a UPath, a mapping of fsspec, an array, group or store of Zarr.
+AnyPlace = Any
+
+
 def invert_store(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: AnyPlace,
+    target: AnyPlace,
     *,
+    source_options: Mapping[str, Any] | None = None,
+    target_options: Mapping[str, Any] | None = None,
     variable: str | None = None,
     dims: Sequence[str] | None = None,
     assume_a: AssumeAWord = "general",
@@ -33,6 +43,10 @@ def invert_store(
     device: Device = "auto",
     client: Client | None = None,
     scheduler: str | None = None,
+    scheduler_file: str | os.PathLike[str] | None = None,
+    wait_for_workers: int | None = None,
+    wait: str | float | None = None,
+    only_workers: Sequence[str] = (),
     workers: int | None = None,
     threads_per_worker: int | None = None,
     memory_limit: str | int | None = None,
@@ -53,14 +67,18 @@ def invert_store(
 
     Parameters
     ----------
-    source : str or path
-        A Zarr array ``(*, n, n)``, or a group with `variable` in it; format 2 or 3, a path or an fsspec URL. Packed
-        numbers (``scale_factor``, ``_FillValue``, …) are decoded as Xarray decodes them, missing ones to NaN.
-        Credentials come from the environment, as the file system expects them.
-    target : str or path
+    source : str, path, UPath, fsspec mapping, zarr.Array, zarr.Group or zarr store
+        A Zarr array ``(*, n, n)``, or a group with `variable` in it; format 2 or 3, a path or an fsspec URL, or what
+        stands for one. Packed numbers (``scale_factor``, ``_FillValue``, …) are decoded as Xarray decodes them, missing
+        ones to NaN.
+    target : as `source`
         A Zarr group to create, or to continue: ``inverse`` ``(*, n, n)``, ``info`` and ``rcond`` ``(*,)``, with
         the dimension names, coordinates and attributes that `Dataset.linalg.inv` would give. `xarray.open_zarr` opens
         it at any time; its attribute ``complete`` says whether it is finished: 1 or 0.
+    source_options, target_options : mapping, optional
+        What the file systems of fsspec are given (``storage_options``), such as credentials, ``anon`` or
+        ``endpoint_url``. Workers get them, and they are never shown. By default credentials come from the environment,
+        as the file system expects them.
     variable : str, optional
         Name of the stack in a group that has several.
     dims : (row, column), optional
@@ -73,12 +91,21 @@ def invert_store(
         How many matrices may fail before `JobFailedError` is raised; None for any number. The target is complete
         all the same.
     client : distributed.Client, optional
-        The cluster to use.
+        The cluster to use; by default the active one, as everything in Dask does, or in a Dask task that of the task.
     scheduler : str, optional
-        Address of a scheduler to connect to instead, ``tcp://host:port``. With neither, a cluster of local
-        processes is started; a script then needs an ``if __name__ == "__main__":`` around its call. A job that reads
-        and writes no more than ``batchinv.job.in-process`` runs on threads of this process instead, unless something
-        is said of the cluster.
+        Address of a scheduler to connect to instead, ``tcp://host:port``; by default that of the Dask configuration,
+        ``scheduler-address``. With none of these, a cluster of local processes is started, which import nothing of the
+        caller's script. A job that reads and writes no more than ``batchinv.job.in-process`` runs on threads of this
+        process instead, unless something is said of the cluster.
+    scheduler_file : str or path, optional
+        The file to which a scheduler has written its address.
+    wait_for_workers : int, optional
+        Begin when a running cluster has so many workers; by default one.
+    wait : str or float, optional
+        How long to wait for them, ``"2h"`` or in seconds; by default half a minute.
+    only_workers : sequence of str
+        Of a running cluster, use only workers whose name, address or host matches one of these patterns, ``"gpu-*"``,
+        or that have a resource, ``"resource:NAME"``.
     workers, threads_per_worker, memory_limit
         Of that local cluster: by default a process per core with one thread and its share of the memory.
     tile_size : int or str
@@ -119,28 +146,29 @@ def invert_store(
         missing=missing, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip
     cluster = ClusterOptions(
-        client,
-        scheduler,
-        workers,
-        threads_per_worker,
-        memory_limit,
-        insecure=insecure,
-        device=device,
-        restart_stalled=restart_stalled,
-    )
-    report = run_job(prepare(source, target, options), cluster, on_progress)
+        client, scheduler, scheduler_file, wait_for_workers, wait, only_workers, workers, threads_per_worker,
+        memory_limit, insecure=insecure, device=device, restart_stalled=restart_stalled,
+    )  # fmt: skip
+    places = _located(source, source_options, SourceError), _located(target, target_options, TargetError)
+    report = run_job(prepare(places[0], places[1], options), cluster, on_progress)
     if report.exit_code:
         raise JobFailedError(report)
     return report
 
 
 def verify_store(
-    target: str | os.PathLike[str],
+    target: AnyPlace,
     *,
-    source: str | os.PathLike[str] | None = None,
+    source: AnyPlace | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    target_options: Mapping[str, Any] | None = None,
     sample: float = 1.0,
     client: Client | None = None,
     scheduler: str | None = None,
+    scheduler_file: str | os.PathLike[str] | None = None,
+    wait_for_workers: int | None = None,
+    wait: str | float | None = None,
+    only_workers: Sequence[str] = (),
     workers: int | None = None,
     threads_per_worker: int | None = None,
     memory_limit: str | int | None = None,
@@ -154,13 +182,17 @@ def verify_store(
 
     Parameters
     ----------
-    target : str or path
-        What `invert_store` has written.
-    source : str or path, optional
+    target : as for `invert_store`
+        What it has written.
+    source : as for `invert_store`, optional
         What it was made from.
+    source_options, target_options : mapping, optional
+        What the file systems of fsspec are given.
     sample : float
         Share of the tiles whose inverses are multiplied; every chunk is read all the same.
-    client, scheduler, workers, threads_per_worker, memory_limit, insecure
+    client, scheduler, scheduler_file, wait_for_workers, wait, only_workers
+        The cluster, as for `invert_store`.
+    workers, threads_per_worker, memory_limit, insecure
         The cluster, as for `invert_store`.
 
     Returns
@@ -176,5 +208,17 @@ def verify_store(
     from dask_batchinv.job.driver.verify import verify
 
     check_optimized()
-    cluster = ClusterOptions(client, scheduler, workers, threads_per_worker, memory_limit, insecure=insecure)
-    return verify(target, source, cluster, sample)
+    cluster = ClusterOptions(
+        client, scheduler, scheduler_file, wait_for_workers, wait, only_workers, workers, threads_per_worker,
+        memory_limit, insecure=insecure,
+    )  # fmt: skip
+    there = _located(target, target_options, TargetError)
+    made_from = None if source is None else _located(source, source_options, SourceError)
+    return verify(there, made_from, cluster, sample)
+
+
+def _located(place: AnyPlace, options: Mapping[str, Any] | None, refusal: type[RefusedError]) -> Location:
+    try:
+        return locate(place, options)
+    except ValueError as error:
+        raise refusal(str(error)) from harmless(error)

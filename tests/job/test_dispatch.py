@@ -25,7 +25,9 @@ def numbers(results):
 
 @pytest.fixture
 def dispatcher(client, tmp_path):
-    return Dispatcher(client, Introduction(versions(), None, Location.parse(tmp_path / "t")), is_own=True)
+    return Dispatcher(
+        client, Introduction(versions(), None, Location.parse(tmp_path / "t")), lambda threads, _: threads, is_own=True
+    )
 
 
 @pytest.fixture(params=["serial", "dispatcher"])

@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import dask.config
-from distributed import Client, LocalCluster, Security
+from dask.utils import parse_timedelta
+from distributed import Client, Security, secede
 from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.comm.registry import backends
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_workers, usable_gpus
-from dask_batchinv.job.driver.roster import ask_workers, is_silent
+from dask_batchinv.job.driver.demand import Demand
+from dask_batchinv.job.driver.own_cluster import own_cluster
+from dask_batchinv.job.driver.roster import ask_workers, is_silent, known_workers, own_task
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.versions import versions
 from dask_batchinv.job.worker.introduction import Introduction, introduce
 from dask_batchinv.kernels.device import why_unusable
-from dask_batchinv.location import Location
+from dask_batchinv.location import Location, json_object
 from dask_batchinv.outcome import ClusterError
 from dask_batchinv.stack import Device
-from dask_batchinv.text import harmless, remember_url
+from dask_batchinv.text import clean, harmless, remember_url
 
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
-#: For a cluster of our own that has no dashboard: the HTTP server, which there always is, gets nothing to say; and what
-#: Dask gathers for the dashboard a hundred times a second takes 0.10 of the 0.14 cores that two idle workers take.
-UNWATCHED: dict[str, Any] = {
-    "distributed.scheduler.http.routes": [],
-    "distributed.worker.http.routes": [],
-    "distributed.worker.profile.enabled": False,
-    "distributed.admin.tick.interval": "1s",
-}
 CONNECT_SECONDS = 5
 WORKER_SECONDS = 30
+#: An adaptive cluster takes a task that it does not know for half a second's, and by default wants a core for each five
+#: seconds of them: where it is set otherwise, more are needed.
+TASKS_FOR_A_CORE, DOUBLING_SECONDS, MOST_WAITING_FOR_WORKERS = 10, 10, 10_000
+#: No file with the address of a scheduler is longer.
+SCHEDULER_FILE_NBYTES = 2**24
 
 
 @contextmanager
-def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
-    """Yield a client and what its workers have.
+def connect(options: ClusterOptions) -> Iterator[tuple[Client, list[Workers]]]:
+    """Yield a client and what its workers have, those together that have the same.
 
     Raises
     ------
@@ -56,42 +55,44 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, Workers]]:
         if options.client.asynchronous:
             raise ClusterError("this client is asynchronous, but the call waits for the job: pass Client(...) without "
                                "asynchronous=True, or make the call in another thread with one")  # fmt: skip
-        yield options.client, _workers_of(options.client)
-    elif options.scheduler is not None:
-        _check_address(options.scheduler, insecure=options.insecure)
+        with _seceded(), Demand(options.client, "tiles") as demand:
+            yield options.client, _workers_of(options.client, options, demand)
+    elif not options.is_local:
+        address = options.scheduler or _address_in(options.scheduler_file)
+        _check_address(address, insecure=options.insecure)
         try:
-            client = Client(options.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+            client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
-            raise ClusterError(f"no scheduler at {options.scheduler}: {error}") from harmless(error)
-        with client:
-            yield client, _workers_of(client)
+            raise ClusterError(f"no scheduler at {address}: {error}") from harmless(error)
+        with client, _seceded(), Demand(client, "tiles") as demand:
+            yield client, _workers_of(client, options, demand)
     else:
         wanted = local_workers(options)
-        with _own_cluster(options, wanted) as cluster, Client(cluster, set_as_default=False) as client:
-            yield client, wanted
+        with own_cluster(options, wanted) as client:
+            yield client, [wanted]
 
 
 @contextmanager
-def _own_cluster(options: ClusterOptions, wanted: Workers) -> Iterator[LocalCluster]:
-    """Start processes on this machine of which no other user of it can take part, or ask anything.
+def _seceded() -> Iterator[None]:
+    """Where this is a task itself, let its worker take another one meanwhile: it might be all there is.
 
-    Anyone here may connect to the loopback interface, and who takes part in a cluster can run code as its owner. So
-    all of it speaks TLS, with a certificate that is made for this run and never written down.
+    The thread does not go back: it would wait for one of others to end, and Dask has put another in its place.
     """
-    with dask.config.set({} if options.dashboard is not None else UNWATCHED), LocalCluster(
-        n_workers=wanted.count,
-        threads_per_worker=wanted.threads,
-        memory_limit=wanted.memory or 0,
-        processes=True,
-        host="127.0.0.1",
-        security=Security.temporary(),
-        dashboard_address=f"127.0.0.1:{options.dashboard or 0}",
-        # The driver counts what died with a worker, and tries it alone; Dask would blame bystanders too.
-        scheduler_kwargs={"dashboard": options.dashboard is not None, "allowed_failures": 0},
-        silence_logs=logging.ERROR,
-        preload=["dask_batchinv.job.worker.setup"],
-    ) as cluster:  # fmt: skip
-        yield cluster
+    if own_task() is not None:
+        with suppress(KeyError, AttributeError):  # it has seceded already, or its threads are not Dask's
+            secede()
+    yield
+
+
+def _address_in(file: str | os.PathLike[str] | None) -> str:
+    """Return the address that a scheduler has written to a file."""
+    try:
+        with open(os.fspath(file or ""), "rb") as stream:
+            found = json_object(stream.read(SCHEDULER_FILE_NBYTES), f"the scheduler file {file}")
+        return str(found["address"])
+    except (OSError, ValueError, KeyError) as error:
+        text = f"no address of a scheduler in {file}: {type(error).__name__}: {error}"
+        raise ClusterError(clean(text)) from harmless(error)
 
 
 def _check_address(address: str, *, insecure: bool) -> None:
@@ -129,49 +130,55 @@ def _is_loopback(location: str) -> bool:
     )
 
 
-def _known_workers(client: Client) -> dict[str, Any]:
-    """Return what the scheduler knows of its workers, by address.
+def _workers_of(client: Client, options: ClusterOptions, demand: Demand) -> list[Workers]:
+    """Wait for workers, and return what they have: those together that have the same.
 
-    Not by `Client.scheduler_info`: now and then a background task of the client puts an answer without workers in place
-    of the one that it waited for.
+    A cluster that grows with what there is to do is shown that there will be something, ever more while too few come.
+    What is shown of it last keeps a worker there until the job begins.
     """
-    workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
-    return workers
-
-
-def _workers_of(client: Client) -> Workers:
-    deadline = time.monotonic() + WORKER_SECONDS
-    while not (known := _known_workers(client).values()):
-        if time.monotonic() > deadline:
+    wanted = options.wait_for_workers or 1
+    seconds = WORKER_SECONDS if options.wait is None else float(parse_timedelta(options.wait))
+    start, only = time.monotonic(), options.only_workers
+    while len(known := known_workers(client, only)) < wanted:
+        waited = time.monotonic() - start
+        if waited > seconds:
+            which = f" that are {' or '.join(map(repr, only))}" if only else ""
             raise ClusterError(
-                f"the scheduler has had no workers for {WORKER_SECONDS} s: start some with `dask worker`"
+                f"the scheduler has {len(known)} workers{which} after {seconds:.0f} s, not {wanted}: start some"
+                " with `dask worker`, or wait longer for them (--for)"
             )
+        threads = max((worker["nthreads"] for worker in known.values()), default=1)
+        tasks = TASKS_FOR_A_CORE * threads * wanted << int(waited // DOUBLING_SECONDS)
+        demand.ask_for(tasks, MOST_WAITING_FOR_WORKERS)
         time.sleep(0.2)
-    limits = [worker["memory_limit"] for worker in known if worker["memory_limit"]]
-    return Workers(len(known), max(worker["nthreads"] for worker in known), min(limits) if limits else None)
+    demand.ask_for(1)
+    kinds = Counter((worker["nthreads"], worker["memory_limit"] or None) for worker in known.values())
+    return [Workers(count, threads, memory) for (threads, memory), count in kinds.items()]
 
 
 def meet_workers(
-    client: Client, source: Source | None, target: Location, *, writes: bool = True
+    client: Client, source: Source | None, target: Location, only: Sequence[str] = (), *, writes: bool = True
 ) -> tuple[Introduction, list[WorkerEvent]]:
     """Return what workers must find to get tiles, and which of those that are here did not answer.
 
-    The latter are passed over: they may yet introduce themselves, as do those that join later.
+    The latter are passed over: they may yet introduce themselves, as do those that join later. Those that are of no use
+    get no tiles, and the report names them.
 
     Raises
     ------
     ClusterError
-        If a worker is of no use, or none answers.
+        If no worker is of use, or none answers.
     """
     for location in (target, *([source.location] if source else [])):
-        if location.is_memory and set(client.run(os.getpid).values()) != {os.getpid()}:
+        if location.is_memory and set(_ask_all(client, only, os.getpid)[0].values()) != {os.getpid()}:
             raise ClusterError(
                 f"{location.name} lives in the memory of this process, where worker processes cannot reach it: "
                 "use a path or a shared store, or a Client with processes=False"
             )
     introduction = Introduction(versions(), source and source.for_workers(), target, writes=writes)
-    heard, silent = _ask_all(client, introduce, introduction)
-    if unable := {address: why for address, answer in heard.items() if (why := introduction.why_useless(answer))}:
+    heard, silent = _ask_all(client, only, introduce, introduction)
+    unable = {address: why for address, answer in heard.items() if (why := introduction.why_useless(answer))}
+    if len(unable) == len(heard):
         address, why = next(iter(unable.items()))
         raise ClusterError(
             f"{len(unable)} worker(s) are of no use, first {address}: {why}. Install the same versions there, and have "
@@ -180,9 +187,9 @@ def meet_workers(
     return introduction, [WorkerEvent("silent", address, "it was passed over") for address in silent]
 
 
-def _ask_all(client: Client, function: Any, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
+def _ask_all(client: Client, only: Sequence[str], function: Any, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
     """Return what a function returns on those workers that answer, and who does not; ClusterError if none does."""
-    addresses = list(_known_workers(client))
+    addresses = list(known_workers(client, only))
     answers = client.sync(ask_workers, client, addresses, function, *arguments)
     heard = {address: answer for address, answer in answers.items() if not is_silent(answer)}
     if not heard:
@@ -190,6 +197,6 @@ def _ask_all(client: Client, function: Any, *arguments: Any) -> tuple[dict[str, 
     return heard, [address for address in addresses if address not in heard]
 
 
-def count_gpus(device: Device, client: Client) -> int:
+def count_gpus(device: Device, client: Client, only: Sequence[str] = ()) -> int:
     """Return how many workers have a GPU that a job may use; DeviceError as `usable_gpus`."""
-    return usable_gpus(device, lambda: _ask_all(client, why_unusable)[0])
+    return usable_gpus(device, lambda: _ask_all(client, only, why_unusable)[0])

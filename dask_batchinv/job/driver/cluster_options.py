@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import dask.config
 from dask.system import CPU_COUNT
-from dask.utils import parse_bytes
+from dask.utils import parse_bytes, parse_timedelta
 
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
@@ -26,6 +29,14 @@ class ClusterOptions:
     """A `distributed.Client` to use."""
     scheduler: str | None = None
     """Address of a scheduler to connect to."""
+    scheduler_file: str | os.PathLike[str] | None = None
+    """A file to which a scheduler has written its address."""
+    wait_for_workers: int | None = None
+    """How many workers of a running cluster to wait for; by default one."""
+    wait: str | float | None = None
+    """How long, such as "2h" or in seconds; by default half a minute."""
+    only_workers: Sequence[str] = ()
+    """Which of its workers to use: patterns of names or addresses, or ``resource:NAME``; by default all."""
     workers: int | None = None
     """Processes of the local cluster; by default one per core."""
     threads_per_worker: int | None = None
@@ -42,26 +53,87 @@ class ClusterOptions:
     """Where the job computes: the local cluster has one process for a GPU."""
 
     def __post_init__(self) -> None:
-        given = [name.replace("_", "-") for name in self._given]
-        if self.client is not None and self.scheduler is not None:
-            raise ClusterError("pass a client or the address of a scheduler, not both")
-        if given and not self.is_local:
-            raise ClusterError(f"{', '.join(given)}: only for the local cluster; a running one has its own workers")
+        clusters = (self.client, self.scheduler, self.scheduler_file)
+        if sum(cluster is not None for cluster in clusters) > 1:
+            raise ClusterError("pass a client, the address of a scheduler or its file, not several of them")
+        if self._given and not self.is_local:
+            raise ClusterError(
+                f"{_options(self._given)}: only for the local cluster; a running one has its own workers"
+            )
+        if isinstance(self.only_workers, str):
+            raise ClusterError(f"only_workers takes a list of patterns: [{self.only_workers!r}]")
+        if self.wait_for_workers is not None and self.wait_for_workers < 1:
+            raise ClusterError(f"wait_for_workers must be 1 or more, got {self.wait_for_workers}")
+        try:
+            parse_timedelta(self.wait)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ClusterError(f"{self.wait!r} is not a time such as 2h") from error
 
     @property
     def is_local(self) -> bool:
         """Whether we start the cluster ourselves."""
-        return self.client is None and self.scheduler is None
+        return self.client is None and self.scheduler is None and self.scheduler_file is None
 
     @property
     def is_open(self) -> bool:
         """Whether the user says nothing of it, so that there need not be one."""
         return self.is_local and not self._given
 
+    def resolved(self) -> ClusterOptions:
+        """Return these options with the cluster that the user has in use, where they say nothing of one.
+
+        As everything in Dask does: the active client, inside a task that of its worker, or the scheduler of the
+        configuration (``scheduler-address``, ``DASK_SCHEDULER_ADDRESS``).
+
+        Raises
+        ------
+        ClusterError
+            If they say something of a running cluster, and there is none.
+        """
+        found = self
+        if self.is_open and (client := _active_client()) is not None:
+            found = replace(self, client=client)
+        elif self.is_open and (address := dask.config.get("scheduler-address", None)):
+            found = replace(self, scheduler=address)
+        running = ("wait_for_workers", "wait", "only_workers")
+        if found.is_local and (given := [name for name in running if getattr(self, name)]):
+            raise ClusterError(f"{_options(given)}: only for a running cluster, and none was named, nor is one active")
+        return found
+
     @property
     def _given(self) -> list[str]:
         own = ("workers", "threads_per_worker", "memory_limit", "dashboard")
         return [name for name in own if getattr(self, name) is not None]
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join(name.replace("_", "-") for name in names)
+
+
+def _active_client() -> Any:
+    """Return the client that Dask would use, if there is one."""
+    if "distributed" not in sys.modules:  # then nobody has made one
+        return None
+    from distributed import get_client
+
+    try:
+        client = get_client()
+    except ValueError:
+        return None
+    # One that is closed, or of whoever waits for nothing, is of no use here.
+    return client if client.status == "running" and not client.asynchronous else None
+
+
+def in_task() -> bool:
+    """Tell whether this is done in a Dask task."""
+    if "distributed" not in sys.modules:
+        return False
+    from distributed import get_worker
+
+    try:
+        return bool(get_worker())
+    except ValueError:
+        return False
 
 
 def local_workers(options: ClusterOptions) -> Workers:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import queue
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import dask.config
 from dask.utils import parse_timedelta
-from distributed import Client, Future, KilledWorker, LocalCluster
+from distributed import Client, Future, KilledWorker
 from distributed.client import CancelledError
 from distributed.comm import CommClosedError
 
+from dask_batchinv.job.driver.demand import MOST_WAITING, Demand
 from dask_batchinv.job.driver.executor import ClusterLostError, Work
 from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
 from dask_batchinv.job.driver.roster import Roster
@@ -35,6 +36,8 @@ Results = Iterator[TileResult[Any] | Heartbeat]
 SLOWEST_TIMES = 10
 #: How often to look who is there.
 LOOK_SECONDS = 1.0
+#: How long to wait, where only workers of no use are left, for one that may come back.
+RETURN_SECONDS = 30.0
 #: How long to wait for a result that a worker says it has, and for a worker to restart.
 RESULT_SECONDS = 5.0
 RESTART_SECONDS = 30
@@ -48,10 +51,14 @@ class Dispatcher:
     """The cluster."""
     introduction: Introduction
     """What a worker must find before it gets tiles."""
+    room: Callable[[int, int | None], int]
+    """How many tiles at a time a worker of so many threads and so much memory holds."""
     is_own: bool
     """Whether we started it: then nobody else uses it, and its workers may be restarted."""
     restart_stalled: bool = False
     """Whether workers that give no result may be restarted even if they are not ours."""
+    only: Sequence[str] = ()
+    """Patterns of those that may be used."""
 
     def run(
         self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
@@ -107,9 +114,10 @@ class _InFlight:
         self._moved = self._looked = time.monotonic()
         self._prefix = f"tiles-{uuid.uuid4().hex}"
         self._roster = Roster(
-            self._client, introduction, self._prefix, is_own=dispatcher.is_own,
-            on_answer=lambda _: self._finished.put(None),
+            self._client, introduction, self._prefix, is_own=dispatcher.is_own, only=dispatcher.only,
+            room=dispatcher.room, on_answer=lambda _: self._finished.put(None),
         )  # fmt: skip
+        self._demand = Demand(self._client, self._prefix)
 
     @property
     def idle(self) -> bool:
@@ -157,6 +165,7 @@ class _InFlight:
 
     def cancel(self) -> None:
         """Take back what is on the cluster."""
+        self._demand.ask_for(0)
         if self._running and self._client.status == "running":
             with suppress(Exception):  # a scheduler that is gone needs no telling
                 self._client.cancel(list(self._running), force=True)
@@ -202,7 +211,13 @@ class _InFlight:
         try:
             results = fetched[future] if future in fetched else future.result(timeout=RESULT_SECONDS)
         except (CancelledError, CommClosedError) as error:
-            raise ClusterLostError("the scheduler was lost") from error
+            if self._client.status != "running":
+                raise ClusterLostError("the scheduler was lost") from error
+            if isinstance(error, CancelledError):  # somebody has restarted the whole cluster
+                self._retries.requeue(held.span, now)
+            else:
+                yield from self._retries.on_failure(held.span, clean(f"{type(error).__name__}: {error}"), now)
+            return
         except KilledWorker:  # a worker has come back under the address of one that died
             yield WorkerEvent("died", held.address, tiles=len(held.span))
             yield from self._retries.on_death(held.span, now, deaths=1, cause="the worker died")
@@ -229,8 +244,8 @@ class _InFlight:
                 yield from self._take_back(event, self._held_by({event.address}), deaths=1, cause="the worker died")
             else:
                 yield event
-        if self._dispatcher.is_own:
-            self._restart_missing()
+        if not self._dispatcher.is_own:
+            self._demand.ask_for(self._retries.count_left(MOST_WAITING))
         self._move_waiting()
         yield from self._look_for_stalled()
 
@@ -260,7 +275,8 @@ class _InFlight:
     def _look_for_stalled(self) -> Results:
         still = time.monotonic() - self._moved
         refusals = self._roster.refusals
-        if refusals and len(refusals) == len(self._roster.workers) and not self._running:
+        nobody = refusals and len(refusals) == len(self._roster.workers) and not self._running
+        if nobody and still >= min(self._patience, RETURN_SECONDS):
             raise ClusterLostError(f"no worker is of use: {'; '.join(refusals[:3])}")
         if self.idle or still < max(self._patience, SLOWEST_TIMES * self._slowest):
             return
@@ -283,12 +299,6 @@ class _InFlight:
             with suppress(Exception):
                 self._client.restart_workers(list(addresses), timeout=RESTART_SECONDS, raise_for_error=False)
         self._moved = time.monotonic()
-
-    def _restart_missing(self) -> None:
-        """Start those workers of a local cluster again that died while they started."""
-        cluster = self._client.cluster
-        if isinstance(cluster, LocalCluster) and len(self._roster.workers) < len(cluster.worker_spec):
-            cluster.scale(len(cluster.worker_spec))
 
     def _take_back(self, event: WorkerEvent, held: list[Future], *, deaths: int, cause: str) -> Results:
         """Requeue spans of a worker that is gone, or that gives no result."""

@@ -11,6 +11,7 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from dask_batchinv.job.results import TileResult
@@ -36,7 +37,7 @@ class Retries:
 
     def __init__(self, spans: Iterable[range], attempts: int):
         self._todo = iter(spans)
-        self._next = next(self._todo, None)
+        self._coming = deque(islice(self._todo, 1))
         self._attempts = attempts
         self._waiting: list[tuple[float, int, range]] = []
         self._tried: defaultdict[int, int] = defaultdict(int)
@@ -47,7 +48,12 @@ class Retries:
     @property
     def exhausted(self) -> bool:
         """Whether nothing is left to begin but tiles that are to be tried alone."""
-        return not self._waiting and self._next is None
+        return not self._waiting and not self._coming
+
+    def count_left(self, most: int) -> int:
+        """Return how many spans are left to begin, as far as that is of interest."""
+        self._coming.extend(islice(self._todo, max(0, most - len(self._coming))))
+        return min(most, len(self._coming) + len(self._waiting) + len(self._suspects))
 
     @property
     def ready_at(self) -> float | None:
@@ -58,7 +64,9 @@ class Retries:
         """Return the next span to begin, or None if there is none now."""
         if self._waiting and self._waiting[0][0] <= now:
             return heapq.heappop(self._waiting)[-1]
-        span, self._next = self._next, next(self._todo, None)
+        span = self._coming.popleft() if self._coming else None
+        if not self._coming:
+            self._coming.extend(islice(self._todo, 1))
         return span
 
     def next_isolated(self, now: float) -> bool:
@@ -113,7 +121,8 @@ class Retries:
 
     def drain(self) -> None:
         """Begin nothing new, and try nothing again."""
-        self._todo, self._next = iter(()), None
+        self._todo = iter(())
+        self._coming.clear()
         self._waiting.clear()
         self._suspects.clear()
         self._attempts = 1

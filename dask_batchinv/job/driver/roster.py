@@ -10,16 +10,18 @@ import asyncio
 import concurrent.futures
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
-from distributed import Client
+from distributed import Client, get_worker
 
 from dask_batchinv.job.driver.executor import PER_THREAD, ClusterLostError
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.worker.introduction import Introduction, introduce, tasks_begun
 
+_TOO_SMALL = "its memory does not hold a tile"
 #: A worker gets tiles only after so much of its life: a nanny whose worker dies while it starts gives up.
 SETTLING_SECONDS = 1.0
 #: How long to wait for a scheduler's answer, and for a worker's; and after how long a silent one is asked again.
@@ -42,12 +44,42 @@ async def ask_workers(client: Client, addresses: Iterable[str], function: Any, *
     return dict(zip(asked, await asyncio.gather(*map(one, asked)), strict=True))
 
 
+def known_workers(client: Client, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what the scheduler knows of its workers, by address: of all, or of those that match one of some patterns.
+
+    Not by `Client.scheduler_info`: now and then a background task of the client puts an answer without workers in place
+    of the one that it waited for.
+    """
+    found: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER_SECONDS)
+    return {address: facts for address, facts in found["workers"].items() if _is_wanted(address, facts, only)}
+
+
+def _is_wanted(address: str, facts: dict[str, Any], only: Sequence[str]) -> bool:
+    names = (str(facts.get("name")), address, str(facts.get("host")))
+    return not only or any(
+        pattern.partition(":")[2] in (facts.get("resources") or {})
+        if pattern.startswith("resource:")
+        else any(fnmatchcase(name, pattern) for name in names)
+        for pattern in only
+    )
+
+
+def own_task() -> str | None:
+    """Return the key of the Dask task that this thread is doing, if it is doing one."""
+    try:
+        return str(get_worker().get_current_task())
+    except (ValueError, AttributeError, KeyError):  # another thread may have inherited what it is found by
+        return None
+
+
 @dataclass
 class Worker:
     """A worker as we know it."""
 
     threads: int
     """Its threads."""
+    room: int
+    """Tiles that its memory holds at a time."""
     since: float
     """Since when it is known."""
     spans: int = 0
@@ -78,7 +110,9 @@ def _load(worker: Worker) -> float:
 
 
 def _has_room(worker: Worker, all_busy: bool) -> bool:
-    return worker.spans < (1 if all_busy else PER_THREAD * worker.free_threads)
+    # What waits on a worker is begun as soon as it has a thread: of those that its memory does not hold, none may wait.
+    most = PER_THREAD * worker.free_threads if worker.room >= worker.threads else min(worker.room, worker.free_threads)
+    return worker.spans < (1 if all_busy else most)
 
 
 class Roster:
@@ -94,6 +128,10 @@ class Roster:
         How the keys of our tasks begin, so that those of others are known.
     is_own : bool
         Whether we started the cluster, so that nobody else uses it.
+    only : sequence of str
+        Patterns of those that may be used.
+    room : callable
+        How many tiles at a time a worker of so many threads and so much memory holds.
     on_answer : callable
         What to call, in another thread, when a worker has answered: `admit` hears it.
     """
@@ -105,10 +143,14 @@ class Roster:
         prefix: str,
         *,
         is_own: bool,
+        only: Sequence[str],
+        room: Callable[[int, int | None], int],
         on_answer: Callable[[concurrent.futures.Future[Any]], None],
     ):
         self._client, self._introduction = client, introduction
-        self._prefix, self._is_own, self._on_answer = prefix, is_own, on_answer
+        self._prefix, self._is_own, self._only, self._room = prefix, is_own, only, room
+        self._on_answer = on_answer
+        self._own_task = own_task()
         self.workers: dict[str, Worker] = {}
         # Those that are here already are taken as settled.
         self._ask_scheduler(time.monotonic() - SETTLING_SECONDS)
@@ -157,7 +199,7 @@ class Roster:
         """Return how many threads wait for tiles."""
         now = time.monotonic()
         return sum(
-            max(0, worker.free_threads - worker.spans)
+            max(0, min(worker.free_threads, worker.room) - worker.spans)
             for worker in self.workers.values()
             if self.may_have(worker) and now - worker.since >= SETTLING_SECONDS
         )
@@ -192,7 +234,7 @@ class Roster:
         elif worker.stuck:
             worker.stuck = len(found) if isinstance(found, list) else worker.stuck
             worker.ask_at = time.monotonic() + AGAIN_SECONDS
-        elif (why := self._introduction.why_useless(found)) is None:
+        elif (why := self._introduction.why_useless(found) or _TOO_SMALL * (not worker.room) or None) is None:
             worker.is_admitted = True
         else:
             worker.refused = why
@@ -200,18 +242,25 @@ class Roster:
 
     def _ask_scheduler(self, now: float) -> list[str]:
         """Bring what is known up to date; return who has gone."""
-        scheduler = self._client.scheduler
         try:
-            found = self._client.sync(scheduler.identity, n_workers=-1, callback_timeout=ANSWER_SECONDS)["workers"]
+            found = known_workers(self._client, self._only)
             tasks: dict[str, list[Any]] = {}
             if not self._is_own:
+                scheduler = self._client.scheduler
                 tasks = self._client.sync(scheduler.processing, workers=None, callback_timeout=ANSWER_SECONDS)
         except Exception as error:  # whatever a connection may raise
             raise ClusterLostError("the scheduler does not answer") from error
         for address, facts in found.items():
-            worker = self.workers.setdefault(address, Worker(facts["nthreads"], now))
+            if address not in self.workers:
+                room = self._room(facts["nthreads"], facts["memory_limit"] or None)
+                self.workers[address] = Worker(facts["nthreads"], room, now)
+            worker = self.workers[address]
             worker.is_running = facts.get("status", "running") == "running"
-            worker.others = sum(not str(key).startswith(self._prefix) for key in tasks.get(address, ()))
+            keys = [str(key) for key in tasks.get(address, ()) if not str(key).startswith(self._prefix)]
+            # What has seceded waits for others, and needs no thread; that of this very job it may not have told yet.
+            counts = (facts.get("metrics") or {}).get("task_counts") or {}
+            seceded = max(counts.get("long-running", 0), keys.count(self._own_task or ""))
+            worker.others = max(0, len(keys) - seceded)
         gone = [address for address in self.workers if address not in found]
         for address in gone:
             if (answer := self.workers.pop(address).answer) is not None:

@@ -13,9 +13,9 @@ from typing import Any
 import dask.config
 import numpy as np
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, in_task
 from dask_batchinv.job.driver.executor import ClusterLostError, Executor, InProcess, Serial
-from dask_batchinv.job.driver.placing import plan_here
+from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.plan.plan import Plan, Workers
@@ -63,26 +63,33 @@ READ_BACK_NBYTES = 2**26
 
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
     """Run a prepared job to its end and return the report, whatever it says."""
-    on_progress = on_progress or ignore
+    # What is in the memory of this process stays here.
+    is_here = any(location.is_memory for location in (job.source.location, job.target))
+    found, on_progress = options if is_here else options.resolved(), on_progress or ignore
     nobody = Workers(0, 0, None)
     idle = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
     if (ledger := idle.nothing_to_do()) is not None:
         remove_stale_lock(job.target)
         return idle.report(ledger)
     refuse_held(job.target)  # before workers are started, or asked
-    if (here := plan_here(job, options)) is not None:
+    # Small jobs in tasks, which may be many, stay in their tasks.
+    if (here := plan_here(job, options if in_task() else found)) is not None:
         workers = Workers(1, here.limits.threads, None)
         return Run(job, here, workers, InProcess(workers.threads), on_progress, looks=idle.looks)()
     # Not before it is needed: to import Dask's cluster takes as long as a small job.
     from dask_batchinv.job.driver.cluster import connect, count_gpus, meet_workers
     from dask_batchinv.job.driver.dispatch import Dispatcher
 
-    with connect(options) as (client, workers):
-        if not options.is_local:
-            workers = replace(workers, gpus=count_gpus(job.options.device, client))
-        plan = plan_for(job, workers)
-        introduction, silent = meet_workers(client, job.source, job.target)
-        executor = Dispatcher(client, introduction, is_own=options.is_local, restart_stalled=options.restart_stalled)
+    with connect(found) as (client, kinds):
+        if not found.is_local:
+            gpus = count_gpus(job.options.device, client, found.only_workers)
+            kinds = [replace(kinds[0], gpus=gpus), *kinds[1:]]
+        plan, workers = plan_for_unlike(job, kinds)
+        introduction, silent = meet_workers(client, job.source, job.target, found.only_workers)
+        executor = Dispatcher(
+            client, introduction, plan.room, is_own=found.is_local, restart_stalled=found.restart_stalled,
+            only=found.only_workers,
+        )  # fmt: skip
         return Run(job, plan, workers, executor, on_progress, RunTotals(events=list(silent)), idle.looks)()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from dask_batchinv.job.target.lock import locked
 from dask_batchinv.job.target.state import State, Target, differences, shrunk
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.verify_tiles import VerifiedTile, VerifyTask, verify_tiles
-from dask_batchinv.location import Location
+from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import FAILURE_KINDS, RefusedError, TargetError
 from dask_batchinv.text import clean
 
@@ -40,9 +39,7 @@ class _Found:
     refuted: list[int] = field(default_factory=list)
 
 
-def verify(
-    path: str | os.PathLike[str], source: str | os.PathLike[str] | None, cluster: ClusterOptions, sample: float = 1.0
-) -> VerifyReport:
+def verify(path: Place, source: Place | None, cluster: ClusterOptions, sample: float = 1.0) -> VerifyReport:
     """Do what `verify_store` promises."""
     if not 0 <= sample <= 1:
         raise RefusedError(f"sample must be between 0 and 1, got {sample}")
@@ -61,10 +58,12 @@ def verify(
             problems.append(f"{', '.join(keys[:3])} of {location.name} are lost or damaged{AGAIN}")
     except DamagedTargetError as error:
         problems.append(f"{error}{AGAIN}")
+    cluster = cluster.resolved()
     with connect(cluster) as (client, _):
         dispatcher = Dispatcher(
-            client, meet_workers(client, opened, location, writes=False)[0], is_own=cluster.is_local,
-            restart_stalled=cluster.restart_stalled,
+            client, meet_workers(client, opened, location, cluster.only_workers, writes=False)[0],
+            lambda threads, memory: threads,
+            is_own=cluster.is_local, restart_stalled=cluster.restart_stalled, only=cluster.only_workers,
         )  # fmt: skip
         spans = (range(number, number + 1) for number in range(tiling.n_tiles))
         for result in dispatcher.run(verify_tiles, task, spans, attempts=1):
@@ -120,7 +119,7 @@ def _forget(location: Location, target: Target, numbers: list[int]) -> str | Non
     return None
 
 
-def _same_source(path: str | os.PathLike[str], target: Target) -> Source:
+def _same_source(path: Place, target: Target) -> Source:
     fingerprint = target.fingerprint
     source = open_source(path, fingerprint["variable"], fingerprint["dims"])
     found = fingerprint_of(source)

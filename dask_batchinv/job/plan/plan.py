@@ -120,6 +120,14 @@ class Plan:
         count = self.together * max(1, AHEAD_PER_TASK * self.ahead, TASK_NBYTES // together)
         return max(self.together, min(count, LARGEST_SPAN))
 
+    def room(self, threads: int, memory: int | None) -> int:
+        """Return how many tiles a worker of so many threads and bytes of memory can work on at a time."""
+        if memory is None:
+            return threads
+        fixed = IDLE_WORKER_NBYTES + self.limits.compile_nbytes
+        per_thread = max(1, (self.projected_nbytes - fixed) // max(1, self.limits.threads))
+        return max(0, min(threads, int(USABLE * memory - fixed) // per_thread))
+
     @property
     def tile_nbytes(self) -> int:
         """Bytes of a tile of the target, about."""

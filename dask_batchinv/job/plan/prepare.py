@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, d
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.versions import LAPACKS, versions
 from dask_batchinv.kernels import GENERATION, Kernel, choose_kernel
-from dask_batchinv.location import Location
+from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import SourceError, TargetError
 from dask_batchinv.stack import result_dtype
 
@@ -44,9 +43,7 @@ class Job:
     """What is to be done with that; never "refuse"."""
 
 
-def prepare(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], options: JobOptions, *, moved: bool = False
-) -> Job:
+def prepare(source: Place, target: Place, options: JobOptions, *, moved: bool = False) -> Job:
     """Open source and target, metadata only, and refuse what is not safe.
 
     Parameters
@@ -89,7 +86,7 @@ def prepare(
     return Job(opened, location, options, kernel, fingerprint, found, action)
 
 
-def _open_source(source: str | os.PathLike[str], options: JobOptions, target: Location) -> Source:
+def _open_source(source: Place, options: JobOptions, target: Location) -> Source:
     """Open a source; where it does not say which dimensions are the core ones, a target that is there does."""
     try:
         return open_source(source, options.variable, options.dims)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.text import clean
 
@@ -76,7 +77,7 @@ class Status:
         return f"{self.account}\n{self.freshness}"
 
 
-def status_of(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> Status:
+def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any] | None = None) -> Status:
     """Return the status of a target.
 
     Parameters
@@ -86,6 +87,8 @@ def status_of(path: str | os.PathLike[str], source: str | os.PathLike[str] | Non
     source
         What it was made from, as for the job, where that has another address now, or one with credentials in it; by
         default what the target names.
+    given
+        What the file system of that is given.
 
     Raises
     ------
@@ -102,7 +105,8 @@ def status_of(path: str | os.PathLike[str], source: str | os.PathLike[str] | Non
             device="gpu" if made["kernel"].startswith("cuda") else "auto",
         )  # fmt: skip
         then = made["source"].removesuffix(f"/{made['variable']}")
-        freshness = check_job(prepare(source or then, path, options, moved=source is not None), ledger)
+        where = Location.parse(then, given) if source is None else source
+        freshness = check_job(prepare(where, path, options, moved=source is not None), ledger)
     except TargetError as error:
         freshness = _cannot_tell(target, str(error), up_to_date=False)
     except Exception as error:  # whatever a file system may raise

@@ -45,7 +45,7 @@ from dask_batchinv.job.source.metadata import (
 from dask_batchinv.job.source.variable import find_stack
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
-from dask_batchinv.location import Location, raised_as
+from dask_batchinv.location import Location, Place, raised_as
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import METADATA_KEYS, StrictStore, write_unit
 from dask_batchinv.text import clean, harmless
@@ -261,7 +261,7 @@ class Source:
         return found
 
 
-def open_source(path: str | os.PathLike[str], variable: str | None = None, dims: Sequence[str] | None = None) -> Source:
+def open_source(path: Place, variable: str | None = None, dims: Sequence[str] | None = None) -> Source:
     """Read the metadata of a source and check that it is a stack of matrices.
 
     Parameters
@@ -286,11 +286,12 @@ def open_source(path: str | os.PathLike[str], variable: str | None = None, dims:
             raise
         text = str(error)
         if not isinstance(error, SourceError):
-            text = f"the source {os.fspath(path)} cannot be opened: {type(error).__name__}: {text}"
+            name = path.name if isinstance(path, Location) else os.fspath(path)
+            text = f"the source {name} cannot be opened: {type(error).__name__}: {text}"
         raise SourceError(_shortened(clean(text))) from harmless(error)
 
 
-def _open_source(path: str | os.PathLike[str], variable: str | None, dims: Sequence[str] | None) -> Source:
+def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None) -> Source:
     root = Location.parse(path)
     node, variable = find_stack(root, variable, dims)
     inner, _, name = (variable or "").rpartition("/")

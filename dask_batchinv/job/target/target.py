@@ -37,7 +37,7 @@ from dask_batchinv.job.target.mark import FORMAT, Mark, attributes_of, marked, r
 from dask_batchinv.job.target.state import Fingerprint, State, Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.tiling import LARGEST_COUNT, Tiling
-from dask_batchinv.location import Location, TakenOverError, json_object, raised_as
+from dask_batchinv.location import Location, Place, TakenOverError, json_object, raised_as
 from dask_batchinv.outcome import TargetError
 from dask_batchinv.storage import MARK, FilesStore, unspecified
 from dask_batchinv.text import harmless
@@ -49,7 +49,7 @@ _ROWS = re.compile(r"tiles(-\d{1,9})?")
 _LEDGER_KEY = re.compile(r"(tiles(-\d+)?/)?zarr\.json|tiles(-\d+)?/c/\d+/\d+|runs\.json")
 
 
-def parse_location(path: str | os.PathLike[str]) -> Location:
+def parse_location(path: Place) -> Location:
     """Return the location of a target, or raise TargetError."""
     try:
         return Location.parse(path)
@@ -145,7 +145,7 @@ def _tiling_in(mark: Mark) -> dict[str, Any]:
     return {"shape": shape, "tile": tile, "core": (core[0], core[1])}
 
 
-def existing(path: str | os.PathLike[str]) -> tuple[Location, Target]:
+def existing(path: Place) -> tuple[Location, Target]:
     """Return where a target is, and what is known of it; TargetError if none of ours is there to be read."""
     location = parse_location(path)
     target = inspect(location)

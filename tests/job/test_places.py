@@ -1,0 +1,137 @@
+"""Source and target as people have them in hand, each with what its file system is given."""
+
+import json
+
+import dask
+import fsspec
+import numpy as np
+import pytest
+import zarr
+from click.testing import CliRunner
+
+from dask_batchinv import SourceError, TargetError, invert_store, verify_store
+from dask_batchinv.cli import main
+from dask_batchinv.location import Location
+from dask_batchinv.places import locate
+from tests.support.private import TOKEN
+from tests.support.stacks import conditioned
+from tests.support.targets import tree
+
+
+@pytest.fixture
+def source(make_source):
+    return make_source(conditioned(40, 3, 10), chunks=(10, 3, 3))
+
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+def test_source_and_target_have_options_of_their_own(tmp_path, source, client):
+    options = {"target_options": {"token": TOKEN}, "client": client}
+    report = invert_store(source, f"private://{tmp_path}/t", tile_size=720, **options)
+    assert report.complete
+    assert "nothing was left to do" in str(invert_store(source, f"private://{tmp_path}/t", tile_size=720, **options))
+    assert verify_store(f"private://{tmp_path}/t", source=source, **options).ok
+    for name, content in tree(tmp_path / "t").items():
+        assert TOKEN.encode() not in content, name
+    report = invert_store(
+        f"private://{source}", f"private://{tmp_path}/u", source_options={"token": TOKEN}, tile_size=720, **options
+    )
+    assert report.complete
+    assert TOKEN not in str(report) + json.dumps(report.to_json())
+    for name, content in tree(tmp_path / "u").items():
+        assert TOKEN.encode() not in content, name
+
+
+def test_wrong_options_are_refused_and_not_shown(tmp_path, source, client):
+    wrong = {"token": "not-the-token-0815"}
+    with pytest.raises(SourceError, match="wrong token") as caught:
+        invert_store(f"private://{source}", tmp_path / "t", source_options=wrong, client=client)
+    assert wrong["token"] not in str(caught.value)
+    with pytest.raises((TargetError, SourceError), match="wrong token") as caught:
+        invert_store(source, f"private://{tmp_path}/t", target_options=wrong, client=client)
+    assert wrong["token"] not in str(caught.value)
+    assert not (tmp_path / "t").exists()
+
+
+def test_options_on_the_command_line(tmp_path, source):
+    runner, places = CliRunner(), [f"private://{source}", f"private://{tmp_path}/t"]
+    given = ["--source-options", json.dumps({"token": TOKEN}), "--target-options", "stores.mine"]
+    with dask.config.set({"stores": {"mine": {"token": TOKEN}}}):
+        done = runner.invoke(main, ["run", *places, *given])
+        assert done.exit_code == 0, done.output
+        done = runner.invoke(main, ["status", places[1], *given])
+        assert done.exit_code == 0, done.output
+        done = runner.invoke(main, ["verify", places[1], "--source", places[0], *given, "--workers", "1"])
+        assert done.exit_code in (0, 1, 2)  # worker processes do not know this file system
+        done = runner.invoke(main, ["run", *places, "--dry-run", *given])
+        assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("text", ["{", "no.such.name", '{"a": 1} x', "[1]", ""])
+def test_options_that_are_none(tmp_path, source, text):
+    done = CliRunner().invoke(main, ["run", str(source), str(tmp_path / "t"), "--source-options", text])
+    assert done.exit_code == 2
+    assert "--source-options takes a JSON object, or the name of one" in done.output
+    assert not (tmp_path / "t").exists()
+
+
+def test_stores_with_other_endpoints_are_not_one():
+    here, there = ({"client_kwargs": {"endpoint_url": f"http://{host}"}} for host in ("a", "b"))
+    a = Location.parse("s3://bucket/a", here)
+    assert a.contains(Location.parse("s3://bucket/a/b", here))
+    assert a.contains(Location.parse("s3://bucket/a/b"))  # which may be the same, by the environment
+    assert not a.contains(Location.parse("s3://bucket/a/b", there))
+    assert not a.contains(Location.parse("s3://bucket/a/b", {"endpoint_url": "http://b"}))
+    assert (a / "b").options == here
+
+
+# --- what stands for a place ------------------------------------------------------------------------------------
+
+
+def test_what_stands_for_a_local_place(tmp_path, source, client):
+    array, group = zarr.open_array(source, mode="r"), zarr.open_group(tmp_path / "t", mode="w")
+    group.create_array("inner", shape=(1,), dtype=float)
+    mapper = fsspec.get_mapper(str(source))
+    for place in (source, str(source), f"file://{source}", array, mapper, array.store, locate(source)):
+        assert locate(place) == Location(str(source))
+    assert locate(group["inner"]) == Location(str(tmp_path / "t" / "inner"))
+    assert invert_store(array, fsspec.get_mapper(str(tmp_path / "u")), client=client).complete
+    with pytest.raises(TargetError, match=r"is, or lies inside, the source"):
+        invert_store(array, mapper, client=client)
+
+
+def test_what_stands_for_a_place_with_options(tmp_path, source, client):
+    url, options = f"private://{source}", {"token": TOKEN}
+    mapper = fsspec.get_mapper(url, **options)
+    array = zarr.open_array(url, storage_options=options, mode="r")
+    for place in (mapper, array, array.store):
+        found = locate(place)
+        assert (found.url, dict(found.options)) == (url, options)
+    assert invert_store(array, tmp_path / "t", client=client, tile_size=720).complete
+
+
+def test_a_path_of_universal_pathlib(source):
+    upath = pytest.importorskip("upath", reason="universal_pathlib is not installed")
+    place = upath.UPath("memory://host/a.zarr")
+    assert locate(place).url == "memory://host/a.zarr"
+
+
+def test_a_zip_file_is_a_source(tmp_path, client):
+    a = conditioned(20, 3, 10)
+    with zarr.storage.ZipStore(tmp_path / "s.zip", mode="w") as store:
+        zarr.create_array(store, data=a, chunks=(10, 3, 3))
+    store = zarr.storage.ZipStore(tmp_path / "s.zip", mode="r")
+    assert invert_store(store, tmp_path / "t", client=client).complete
+    found = zarr.open_array(tmp_path / "t" / "inverse")[...]
+    np.testing.assert_allclose(found @ a, np.broadcast_to(np.eye(3), a.shape), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "place", [zarr.storage.MemoryStore(), {"a": b""}, 3, None], ids=["memory", "dict", "int", "none"]
+)
+def test_what_no_other_process_could_open(tmp_path, source, place):
+    with pytest.raises(SourceError, match=r"is no place that worker processes could open: pass its path or URL"):
+        invert_store(place, tmp_path / "t")
+    with pytest.raises(TargetError, match=r"is no place"):
+        invert_store(source, place)
