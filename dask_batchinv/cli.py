@@ -35,6 +35,8 @@ from dask_batchinv.stack import SHORT_WORDS, AssumeA, Device
 from dask_batchinv.text import clean, clean_lines, clean_values
 
 REFUSED = 2
+#: Raised when what JSON objects say is called otherwise, or means something else.
+SCHEMA = 1
 INTERRUPTED = 130
 
 EXIT_CODES = """
@@ -80,8 +82,9 @@ _job_options = _options(
                  help="Read symmetric and Hermitian matrices from their lower triangles, not their upper ones."),
     click.option("--min-rcond", type=float, default=0.0, metavar="X",
                  help="Matrices whose reciprocal condition number is below X count as failed."),
-    click.option("--max-failed", default="0", show_default=True, metavar="N",
-                 help="How many matrices may have no inverse before the exit code is 3; 'any' for no limit."),
+    click.option("--max-failed", default="0", show_default=True, metavar="LIMIT",
+                 help="How many matrices may have no inverse before the exit code is 3: a number, a share such as "
+                      "0.1%, 'any', or by kind: not-finite=any,singular=0."),
     click.option("--device", type=click.Choice(get_args(Device)), default="auto", show_default=True,
                  help="Where to invert."),
     click.option("--missing", type=click.Choice(get_args(Missing)), default="error", show_default=True,
@@ -121,7 +124,9 @@ _cluster_options = _options(
                  help="Memory of each, such as 4GiB. Default: a fair share of the machine."),
 )  # fmt: skip
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text, also of what goes wrong."
+)
 
 
 class _Commands(click.Group):
@@ -176,7 +181,7 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
       dask-batchinv run covariances.zarr inverses.zarr --variable cov --assume-a "positive definite"
       dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tls://10.0.0.1:8786
     """
-    with _exit_codes() as interrupts:
+    with _exit_codes(as_json) as interrupts:
         job, cluster = _parse(arguments)
         if dry_run:
             _print_plan(_plan(job, cluster), as_json)
@@ -204,7 +209,7 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
 @_json_option
 def plan(as_json: bool, **arguments: Any) -> None:
     """Print what `run` would do: tiles, bytes, and the memory that a worker will need. Writes nothing."""
-    with _exit_codes():
+    with _exit_codes(as_json):
         _print_plan(_plan(*_parse(arguments)), as_json)
 
 
@@ -223,7 +228,7 @@ def status(as_json: bool, **arguments: Any) -> None:
 
     Of the source coordinates are read; its chunks are listed.
     """  # fmt: skip
-    with _exit_codes():
+    with _exit_codes(as_json):
         target = _locate("target", arguments)
         if arguments["source"] is not None:
             _print_and_exit(status_of(target, _locate("source", arguments)), as_json)
@@ -248,7 +253,7 @@ def verify_command(sample: float, as_json: bool, **arguments: Any) -> None:
         verify,  # with it Dask's cluster is imported, which small jobs do without
     )
 
-    with _exit_codes():
+    with _exit_codes(as_json):
         target, source = _locate("target", arguments), _source_if_given(arguments)
         report = verify(target, source, ClusterOptions(**arguments), sample)
         _print(report, as_json)
@@ -276,10 +281,6 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     target = _locate("target", arguments)
     if arguments["dims"] is not None:
         arguments["dims"] = tuple(arguments["dims"].split(","))
-    allowed = arguments["max_failed"]
-    if allowed != "any" and not allowed.isdecimal():
-        raise RefusedError(f"--max-failed takes a number or 'any', got {allowed!r}")
-    arguments["max_failed"] = None if allowed == "any" else int(allowed)
     return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
 
 
@@ -324,11 +325,15 @@ def _plan(job: Job, cluster: ClusterOptions) -> Plan:
 
 
 def _print_plan(made: Plan, as_json: bool) -> None:
-    _say(json.dumps(made.to_json()) if as_json else made.describe())
+    _say(_json(made.to_json()) if as_json else made.describe())
 
 
 def _print(report: Any, as_json: bool) -> None:
-    _say(json.dumps(clean_values(report.to_json())) if as_json else clean_lines(str(report)))
+    _say(_json(report.to_json()) if as_json else clean_lines(str(report)))
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps({"schema": SCHEMA} | clean_values(content))
 
 
 def _print_and_exit(found: Status | Freshness, as_json: bool) -> NoReturn:
@@ -388,24 +393,30 @@ class _Interrupts:
 
 
 @contextmanager
-def _exit_codes() -> Iterator[_Interrupts]:
+def _exit_codes(as_json: bool) -> Iterator[_Interrupts]:
     """Turn what may go wrong into messages and exit codes."""
+
+    def end(code: int, error: BaseException, text: str) -> NoReturn:
+        _complain(text)
+        if as_json:
+            told = {"kind": type(error).__name__, "message": str(error) or text}
+            _say(_json({"error": told, "exit_code": code}))
+        sys.exit(code)
+
     with _Interrupts() as interrupts:
         try:
             check_optimized()
             yield interrupts
         except (RefusedError, DeviceError) as error:
-            _complain(f"Error: {clean(str(error))}")
-            sys.exit(REFUSED)
+            end(REFUSED, error, f"Error: {clean(str(error))}")
         except OSError as error:  # a lost cluster, a full disk
-            _complain(f"Error: {clean(str(error))}")
-            sys.exit(1)
-        except KeyboardInterrupt:
-            _complain("Interrupted. Finished tiles are recorded: run the same command again for the rest.")
-            sys.exit(INTERRUPTED)
-        except Exception:  # not foreseen: what Python prints, but such that it may be shown
-            _complain(traceback.format_exc().rstrip())
-            sys.exit(1)
+            end(1, error, f"Error: {clean(str(error))}")
+        except KeyboardInterrupt as error:
+            end(
+                INTERRUPTED, error, "Interrupted. Finished tiles are recorded: run the same command again for the rest."
+            )
+        except Exception as error:  # not foreseen: what Python prints, but such that it may be shown
+            end(1, error, traceback.format_exc().rstrip())
 
 
 if __name__ == "__main__":

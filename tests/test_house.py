@@ -23,7 +23,7 @@ FLOORS = [
     ["kernels", "unfinished", "places"],
     ["out"],
     ["options"],
-    ["containers"],
+    ["containers", "job.allowed"],
     ["array", "job.events", "job.tiling", "job.versions", "job.options", "job.outputs"],
     ["job.seen"],
     ["labelled", "job.results", "job.source"],

@@ -39,7 +39,7 @@ def invert_store(
     assume_a: AssumeAWord = "general",
     lower: bool = False,
     min_rcond: float = 0.0,
-    max_failed: int | None = 0,
+    max_failed: int | str | None = 0,
     device: Device = "auto",
     client: Client | None = None,
     scheduler: str | None = None,
@@ -87,9 +87,10 @@ def invert_store(
         As in `dask_batchinv.inverse`.
     min_rcond : float
         A matrix whose rcond is smaller gets ``info`` -3 and NaN.
-    max_failed : int or None
-        How many matrices may fail before `JobFailedError` is raised; None for any number. The target is complete
-        all the same.
+    max_failed : int, str or None
+        How many matrices may fail before `JobFailedError` is raised: a number, a share such as ``"0.1%"``, None for any
+        number; or by kind, ``"not_finite=any,singular=0"``, where kinds that are not named count together against what
+        has no name, by default 0. The target is complete all the same.
     client : distributed.Client, optional
         The cluster to use; by default the active one, as everything in Dask does, or in a Dask task that of the task.
     scheduler : str, optional

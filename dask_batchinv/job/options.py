@@ -9,6 +9,7 @@ from typing import Literal
 import dask.config
 from dask.utils import parse_bytes
 
+from dask_batchinv.job.allowed import Allowed, MaxFailed
 from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.stack import AssumeA, Device, parse_assume_a, parse_choice, parse_min_rcond
@@ -30,8 +31,8 @@ class JobOptions:
     """Whether symmetric matrices are read from their lower triangles."""
     min_rcond: float = 0.0
     """Below it a matrix counts as failed."""
-    max_failed: int | None = 0
-    """How many matrices may fail; None for any number."""
+    max_failed: MaxFailed = 0
+    """How many matrices may fail."""
     device: Device = "auto"
     """Where to invert."""
     missing: Missing = "error"
@@ -54,8 +55,7 @@ class JobOptions:
             parse_device(self.device)
         except ValueError as error:
             raise RefusedError(str(error)) from error
-        if self.max_failed is not None and self.max_failed < 0:
-            raise RefusedError(f"max_failed must be 0 or more, got {self.max_failed}")
+        Allowed.parse(self.max_failed)
         if self.tile_nbytes <= 0:
             raise RefusedError(f"tile_size must be more than 0 bytes, got {self.tile_size}")
 

@@ -99,7 +99,7 @@ def test_quiet(source, tmp_path):
         (["{source}", "{tmp}/t", "--variable", "A"], "is an array, not a group"),
         (["{source}", "{tmp}/t", "--dims", "a"], "two different names"),
         (["{source}", "{tmp}/t", "--assume-a", "positive"], "'positive' is not one of"),
-        (["{source}", "{tmp}/t", "--max-failed", "few"], "takes a number or 'any'"),
+        (["{source}", "{tmp}/t", "--max-failed", "few"], "takes a number, a share"),
         (["{source}", "{tmp}/t", "--device", "gpu"], "CuPy cannot be imported|CUDA finds no"),
         (["{source}", "{tmp}/t", "--memory-limit", "1MiB"], "do not fit|does not fit"),
         (["{source}", "{tmp}/t", "--scheduler", "tcp://127.0.0.1:9"], "no scheduler at tcp://127.0.0.1:9"),
@@ -168,6 +168,17 @@ def test_ctrl_c_is_exit_code_130_and_the_same_command_continues(make_source, tmp
     report = json.loads(cli(*arguments, "--json")[0])
     assert report["tiles_now"] == report["tiles"] - before["tiles_done"]
     assert_same_bits(read_target(target)[0], inverse_ex(a).inverse)
+
+
+def test_what_is_refused_is_told_in_json_too(tmp_path, make_source):
+    source = make_source(conditioned(4, 3, 10))
+    out, err = cli("run", tmp_path / "nothing", tmp_path / "t", "--json", code=2)
+    told = json.loads(out)
+    assert (told["schema"], told["exit_code"], told["error"]["kind"]) == (1, 2, "SourceError")
+    assert told["error"]["message"] in err
+    assert json.loads(cli("run", source, tmp_path / "t", "--json")[0])["schema"] == 1
+    assert json.loads(cli("plan", source, tmp_path / "u", "--json")[0])["schema"] == 1
+    assert json.loads(cli("status", tmp_path / "u", "--json", code=2)[0])["error"]["kind"] == "TargetError"
 
 
 def test_help_suffices():

@@ -13,11 +13,14 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from dask_batchinv import JobFailedError, inverse_ex, invert_store, verify_store
+from dask_batchinv import JobFailedError, RefusedError, inverse_ex, invert_store, verify_store
 from dask_batchinv.disk import PARTIAL
+from dask_batchinv.job.allowed import Allowed
 from dask_batchinv.job.driver import run as driver
+from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.results import TileResult
+from dask_batchinv.outcome import FAILURE_KINDS
 from tests.support.stacks import DTYPES, assert_same_bits, conditioned
 from tests.support.targets import read_target, spoilt, tree
 
@@ -261,12 +264,45 @@ def test_a_missing_chunk_may_stand_for_the_fill_value(tmp_path, client):
     assert verify_store(tmp_path / "u", source=tmp_path / "s", client=client).ok
 
 
+@pytest.mark.parametrize(
+    ("allowed", "failed", "words"),
+    [
+        (0, {}, None),
+        (0, {"singular": 1}, "1 matrices have no inverse, 0 allowed"),
+        (None, {"singular": 10**9}, None),
+        ("any", {"overflow": 10**9}, None),
+        ("3", {"singular": 2, "overflow": 1}, None),
+        ("1%", {"singular": 10}, None),
+        ("1%", {"singular": 11}, "11 matrices have no inverse, 10 allowed"),
+        ("not-finite=any", {"not_finite": 900}, None),
+        ("not-finite=any,singular=0", {"not_finite": 900, "singular": 1}, "1 matrices failed as singular, 0 allowed"),
+        ("not_finite=50%", {"not_finite": 501}, "501 matrices failed as not finite, 500 allowed"),
+        (
+            "not-finite=any",
+            {"not_finite": 1, "overflow": 2},
+            "2 matrices failed as singular or overflow or below min rcond, 0 allowed",
+        ),
+        ("not-finite=any,2", {"not_finite": 1, "overflow": 2}, None),
+    ],
+)
+def test_how_many_may_fail(allowed, failed, words):
+    assert Allowed.parse(allowed).exceeded(dict.fromkeys(FAILURE_KINDS, 0) | failed, 1000) == words
+
+
+@pytest.mark.parametrize(
+    "allowed", [-1, "-1", "x", "1.5", "200%", "-1%", "", "singular", "singular=", "odd=1", "1,2", "nan%"]
+)
+def test_how_many_may_fail_is_refused(allowed):
+    with pytest.raises(RefusedError, match="max_failed takes a number, a share"):
+        JobOptions(max_failed=allowed)
+
+
 def test_max_failed_and_min_rcond(tmp_path, make_source, client):
     a = conditioned(40, 2, 1)
     a[[3, 4]] = np.diag([1, 1e-8])
     source = make_source(a)
     assert invert_store(source, tmp_path / "t", client=client).n_failed == 0
-    with pytest.raises(JobFailedError, match=r"2 matrices have no inverse, 1 were allowed.*complete") as caught:
+    with pytest.raises(JobFailedError, match=r"2 matrices have no inverse, 1 allowed.*complete") as caught:
         invert_store(source, tmp_path / "u", client=client, min_rcond=1e-6, max_failed=1)
     report = caught.value.report
     assert report.exit_code == 3

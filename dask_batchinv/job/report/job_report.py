@@ -7,6 +7,7 @@ from typing import Any
 
 from dask.utils import format_bytes
 
+from dask_batchinv.job.allowed import Allowed, MaxFailed
 from dask_batchinv.job.report.account import Account
 from dask_batchinv.job.report.run_record import RunRecord
 from dask_batchinv.job.report.tiles import named_tiles
@@ -18,11 +19,11 @@ from dask_batchinv.text import clean
 class JobReport(RunRecord, Account):
     """The result of a job."""
 
-    max_failed: int | None
+    max_failed: MaxFailed
     """How many failed matrices were allowed."""
 
     @classmethod
-    def of(cls, account: Account, record: RunRecord, max_failed: int | None) -> JobReport:
+    def of(cls, account: Account, record: RunRecord, max_failed: MaxFailed) -> JobReport:
         """Return the report of a run on a target."""
         return cls(**vars(account), **vars(record), max_failed=max_failed)
 
@@ -31,7 +32,12 @@ class JobReport(RunRecord, Account):
         """0 done; 1 some tiles could not be done; 3 more matrices failed than were allowed."""
         if not self.complete or self.stopped is not None:
             return 1
-        return 3 if self.max_failed is not None and self.n_failed > self.max_failed else 0
+        return 3 if self.too_many else 0
+
+    @property
+    def too_many(self) -> str | None:
+        """Which matrices failed that were not allowed to, in words."""
+        return Allowed.parse(self.max_failed).exceeded(self.failed, self.matrices_done)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report for machines."""
@@ -40,7 +46,7 @@ class JobReport(RunRecord, Account):
     def __str__(self) -> str:
         share = f" of {self.matrices:,}" if not self.complete else ""
         lines = [
-            f"{'NOT COMPLETE' if self.exit_code == 1 else 'done'}: {self.source} -> {self.target}",
+            f"{self._outcome()}: {self.source} -> {self.target}",
             f"matrices         {self.matrices_done:,}{share}, {self.n_failed:,} without an inverse",
             *(f"  {line}" for line in self.failures()),
         ]
@@ -69,6 +75,11 @@ class JobReport(RunRecord, Account):
         lines += [f"note             {event}" for event in self.worker_events[:NAMED]]
         lines += [*self._cost(), *(f"note             {note}" for note in self.notes)]
         return "\n".join(map(clean, lines))
+
+    def _outcome(self) -> str:
+        if self.exit_code == 1:
+            return "NOT COMPLETE"
+        return f"done, but {self.too_many}" if self.exit_code == 3 else "done"
 
     def _cost(self) -> list[str]:
         """Return the lines about time and workers."""
@@ -105,5 +116,5 @@ class JobFailedError(RuntimeError):
             missing = max(report.tiles - report.tiles_done, len(report.failed_tiles))
             return (f"{missing} of {report.tiles} tiles failed, first cause: {clean(first)}. Fix the cause and "
                     f"make the same call again: it does what is not done.\n{report}")  # fmt: skip
-        return (f"{report.n_failed} matrices have no inverse, {report.max_failed} were allowed. The target is "
-                f"complete, with NaN in their place; pass max_failed to allow them.\n{report}")  # fmt: skip
+        return (f"{report.too_many}. The target is complete, with NaN in their place; pass max_failed to allow them."
+                f"\n{report}")  # fmt: skip
