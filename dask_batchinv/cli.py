@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, get_args
 
 import click
@@ -24,7 +25,7 @@ from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, prepare
 from dask_batchinv.job.report import display
 from dask_batchinv.job.report.freshness import Freshness, Status, check_job, status_of
-from dask_batchinv.job.report.run_record import Progress
+from dask_batchinv.job.report.run_record import OnProgress, Progress
 from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.kernels.device import DeviceError
@@ -38,6 +39,7 @@ REFUSED = 2
 #: Raised when what JSON objects say is called otherwise, or means something else.
 SCHEMA = 1
 INTERRUPTED = 130
+INTERRUPTED_TEXT = "Interrupted. What is done is recorded: run the same command again for the rest."
 
 EXIT_CODES = """
 \b
@@ -189,13 +191,7 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
         if check:
             _print_and_exit(check_job(job), as_json)
         with display.shown(enabled=not quiet) as on_progress:
-
-            def heed(now: Progress) -> None:
-                interrupts.check()
-                if on_progress is not None:
-                    on_progress(now)
-
-            report = run_job(job, cluster, heed)
+            report = run_job(job, cluster, partial(_heed, interrupts, on_progress))
         if as_json or not quiet or report.exit_code:
             _print(report, as_json)
         if report.exit_code == 1:
@@ -244,7 +240,8 @@ def status(as_json: bool, **arguments: Any) -> None:
 @_target_options
 @_cluster_options
 @_json_option
-def verify_command(sample: float, as_json: bool, **arguments: Any) -> None:
+@click.option("--quiet", is_flag=True, help="No progress.")
+def verify_command(sample: float, as_json: bool, quiet: bool, **arguments: Any) -> None:
     """Read TARGET back, every chunk of its arrays, and check it. Exit code 1 if something is not right.
 
     What it finds, `run` repairs.
@@ -253,9 +250,11 @@ def verify_command(sample: float, as_json: bool, **arguments: Any) -> None:
         verify,  # with it Dask's cluster is imported, which small jobs do without
     )
 
-    with _exit_codes(as_json):
+    with _exit_codes(as_json, "Interrupted.") as interrupts:
         target, source = _locate("target", arguments), _source_if_given(arguments)
-        report = verify(target, source, ClusterOptions(**arguments), sample)
+        with display.shown(enabled=not quiet) as on_progress:
+            heed = partial(_heed, interrupts, on_progress)
+            report = verify(target, source, ClusterOptions(**arguments), sample, heed)
         _print(report, as_json)
         sys.exit(0 if report.ok else 1)
 
@@ -275,10 +274,19 @@ _CLUSTER_ARGUMENTS = (
 )
 
 
+def _heed(interrupts: _Interrupts, on_progress: OnProgress | None, now: Progress) -> None:
+    """Show progress, and stop if somebody asked for that."""
+    interrupts.check()
+    if on_progress is not None:
+        on_progress(now)
+
+
 def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     cluster = ClusterOptions(**{name: arguments.pop(name) for name in _CLUSTER_ARGUMENTS})
     source = _locate("source", arguments)
     target = _locate("target", arguments)
+    if target.is_memory:
+        raise RefusedError(f"the target {target.name} would end with this command: choose a path or a store")
     if arguments["dims"] is not None:
         arguments["dims"] = tuple(arguments["dims"].split(","))
     return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
@@ -289,11 +297,14 @@ def _options_of(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     if (text := arguments.pop(f"{name}_options")) is None:
         return None
     try:
-        found = json_object(text, "") if text.lstrip().startswith("{") else dask.config.get(text)
+        if text.lstrip().startswith("{"):
+            return json_object(text, "it")
+        found = dask.config.get(text)
     except (ValueError, KeyError, TypeError, IndexError):
         found = None
     if not isinstance(found, dict):
-        raise RefusedError(f"--{name}-options takes a JSON object, or the name of one in the Dask configuration")
+        why = "this is neither" if found is None else f"that name has a {type(found).__name__} there"
+        raise RefusedError(f"--{name}-options takes a JSON object, or the name of one in the Dask configuration: {why}")
     return found
 
 
@@ -393,7 +404,7 @@ class _Interrupts:
 
 
 @contextmanager
-def _exit_codes(as_json: bool) -> Iterator[_Interrupts]:
+def _exit_codes(as_json: bool, interrupted: str = INTERRUPTED_TEXT) -> Iterator[_Interrupts]:
     """Turn what may go wrong into messages and exit codes."""
 
     def end(code: int, error: BaseException, text: str) -> NoReturn:
@@ -412,9 +423,7 @@ def _exit_codes(as_json: bool) -> Iterator[_Interrupts]:
         except OSError as error:  # a lost cluster, a full disk
             end(1, error, f"Error: {clean(str(error))}")
         except KeyboardInterrupt as error:
-            end(
-                INTERRUPTED, error, "Interrupted. Finished tiles are recorded: run the same command again for the rest."
-            )
+            end(INTERRUPTED, error, interrupted)
         except Exception as error:  # not foreseen: what Python prints, but such that it may be shown
             end(1, error, traceback.format_exc().rstrip())
 

@@ -39,8 +39,12 @@ def locate(place: Any, options: Mapping[str, Any] | None = None) -> Location:
         place, path = place.store_path.store, place.store_path.path
     while isinstance(place, zarr.storage.WrapperStore):
         place = place._store
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"options of a file system are a mapping, got a {type(options).__name__}")
     url, own = _url_of(place)
     location = Location.parse(url, {**own, **(options or {})})
+    if location.is_local and options:
+        raise ValueError(f"{location.name} is on a disk of this machine, which takes no options: {', '.join(options)}")
     return location / path if path else location
 
 
@@ -59,8 +63,8 @@ def _url_of(place: Any) -> tuple[str | os.PathLike[str], Mapping[str, Any]]:
     if isinstance(place, (str, os.PathLike)):
         return place, {}
     raise ValueError(
-        f"a {type(place).__module__}.{type(place).__qualname__} is no place that worker processes could open: pass its "
-        "path or URL, and what the file system of fsspec needs as source_options or target_options"
+        f"a {type(place).__name__} is no place that worker processes could open: pass its path or URL, and what the "
+        "file system of fsspec needs as source_options or target_options. For arrays in memory there is `inverse`"
     )
 
 

@@ -11,7 +11,7 @@ from dask_batchinv.job.driver.run import run_job
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
-from dask_batchinv.job.report.run_record import OnProgress
+from dask_batchinv.job.report.run_record import OnProgress, ignore
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.location import Location
@@ -174,6 +174,7 @@ def verify_store(
     threads_per_worker: int | None = None,
     memory_limit: str | int | None = None,
     insecure: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Read a target back, every chunk of its three arrays, and check it.
 
@@ -195,6 +196,8 @@ def verify_store(
         The cluster, as for `invert_store`.
     workers, threads_per_worker, memory_limit, insecure
         The cluster, as for `invert_store`.
+    on_progress : callable, optional
+        Called with a `Progress` every now and then.
 
     Returns
     -------
@@ -215,7 +218,7 @@ def verify_store(
     )  # fmt: skip
     there = _located(target, target_options, TargetError)
     made_from = None if source is None else _located(source, source_options, SourceError)
-    return verify(there, made_from, cluster, sample)
+    return verify(there, made_from, cluster, sample, on_progress or ignore)
 
 
 def _located(place: AnyPlace, options: Mapping[str, Any] | None, refusal: type[RefusedError]) -> Location:

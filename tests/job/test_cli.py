@@ -103,7 +103,7 @@ def test_quiet(source, tmp_path):
         (["{source}", "{tmp}/t", "--device", "gpu"], "CuPy cannot be imported|CUDA finds no"),
         (["{source}", "{tmp}/t", "--memory-limit", "1MiB"], "do not fit|does not fit"),
         (["{source}", "{tmp}/t", "--scheduler", "tcp://127.0.0.1:9"], "no scheduler at tcp://127.0.0.1:9"),
-        (["{source}", "memory://t", "--workers", "1"], "memory of this process"),
+        (["{source}", "memory://t", "--workers", "1"], "would end with this command"),
         (["{source}"], "Missing argument 'TARGET'"),
     ],
     ids=lambda value: " ".join(value[2:]) or "bad place" if isinstance(value, list) else None,

@@ -2,10 +2,11 @@
 
 import contextlib
 import time
+from types import SimpleNamespace
 
 import dask
 import pytest
-from distributed import Client, LocalCluster, Worker, get_worker
+from distributed import Client, LocalCluster, Worker, get_worker, worker_client
 
 from dask_batchinv import ClusterError, invert_store, verify_store
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
@@ -97,12 +98,15 @@ def test_a_scheduler_file_that_says_nothing(tmp_path, source, content):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"client": 1, "scheduler": "tcp://127.0.0.1:1"}, "not several of them"),
+        ({"client": SimpleNamespace(asynchronous=False), "scheduler": "tcp://127.0.0.1:1"}, "not several of them"),
         ({"scheduler_file": "f", "scheduler": "tcp://127.0.0.1:1"}, "not several of them"),
         ({"scheduler_file": "f", "workers": 2}, "workers: only for the local cluster"),
         ({"wait_for_workers": 2}, "wait-for-workers: only for a running cluster"),
         ({"only_workers": ["a"]}, "only-workers: only for a running cluster"),
         ({"only_workers": "a"}, "takes a list"),
+        ({"scheduler": "a", "only_workers": ["resource:"]}, "a pattern that is empty"),
+        ({"client": "tcp://127.0.0.1:1"}, "got a str: pass scheduler="),
+        ({"client": object()}, "got a object: pass Client"),
         ({"scheduler": "a", "wait_for_workers": 0}, "1 or more"),
         ({"scheduler": "a", "wait": "two hours"}, "not a time"),
     ],
@@ -121,12 +125,45 @@ def test_a_job_in_a_task_of_a_cluster_with_one_thread(tmp_path, source, cluster)
     assert tasks_seen(cluster)
 
 
+def test_small_jobs_in_tasks_stay_there(tmp_path, make_source, cluster):
+    """Many may be mapped at once; each has the thread of its task."""
+    source = make_source(conditioned(8, 3, 10))
+    with Client(cluster, set_as_default=False) as client:
+        report = client.submit(invert_store, source, tmp_path / "t").result(timeout=60)
+    assert (report.threads_per_worker, report.where) == (1, "this process, because it is small")
+
+
+def test_a_job_in_a_task_that_has_seceded_already(tmp_path, source, cluster):
+    def task():
+        with worker_client() as client:
+            return invert_store(source, tmp_path / "t", client=client, tile_size=720).complete
+
+    with Client(cluster, set_as_default=False) as client:
+        assert client.submit(task).result(timeout=60)
+
+
+def test_what_is_in_the_memory_of_this_process_goes_to_workers_in_it_alone(source, cluster):
+    with Client(cluster):
+        assert ClusterOptions().resolved(is_here=True).is_local
+    with Client(processes=False, n_workers=1, dashboard_address="127.0.0.1:0") as client:
+        assert ClusterOptions().resolved(is_here=True).client is client
+        assert invert_store(source, "memory://in-use/t", tile_size=720).complete
+
+
+def test_a_small_target_is_verified_here(tmp_path, make_source, monkeypatch):
+    monkeypatch.setattr("dask_batchinv.job.driver.own_cluster.subprocess", None)
+    source, seen = make_source(conditioned(8, 3, 10)), []
+    invert_store(source, tmp_path / "t")
+    assert verify_store(tmp_path / "t", source=source, on_progress=seen.append).ok
+    assert (seen[-1].activity, seen[-1].matrices_done) == ("verifying", 8)
+
+
 # --- waited for -------------------------------------------------------------------------------------------------
 
 
 def test_workers_are_waited_for(tmp_path, source, cluster):
     with Client(cluster, set_as_default=False) as client:
-        with pytest.raises(ClusterError, match=r"has 1 workers after 1 s, not 2"):
+        with pytest.raises(ClusterError, match=r"has 1 of 2 worker\(s\) after 1 s"):
             invert_store(source, tmp_path / "t", client=client, wait_for_workers=2, wait="1s")
         assert not (tmp_path / "t").exists()
         client.loop.add_callback(start_later, cluster, 1.0)
@@ -166,7 +203,7 @@ def test_an_adaptive_cluster_grows(tmp_path, source, slow, minimum):
             tile_size=720,
             on_progress=lambda _: most.append(len(cluster.workers)),
         )
-        assert (report.complete, report.deaths) == (True, 0)
+        assert (report.complete, report.deaths, report.workers) == (True, 0, 3)
         assert max(most) == 3
         # Nothing is left that waits for a worker that never comes.
         deadline = time.monotonic() + 10
@@ -217,7 +254,7 @@ def test_only_some_workers_are_used(tmp_path, source, monkeypatch, only, used):
 def test_no_worker_matches(tmp_path, source, cluster):
     with (
         Client(cluster, set_as_default=False) as client,
-        pytest.raises(ClusterError, match=r"0 workers that are 'gpu-\*'"),
+        pytest.raises(ClusterError, match=r"has 0 of 1 worker\(s\) that are 'gpu-\*' .* There are: 0"),
     ):
         invert_store(source, tmp_path / "t", client=client, only_workers=["gpu-*"], wait=0.5)
 

@@ -136,7 +136,7 @@ def test_rows_that_hold_no_whole_units_are_not_counted_by_them(tmp_path):
 def test_a_small_job_runs_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setattr("dask_batchinv.job.driver.cluster.connect", None)
     job = prepare_local(tmp_path)
-    assert plan_here(job, ClusterOptions()).in_process
+    assert plan_here(job, ClusterOptions()).where.startswith("this process")
     assert "this process, because it is small" in plan_locally(job, ClusterOptions()).describe()
     assert plan_here(job, ClusterOptions(workers=1)) is None
     report = invert_store(tmp_path / "local", tmp_path / "t")

@@ -34,6 +34,8 @@ from dask_batchinv.text import clean, harmless, remember_url
 #: Ways to reach a scheduler that nobody else can listen to or take part in.
 _TRUSTED = ("tls", "wss", "inproc")
 CONNECT_SECONDS = 5
+#: So many workers are named in an error.
+_NAMED = 10
 WORKER_SECONDS = 30
 #: An adaptive cluster takes a task that it does not know for half a second's, and by default wants a core for each five
 #: seconds of them: where it is set otherwise, more are needed.
@@ -144,8 +146,8 @@ def _workers_of(client: Client, options: ClusterOptions, demand: Demand) -> list
         if waited > seconds:
             which = f" that are {' or '.join(map(repr, only))}" if only else ""
             raise ClusterError(
-                f"the scheduler has {len(known)} workers{which} after {seconds:.0f} s, not {wanted}: start some"
-                " with `dask worker`, or wait longer for them (--for)"
+                f"the scheduler has {len(known)} of {wanted} worker(s){which} after {seconds:.0f} s: start some with"
+                f" `dask worker`, or wait longer for them (--for){_others(client) if only else ''}"
             )
         threads = max((worker["nthreads"] for worker in known.values()), default=1)
         tasks = TASKS_FOR_A_CORE * threads * wanted << int(waited // DOUBLING_SECONDS)
@@ -154,6 +156,14 @@ def _workers_of(client: Client, options: ClusterOptions, demand: Demand) -> list
     demand.ask_for(1)
     kinds = Counter((worker["nthreads"], worker["memory_limit"] or None) for worker in known.values())
     return [Workers(count, threads, memory) for (threads, memory), count in kinds.items()]
+
+
+def _others(client: Client) -> str:
+    """Return which workers there are that were not asked for, to find a slip of the pen by."""
+    known = known_workers(client).values()
+    names = sorted(str(worker["name"]) for worker in known)
+    resources = sorted({f"resource:{name}" for worker in known for name in worker.get("resources") or ()})
+    return f". There are: {', '.join([*names[:_NAMED], *resources[:_NAMED]]) or 'none'}"
 
 
 def meet_workers(

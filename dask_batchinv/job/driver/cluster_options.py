@@ -53,6 +53,12 @@ class ClusterOptions:
     """Where the job computes: the local cluster has one process for a GPU."""
 
     def __post_init__(self) -> None:
+        if self.client is not None and not hasattr(self.client, "asynchronous"):
+            way_out = "scheduler=" if isinstance(self.client, str) else "Client(...) of it"
+            kind = type(self.client).__name__
+            raise ClusterError(f"client takes a distributed.Client, got a {kind}: pass {way_out}")
+        if not all(pattern.removeprefix("resource:") for pattern in self.only_workers):
+            raise ClusterError("only_workers has a pattern that is empty: nothing matches that")
         clusters = (self.client, self.scheduler, self.scheduler_file)
         if sum(cluster is not None for cluster in clusters) > 1:
             raise ClusterError("pass a client, the address of a scheduler or its file, not several of them")
@@ -79,11 +85,16 @@ class ClusterOptions:
         """Whether the user says nothing of it, so that there need not be one."""
         return self.is_local and not self._given
 
-    def resolved(self) -> ClusterOptions:
+    def where(self, client: Any) -> str:
+        """Return in words where a job of these options runs."""
+        return "worker processes of its own" if self.is_local else f"workers of {client.scheduler.address}"
+
+    def resolved(self, *, is_here: bool = False) -> ClusterOptions:
         """Return these options with the cluster that the user has in use, where they say nothing of one.
 
         As everything in Dask does: the active client, inside a task that of its worker, or the scheduler of the
-        configuration (``scheduler-address``, ``DASK_SCHEDULER_ADDRESS``).
+        configuration (``scheduler-address``, ``DASK_SCHEDULER_ADDRESS``). What `is_here`, in the memory of this
+        process, only workers in it can reach.
 
         Raises
         ------
@@ -91,9 +102,10 @@ class ClusterOptions:
             If they say something of a running cluster, and there is none.
         """
         found = self
-        if self.is_open and (client := _active_client()) is not None:
+        client = _active_client() if self.is_open else None
+        if client is not None and (not is_here or client.scheduler.address.startswith("inproc://")):
             found = replace(self, client=client)
-        elif self.is_open and (address := dask.config.get("scheduler-address", None)):
+        elif self.is_open and not is_here and (address := dask.config.get("scheduler-address", None)):
             found = replace(self, scheduler=address)
         running = ("wait_for_workers", "wait", "only_workers")
         if found.is_local and (given := [name for name in running if getattr(self, name)]):

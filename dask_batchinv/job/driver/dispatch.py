@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import dask.config
@@ -59,6 +59,8 @@ class Dispatcher:
     """Whether workers that give no result may be restarted even if they are not ours."""
     only: Sequence[str] = ()
     """Patterns of those that may be used."""
+    used: set[str] = field(default_factory=set)
+    """The addresses of workers that got tiles."""
 
     def run(
         self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
@@ -182,6 +184,7 @@ class _InFlight:
         )
         self._running[future] = _Held(span, address, time.monotonic())
         self._roster.workers[address].spans += 1
+        self._dispatcher.used.add(address)
         future.add_done_callback(self._finished.put)
 
     def _take(self, future: Future) -> _Held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +28,10 @@ class ClusterLostError(CleanError, ConnectionError):
 class Executor(Protocol):
     """Runs tiles."""
 
+    @property
+    def used(self) -> Collection[str]:
+        """The addresses of workers that got some, if there are workers."""
+
     def run(
         self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
     ) -> Iterator[TileResult[T] | Heartbeat]:
@@ -40,6 +44,8 @@ class Executor(Protocol):
 
 class Serial:
     """Runs tiles one after the other in this process: what other executors do, without what makes it hard."""
+
+    used: Collection[str] = ()
 
     def run(
         self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
@@ -64,6 +70,8 @@ class InProcess:
     threads : int
         How many.
     """
+
+    used: Collection[str] = ()
 
     def __init__(self, threads: int):
         self._threads = threads

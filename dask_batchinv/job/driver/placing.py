@@ -13,7 +13,7 @@ import dask.config
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_gpus, local_workers
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, in_task, local_gpus, local_workers
 from dask_batchinv.job.plan.plan import IDLE_WORKER_NBYTES, USABLE, Plan, Workers
 from dask_batchinv.job.plan.prepare import Job, plan_for
 from dask_batchinv.outcome import PlanError
@@ -29,12 +29,23 @@ def plan_here(job: Job, options: ClusterOptions) -> Plan | None:
     """
     if not options.is_open or local_gpus(job.options.device):
         return None
-    plan = plan_for(job, Workers(1, CPU_COUNT, None))
-    if plan.nbytes_in + plan.nbytes_out > parse_bytes(dask.config.get("batchinv.job.in-process")):
+    most = threads_here()
+    plan = plan_for(job, Workers(1, most, None))
+    if not is_small(plan.nbytes_in + plan.nbytes_out):
         return None
-    threads = min(CPU_COUNT, -(-plan.tiling.n_tiles // plan.together))
-    plan = replace(plan_for(job, Workers(1, max(1, threads), None)), in_process=True)
+    threads = min(most, -(-plan.tiling.n_tiles // plan.together))
+    plan = replace(plan_for(job, Workers(1, max(1, threads), None)), where="this process, because it is small")
     return plan if plan.projected_nbytes <= LARGEST_NBYTES else None
+
+
+def is_small(nbytes: int) -> bool:
+    """Tell whether what reads and writes so many bytes is done sooner than processes are started."""
+    return nbytes <= int(parse_bytes(dask.config.get("batchinv.job.in-process")))
+
+
+def threads_here() -> int:
+    """Return how many threads of this process may be used: in a Dask task, of which there may be many, its own."""
+    return 1 if in_task() else CPU_COUNT
 
 
 def plan_for_unlike(job: Job, kinds: Sequence[Workers]) -> tuple[Plan, Workers]:

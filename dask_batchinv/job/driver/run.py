@@ -63,9 +63,8 @@ READ_BACK_NBYTES = 2**26
 
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
     """Run a prepared job to its end and return the report, whatever it says."""
-    # What is in the memory of this process stays here.
     is_here = any(location.is_memory for location in (job.source.location, job.target))
-    found, on_progress = options if is_here else options.resolved(), on_progress or ignore
+    found, on_progress = options.resolved(is_here=is_here), on_progress or ignore
     nobody = Workers(0, 0, None)
     idle = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
     if (ledger := idle.nothing_to_do()) is not None:
@@ -85,6 +84,7 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
             gpus = count_gpus(job.options.device, client, found.only_workers)
             kinds = [replace(kinds[0], gpus=gpus), *kinds[1:]]
         plan, workers = plan_for_unlike(job, kinds)
+        plan = replace(plan, where=found.where(client))
         introduction, silent = meet_workers(client, job.source, job.target, found.only_workers)
         executor = Dispatcher(
             client, introduction, plan.room, is_own=found.is_local, restart_stalled=found.restart_stalled,
@@ -418,7 +418,8 @@ class Run:
         return JobReport.of(account, self._record(), job.options.max_failed)
 
     def _record(self) -> RunRecord:
-        return self.totals.record(self.plan, self.workers, self.job.source, notes=self._tell.notes)
+        workers = replace(self.workers, count=max(self.workers.count, len(self.executor.used)))
+        return self.totals.record(self.plan, workers, self.job.source, notes=self._tell.notes)
 
 
 def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:

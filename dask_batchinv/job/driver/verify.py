@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from dask_batchinv.job.driver.cluster import connect, meet_workers
-from dask_batchinv.job.driver.cluster_options import ClusterOptions
-from dask_batchinv.job.driver.dispatch import Dispatcher
+import numpy as np
+
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, in_task
+from dask_batchinv.job.driver.executor import Executor, InProcess
+from dask_batchinv.job.driver.placing import is_small, threads_here
 from dask_batchinv.job.plan.prepare import fingerprint_of
+from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, ignore
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.results import TileResult, TileRow
@@ -37,9 +44,12 @@ class _Found:
     verified: list[VerifiedTile] = field(default_factory=list)
     bad: list[TileResult[Any]] = field(default_factory=list)
     refuted: list[int] = field(default_factory=list)
+    matrices: int = 0
 
 
-def verify(path: Place, source: Place | None, cluster: ClusterOptions, sample: float = 1.0) -> VerifyReport:
+def verify(
+    path: Place, source: Place | None, cluster: ClusterOptions, sample: float = 1.0, on_progress: OnProgress = ignore
+) -> VerifyReport:
     """Do what `verify_store` promises."""
     if not 0 <= sample <= 1:
         raise RefusedError(f"sample must be between 0 and 1, got {sample}")
@@ -58,17 +68,15 @@ def verify(path: Place, source: Place | None, cluster: ClusterOptions, sample: f
             problems.append(f"{', '.join(keys[:3])} of {location.name} are lost or damaged{AGAIN}")
     except DamagedTargetError as error:
         problems.append(f"{error}{AGAIN}")
-    cluster = cluster.resolved()
-    with connect(cluster) as (client, _):
-        dispatcher = Dispatcher(
-            client, meet_workers(client, opened, location, cluster.only_workers, writes=False)[0],
-            lambda threads, memory: threads,
-            is_own=cluster.is_local, restart_stalled=cluster.restart_stalled, only=cluster.only_workers,
-        )  # fmt: skip
+    nbytes = (1 + (opened is not None)) * math.prod(tiling.shape) * np.dtype(made["dtype"]).itemsize
+    start, tell = time.monotonic(), Guarded(on_progress)
+    with _executor(cluster, opened, location, nbytes) as executor:
         spans = (range(number, number + 1) for number in range(tiling.n_tiles))
-        for result in dispatcher.run(verify_tiles, task, spans, attempts=1):
+        for result in executor.run(verify_tiles, task, spans, attempts=1):
             if isinstance(result, TileResult):
                 _add(result, ledger, found)
+            seconds = time.monotonic() - start
+            tell(Progress("verifying", tiling.n_matrices, found.matrices, 0, 0, len(found.bad), seconds))
     if found.refuted and (problem := _forget(location, target, found.refuted)):
         problems.append(problem)
     rows = [tile.row for tile in found.verified]
@@ -86,6 +94,26 @@ def verify(path: Place, source: Place | None, cluster: ClusterOptions, sample: f
     )
 
 
+@contextmanager
+def _executor(options: ClusterOptions, source: Source | None, target: Location, nbytes: int) -> Iterator[Executor]:
+    """Yield what reads so many bytes: workers, or threads of this process where that is sooner done."""
+    is_here = target.is_memory or (source is not None and source.location.is_memory)
+    found = options.resolved(is_here=is_here)
+    if (options if in_task() else found).is_open and is_small(nbytes):
+        yield InProcess(threads_here())
+        return
+    # Not before it is needed: to import Dask's cluster takes as long as a small job.
+    from dask_batchinv.job.driver.cluster import connect, meet_workers
+    from dask_batchinv.job.driver.dispatch import Dispatcher
+
+    with connect(found) as (client, _):
+        introduction, _silent = meet_workers(client, source, target, found.only_workers, writes=False)
+        yield Dispatcher(
+            client, introduction, lambda threads, memory: threads, is_own=found.is_local,
+            restart_stalled=found.restart_stalled, only=found.only_workers,
+        )  # fmt: skip
+
+
 def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> None:
     """Compare a tile with the ledger, and add it to what was found."""
     error, is_done = result.error, bool(ledger.done[result.number])
@@ -100,6 +128,7 @@ def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> Non
                 found.refuted.append(result.number)
     if result.value is not None:
         found.verified.append(result.value)
+        found.matrices += result.value.row.matrices
     if error:
         found.bad.append(TileResult(result.number, None, error))
 

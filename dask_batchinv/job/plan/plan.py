@@ -10,6 +10,7 @@ from dask.utils import format_bytes
 
 from dask_batchinv.job.tiling import LARGEST_COUNT, StackShape, Tiling, cuts
 from dask_batchinv.outcome import PlanError
+from dask_batchinv.text import clean
 
 #: Resident memory of a worker process that holds no data: measured 135 MiB before and 150 MiB after its first tile.
 IDLE_WORKER_NBYTES = 192 * 2**20
@@ -110,8 +111,8 @@ class Plan:
     """How many times as many it reads ahead meanwhile, and writes behind."""
     per_unit: int = 1
     """Tiles, one after the other, that a read unit is cut into, and that one worker does, which decodes it once."""
-    in_process: bool = False
-    """Whether the job is so small that it runs in the process of its caller."""
+    where: str = "worker processes of its own"
+    """Where the job runs, in words."""
 
     @property
     def tiles_per_task(self) -> int:
@@ -145,7 +146,7 @@ class Plan:
             f"to write            {format_bytes(self.nbytes_out)}",
             f"memory per worker   {format_bytes(self.projected_nbytes)} projected at its peak, {limit} allowed, "
             f"{self.limits.threads} thread(s)",
-            f"runs in             {'this process, because it is small' if self.in_process else 'worker processes'}",
+            f"runs in             {clean(self.where)}",
         ]
         return "\n".join(lines)
 
@@ -162,7 +163,7 @@ class Plan:
             "projected_bytes_per_worker": self.projected_nbytes,
             "allowed_bytes_per_worker": self.limits.memory,
             "threads_per_worker": self.limits.threads,
-            "in_process": self.in_process,
+            "where": self.where,
         }
 
 

@@ -14,7 +14,7 @@ from dask_batchinv.job.report.streams import Lasting
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0
 #: Before the numbers; what earlier runs have done is read back first, and what they have done it from.
-_WORDS = {"checking": "reading back: ", "comparing": "comparing with the source: ", "inverting": ""}
+_WORDS = {"checking": "reading back: ", "comparing": "comparing with the source: ", "inverting": "", "verifying": ""}
 
 
 @contextmanager
@@ -44,6 +44,8 @@ def _move(bar: Any, now: Progress) -> None:
 
 
 def _troubles(now: Progress) -> str:
+    if now.activity == "verifying":
+        return f"{now.failed_tiles:,} tiles not right"
     if now.activity == "checking":
         return f"{now.failed_tiles:,} tiles damaged"
     if now.activity == "comparing":

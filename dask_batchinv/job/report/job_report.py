@@ -88,7 +88,8 @@ class JobReport(RunRecord, Account):
             lines = [
                 f"time             {self.seconds:.1f} s, {format_bytes(self.bytes_read)} read at "
                 f"{format_bytes(self.bytes_read / self.seconds)}/s, {format_bytes(self.bytes_written)} written",
-                f"workers          {self.workers} with {self.threads_per_worker} thread(s), {self.kernel}",
+                f"workers          {self.workers} with {self.threads_per_worker} thread(s): {self.where}; "
+                f"{self.kernel}",
             ]
         if self.devices["gpu"]:
             lines.append(f"devices          {self.devices['gpu']:,} tiles on GPUs, {self.devices['cpu']:,} on CPUs")

@@ -63,6 +63,8 @@ class RunRecord:
     """Workers of this run."""
     threads_per_worker: int
     """Threads of each."""
+    where: str
+    """Where it ran, in words."""
     source_checked: bool
     """Whether the source carries checksums; without them damage to it goes unnoticed."""
     notes: tuple[str, ...] = ()
@@ -134,6 +136,7 @@ class RunTotals:
             bytes_written=round(plan.nbytes_out * share),
             workers=workers.count,
             threads_per_worker=workers.threads,
+            where=plan.where,
             source_checked=source.checksummed,
             notes=tuple([*notes, *self.notes, *self._notes(source)]),
         )
@@ -159,8 +162,8 @@ class RunTotals:
 class Progress:
     """How far a job is."""
 
-    activity: Literal["checking", "comparing", "inverting"]
-    """What it does: read back what earlier runs have done, read what they have done it from, or the rest."""
+    activity: Literal["checking", "comparing", "inverting", "verifying"]
+    """What it does: read back what earlier runs have done, read what they have done it from, or the rest; or verify."""
     matrices: int
     """Matrices in the stack; while checking or comparing, those that are looked at."""
     matrices_done: int

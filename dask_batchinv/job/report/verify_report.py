@@ -54,7 +54,7 @@ class VerifyReport:
         if self.residuals:
             lines.append(
                 f"residuals        {self.residuals:,} computed, largest {self.largest_ratio:.3g} n eps |A| |X|, "
-                f"allowed {LARGEST_RATIO:g}"
+                f"allowed {LARGEST_RATIO:g}, as by LAPACK's tests"
             )
         lines += [f"problem          {problem}" for problem in self.problems]
         return "\n".join(map(clean, lines + named_tiles(self.bad_tiles)))
