@@ -48,11 +48,6 @@ def slow(monkeypatch):
     monkeypatch.setattr(invert_tiles, "do_span", do_span)
 
 
-def tasks_seen(cluster):
-    """Return the names of all tasks that the scheduler has met."""
-    return {name: sum(prefix.state_counts.values()) for name, prefix in cluster.scheduler.task_prefixes.items()}
-
-
 # --- found ------------------------------------------------------------------------------------------------------
 
 
@@ -116,30 +111,36 @@ def test_options_that_contradict_each_other(tmp_path, source, options, match):
         invert_store(source, tmp_path / "t", **options)
 
 
-def test_a_job_in_a_task_of_a_cluster_with_one_thread(tmp_path, source, cluster):
-    """Its worker takes tiles meanwhile, and the thread goes back."""
-    with Client(cluster, set_as_default=False) as client:
-        done = client.submit(lambda: invert_store(source, tmp_path / "t", tile_size=720).complete)
-        assert done.result(timeout=60)
-        assert client.submit(lambda: 1, pure=False).result(timeout=10) == 1
-    assert tasks_seen(cluster)
+def job_in_a_task(source, target, *, seceded=False):
+    """Do a job that is too large to stay in a task."""
+    with dask.config.set({"batchinv.job.in-process": 0}), worker_client() if seceded else contextlib.nullcontext():
+        report = invert_store(source, target, tile_size=720)
+        assert report.where.startswith("workers of tcp://")
+        return report.complete
 
 
-def test_small_jobs_in_tasks_stay_there(tmp_path, make_source, cluster):
+@pytest.fixture
+def one_thread():
+    """A client of a worker with one thread, in a process of its own: a client in a task becomes its default."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("seceded", [False, True])
+def test_a_job_in_a_task_of_a_cluster_with_one_thread(tmp_path, source, one_thread, seceded):
+    """Its worker takes tiles meanwhile, and others' tasks after it."""
+    assert one_thread.submit(job_in_a_task, source, tmp_path / "t", seceded=seceded).result(timeout=60)
+    assert one_thread.submit(sum, [1], pure=False).result(timeout=10) == 1
+
+
+def test_small_jobs_in_tasks_stay_there(tmp_path, make_source, one_thread):
     """Many may be mapped at once; each has the thread of its task."""
     source = make_source(conditioned(8, 3, 10))
-    with Client(cluster, set_as_default=False) as client:
-        report = client.submit(invert_store, source, tmp_path / "t").result(timeout=60)
+    report = one_thread.submit(invert_store, source, tmp_path / "t").result(timeout=60)
     assert (report.threads_per_worker, report.where) == (1, "this process, because it is small")
-
-
-def test_a_job_in_a_task_that_has_seceded_already(tmp_path, source, cluster):
-    def task():
-        with worker_client() as client:
-            return invert_store(source, tmp_path / "t", client=client, tile_size=720).complete
-
-    with Client(cluster, set_as_default=False) as client:
-        assert client.submit(task).result(timeout=60)
 
 
 def test_what_is_in_the_memory_of_this_process_goes_to_workers_in_it_alone(source, cluster):

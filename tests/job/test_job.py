@@ -20,6 +20,7 @@ from dask_batchinv.job.driver import run as driver
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.worker import invert_tiles
 from dask_batchinv.outcome import FAILURE_KINDS
 from tests.support.stacks import DTYPES, assert_same_bits, conditioned
 from tests.support.targets import read_target, spoilt, tree
@@ -417,3 +418,20 @@ def test_credentials_are_in_no_output(tmp_path, make_source, client):
     assert report.complete
     assert "CANARY" not in str(report) + json.dumps(report.to_json())
     assert not [name for name, content in tree(tmp_path / "t").items() if b"CANARY" in content]
+
+
+def test_a_run_in_which_all_fails_for_one_cause_stops(tmp_path, make_source, client, monkeypatch):
+    monkeypatch.setattr("dask_batchinv.job.driver.retry.BACK_OFF_SECONDS", 0.0)
+    monkeypatch.setattr("dask_batchinv.job.plan.plan.LARGEST_SPAN", 1)
+    source = make_source(conditioned(400, 3, 10), chunks=(1, 3, 3))
+    options = {"client": client, "tile_size": 72}
+    with monkeypatch.context() as broken:
+        broken.setattr(invert_tiles, "do_span", lambda *_: 1 / 0)
+        with pytest.raises(JobFailedError, match=r"the first 50 tiles failed, all for one cause: ZeroDivisionError"):
+            invert_store(source, tmp_path / "t", **options)
+    # What is wrong with single chunks says nothing of others.
+    for number in range(100):
+        (source / "c" / str(number) / "0" / "0").unlink()
+    with pytest.raises(JobFailedError) as caught:
+        invert_store(source, tmp_path / "t", **options)
+    assert (caught.value.report.tiles_done, len(caught.value.report.failed_tiles)) == (300, 100)

@@ -68,7 +68,8 @@ def test_a_process_that_may_have_no_children(tmp_path, source):
 
 
 def test_what_does_not_start_is_an_error_that_says_what_to_do(tmp_path, source, monkeypatch, capfd):
-    monkeypatch.setattr("dask_batchinv.job.driver.own_cluster._CODE", "raise SystemExit('no room')")
+    (tmp_path / "broken.py").write_text("raise SystemExit('no room')")
+    monkeypatch.setattr("dask_batchinv.job.driver.start_workers.__file__", str(tmp_path / "broken.py"))
     with pytest.raises(ClusterError, match=r"no worker processes could be started .* Use a running cluster"):
         invert(source, tmp_path / "t")
     assert "no room" in capfd.readouterr().err
@@ -115,7 +116,7 @@ def test_workers_that_lose_the_process_that_started_them_end_and_the_job_is_resu
 
     def kill(progress):
         if progress.matrices_done and not killed:
-            killed.extend(child for child in psutil.Process().children() if "own_cluster" in str(child.cmdline()))
+            killed.extend(child for child in psutil.Process().children() if "start_workers" in str(child.cmdline()))
             for process in killed:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()

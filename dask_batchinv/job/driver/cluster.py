@@ -8,7 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from dask.utils import parse_timedelta
@@ -18,7 +18,7 @@ from distributed.comm.registry import backends
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_workers, usable_gpus
 from dask_batchinv.job.driver.demand import Demand
-from dask_batchinv.job.driver.own_cluster import own_cluster
+from dask_batchinv.job.driver.own_cluster import Helper, launched, own_cluster
 from dask_batchinv.job.driver.roster import ask_workers, is_silent, known_workers, own_task
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.plan.plan import Workers
@@ -45,8 +45,10 @@ SCHEDULER_FILE_NBYTES = 2**24
 
 
 @contextmanager
-def connect(options: ClusterOptions) -> Iterator[tuple[Client, list[Workers]]]:
+def connect(options: ClusterOptions, helper: Helper | None = None) -> Iterator[tuple[Client, list[Workers]]]:
     """Yield a client and what its workers have, those together that have the same.
+
+    With a `helper` that was launched before, which starts workers of our own.
 
     Raises
     ------
@@ -70,7 +72,7 @@ def connect(options: ClusterOptions) -> Iterator[tuple[Client, list[Workers]]]:
             yield client, _workers_of(client, options, demand)
     else:
         wanted = local_workers(options)
-        with own_cluster(options, wanted) as client:
+        with nullcontext(helper) if helper else launched() as process, own_cluster(process, options, wanted) as client:
             yield client, [wanted]
 
 

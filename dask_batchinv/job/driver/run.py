@@ -15,6 +15,7 @@ import numpy as np
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions, in_task
 from dask_batchinv.job.driver.executor import ClusterLostError, Executor, InProcess, Serial
+from dask_batchinv.job.driver.own_cluster import launched
 from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
 from dask_batchinv.job.outputs import LEDGER
@@ -75,11 +76,13 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
     if (here := plan_here(job, options if in_task() else found)) is not None:
         workers = Workers(1, here.limits.threads, None)
         return Run(job, here, workers, InProcess(workers.threads), on_progress, looks=idle.looks)()
-    # Not before it is needed: to import Dask's cluster takes as long as a small job.
-    from dask_batchinv.job.driver.cluster import connect, count_gpus, meet_workers
-    from dask_batchinv.job.driver.dispatch import Dispatcher
+    with ExitStack() as held:
+        helper = held.enter_context(launched()) if found.is_local else None
+        # Not before it is needed: to import Dask's cluster takes as long as a small job.
+        from dask_batchinv.job.driver.cluster import connect, count_gpus, meet_workers
+        from dask_batchinv.job.driver.dispatch import Dispatcher
 
-    with connect(found) as (client, kinds):
+        client, kinds = held.enter_context(connect(found, helper))
         if not found.is_local:
             gpus = count_gpus(job.options.device, client, found.only_workers)
             kinds = [replace(kinds[0], gpus=gpus), *kinds[1:]]
@@ -342,6 +345,9 @@ class Run:
                     self._made[result.number] = result.value.written
             now = time.monotonic()
             totals.seconds = now - start
+            if cause := totals.common_cause():
+                totals.stopped = f"the first {len(totals.failed):,} tiles failed, all for one cause: {cause}"
+                return
             if ledger.has_changes and now - flushed > FLUSH_SECONDS:
                 self._flush(ledger)
                 flushed = now

@@ -73,4 +73,5 @@ class _Lines:
         left = f"{(now.matrices - now.matrices_done) / rate:,.0f} s left" if rate else "time left unknown"
         share = now.matrices_done / now.matrices if now.matrices else 1.0
         done_of = f"{_WORDS[now.activity]}{now.matrices_done:,} of {now.matrices:,} matrices ({share:.0%})"
-        print(f"{done_of}, {rate:,.0f}/s, {left}, {_troubles(now)}", file=self._stream, flush=True)
+        now_is = time.strftime("%H:%M:%S")  # whoever reads a log asks when
+        print(f"{now_is} {done_of}, {rate:,.0f}/s, {left}, {_troubles(now)}", file=self._stream, flush=True)

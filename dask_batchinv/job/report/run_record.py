@@ -79,6 +79,10 @@ class RunRecord:
         return asdict(self) | counts | named
 
 
+#: A run of which so many tiles have failed, all for one cause and none of them done, ends.
+HOPELESS = 50
+
+
 @dataclass
 class RunTotals:
     """What a run has done so far."""
@@ -111,6 +115,13 @@ class RunTotals:
             self.failed.append(result)
             if result.stops:
                 self.stopped = result.error
+
+    def common_cause(self) -> str | None:
+        """Return why all tiles fail, where many have been tried and none was done: nothing of their own chunks."""
+        if self.tiles or len(self.failed) != HOPELESS or any(result.is_final for result in self.failed):
+            return None
+        causes = [result.error or "" for result in self.failed]
+        return causes[0] if len({cause.partition(":")[0] for cause in causes}) == 1 else None
 
     def record(self, plan: Plan, workers: Workers, source: Source, notes: list[str]) -> RunRecord:
         """Return the record of the run."""
