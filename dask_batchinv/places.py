@@ -12,6 +12,7 @@ from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 
 from dask_batchinv.location import Location
+from dask_batchinv.storage import innermost
 
 #: Of a file system, what is not of the store but of the process that uses it.
 _OF_THE_PROCESS = ("asynchronous", "loop")
@@ -37,8 +38,7 @@ def locate(place: Any, options: Mapping[str, Any] | None = None) -> Location:
     path = ""
     if isinstance(place, (zarr.Array, zarr.Group)):
         place, path = place.store_path.store, place.store_path.path
-    while isinstance(place, zarr.storage.WrapperStore):
-        place = place._store
+    place = innermost(place)
     if options is not None and not isinstance(options, Mapping):
         raise ValueError(f"options of a file system are a mapping, got a {type(options).__name__}")
     url, own = _url_of(place)

@@ -71,6 +71,11 @@ class ClusterOptions:
         if self.wait_for_workers is not None and self.wait_for_workers < 1:
             raise ClusterError(f"wait_for_workers must be 1 or more, got {self.wait_for_workers}")
         try:
+            parse_bytes(self.memory_limit or 0)
+        except ValueError as error:
+            text = f"memory limit {self.memory_limit!r} is not a number of bytes such as 4GiB"
+            raise ClusterError(text) from error
+        try:
             parse_timedelta(self.wait)
         except (ValueError, KeyError, TypeError) as error:
             raise ClusterError(f"{self.wait!r} is not a time such as 2h") from error
@@ -160,12 +165,7 @@ def local_workers(options: ClusterOptions) -> Workers:
         threads = options.threads_per_worker or 1
     if options.memory_limit is None:
         return Workers(count, threads, MEMORY_LIMIT // count, gpus)
-    try:
-        memory = int(parse_bytes(options.memory_limit))
-    except ValueError as error:
-        text = f"memory limit {options.memory_limit!r} is not a number of bytes such as 4GiB"
-        raise ClusterError(text) from error
-    return Workers(count, threads, memory or None, gpus)
+    return Workers(count, threads, int(parse_bytes(options.memory_limit)) or None, gpus)
 
 
 def local_gpus(device: Device) -> int:
