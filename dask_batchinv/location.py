@@ -118,7 +118,9 @@ class Location:
             protocol, _, rest = head.partition("://")
             authority, _, inner = rest.partition("/")
             parts = resolved([part for part in inner.split("/") if part], text)
-            return cls(f"{protocol}://{'/'.join([authority, *parts])}" + (f"?{query}" if query else ""), options)
+            if authority or protocol != "memory":  # to fsspec a place in memory begins with a slash, or does not
+                parts = [authority, *parts]
+            return cls(f"{protocol}://{'/'.join(parts)}" + (f"?{query}" if query else ""), options)
         return cls(os.path.realpath(os.path.expanduser(text)), options)
 
     @property

@@ -58,8 +58,8 @@ def _url_of(place: Any) -> tuple[str | os.PathLike[str], Mapping[str, Any]]:
         return f"zip://::{os.path.abspath(place.path)}", {}
     if isinstance(place, fsspec.FSMap):
         return _url_in(place.fs, place.root)
-    if hasattr(place, "storage_options") and hasattr(place, "fs") and hasattr(place, "path"):  # UPath
-        return _url_in(place.fs, place.path)
+    if hasattr(place, "storage_options") and hasattr(place, "protocol"):  # UPath
+        return str(place), place.storage_options
     if isinstance(place, (str, os.PathLike)):
         return place, {}
     raise ValueError(

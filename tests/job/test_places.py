@@ -111,10 +111,16 @@ def test_what_stands_for_a_place_with_options(tmp_path, source, client):
     assert invert_store(array, tmp_path / "t", client=client, tile_size=720).complete
 
 
-def test_a_path_of_universal_pathlib(source):
+@pytest.mark.parametrize("url", ["memory://host/a.zarr", "/tmp/a.zarr", "s3://bucket/a.zarr"])
+def test_a_path_of_universal_pathlib(url):
     upath = pytest.importorskip("upath", reason="universal_pathlib is not installed")
-    place = upath.UPath("memory://host/a.zarr")
-    assert locate(place).url == "memory://host/a.zarr"
+    found = locate(upath.UPath(url))
+    assert (found.url, dict(found.options)) == (url, {})
+
+
+def test_a_place_in_memory_has_one_url():
+    place = fsspec.get_mapper("memory://host/a.zarr")
+    assert locate(place) == locate("memory://host/a.zarr") == locate("memory:///host/a.zarr")
 
 
 def test_a_zip_file_is_a_source(tmp_path, client):
