@@ -16,10 +16,10 @@ from distributed import Client, Security, secede
 from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.comm.registry import backends
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_workers, usable_gpus
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_workers, own_task, usable_gpus
 from dask_batchinv.job.driver.demand import Demand
 from dask_batchinv.job.driver.own_cluster import Helper, launched, own_cluster
-from dask_batchinv.job.driver.roster import ask_workers, is_silent, known_workers, own_task
+from dask_batchinv.job.driver.roster import ask_workers, is_silent, known_workers
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.source.source import Source

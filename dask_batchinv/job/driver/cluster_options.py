@@ -141,16 +141,16 @@ def _active_client() -> Any:
     return client if client.status == "running" and not client.asynchronous else None
 
 
-def in_task() -> bool:
-    """Tell whether this is done in a Dask task."""
+def own_task() -> str | None:
+    """Return the key of the Dask task that this thread is doing, if it is doing one."""
     if "distributed" not in sys.modules:
-        return False
+        return None
     from distributed import get_worker
 
     try:
-        return bool(get_worker())
-    except ValueError:
-        return False
+        return str(get_worker().get_current_task())
+    except (ValueError, AttributeError, KeyError):  # another thread may have inherited what it is found by
+        return None
 
 
 def local_workers(options: ClusterOptions) -> Workers:

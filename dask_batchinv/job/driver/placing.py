@@ -13,7 +13,7 @@ import dask.config
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions, in_task, local_gpus, local_workers
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_gpus, local_workers, own_task
 from dask_batchinv.job.plan.plan import IDLE_WORKER_NBYTES, USABLE, Plan, Workers
 from dask_batchinv.job.plan.prepare import Job, plan_for
 from dask_batchinv.outcome import PlanError
@@ -45,7 +45,7 @@ def is_small(nbytes: int) -> bool:
 
 def threads_here() -> int:
     """Return how many threads of this process may be used: in a Dask task, of which there may be many, its own."""
-    return 1 if in_task() else CPU_COUNT
+    return 1 if own_task() else CPU_COUNT
 
 
 def plan_for_unlike(job: Job, kinds: Sequence[Workers]) -> tuple[Plan, Workers]:

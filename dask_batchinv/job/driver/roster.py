@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from distributed import Client, get_worker
+from distributed import Client
 
+from dask_batchinv.job.driver.cluster_options import own_task
 from dask_batchinv.job.driver.executor import PER_THREAD, ClusterLostError
 from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.worker.introduction import Introduction, introduce, tasks_begun
@@ -62,14 +63,6 @@ def _is_wanted(address: str, facts: dict[str, Any], only: Sequence[str]) -> bool
         else any(fnmatchcase(name, pattern) for name in names)
         for pattern in only
     )
-
-
-def own_task() -> str | None:
-    """Return the key of the Dask task that this thread is doing, if it is doing one."""
-    try:
-        return str(get_worker().get_current_task())
-    except (ValueError, AttributeError, KeyError):  # another thread may have inherited what it is found by
-        return None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import dask.config
 import numpy as np
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions, in_task
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, own_task
 from dask_batchinv.job.driver.executor import ClusterLostError, Executor, InProcess, Serial
 from dask_batchinv.job.driver.own_cluster import launched
 from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here
@@ -73,7 +73,7 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         return idle.report(ledger)
     refuse_held(job.target)  # before workers are started, or asked
     # Small jobs in tasks, which may be many, stay in their tasks.
-    if (here := plan_here(job, options if in_task() else found)) is not None:
+    if (here := plan_here(job, options if own_task() else found)) is not None:
         workers = Workers(1, here.limits.threads, None)
         return Run(job, here, workers, InProcess(workers.threads), on_progress, looks=idle.looks)()
     with ExitStack() as held:

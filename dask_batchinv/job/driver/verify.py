@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions, in_task
+from dask_batchinv.job.driver.cluster_options import ClusterOptions, own_task
 from dask_batchinv.job.driver.executor import Executor, InProcess
 from dask_batchinv.job.driver.placing import is_small, threads_here
 from dask_batchinv.job.plan.prepare import fingerprint_of
@@ -99,7 +99,7 @@ def _executor(options: ClusterOptions, source: Source | None, target: Location, 
     """Yield what reads so many bytes: workers, or threads of this process where that is sooner done."""
     is_here = target.is_memory or (source is not None and source.location.is_memory)
     found = options.resolved(is_here=is_here)
-    if (options if in_task() else found).is_open and is_small(nbytes):
+    if (options if own_task() else found).is_open and is_small(nbytes):
         yield InProcess(threads_here())
         return
     # Not before it is needed: to import Dask's cluster takes as long as a small job.
