@@ -20,7 +20,7 @@ from dask_batchinv._version import __version__
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.placing import plan_for_unlike, plan_locally
 from dask_batchinv.job.driver.run import run_job
-from dask_batchinv.job.options import JobOptions, Missing
+from dask_batchinv.job.options import BadChunks, JobOptions, Missing
 from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, prepare
 from dask_batchinv.job.report import display
@@ -91,6 +91,9 @@ _job_options = _options(
                  help="Where to invert."),
     click.option("--missing", type=click.Choice(get_args(Missing)), default="error", show_default=True,
                  help="A chunk that is not in the source is damage, or stands for matrices of its fill value."),
+    click.option("--bad-chunks", type=click.Choice(get_args(BadChunks)), default="error", show_default=True,
+                 help="Matrices in chunks that cannot be read are NaN, with info -4; that TARGET is not complete then, "
+                      "or is all the same."),
     click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
     click.option("--overwrite", is_flag=True,
                  help="Begin anew: replace a target of dask-batchinv, of this job or another, and nothing else ever. "

@@ -31,6 +31,8 @@ class Info(IntEnum):
     NOT_FINITE = -1
     OVERFLOW = -2
     BELOW_MIN_RCOND = -3
+    #: Only in targets: a chunk of the source could not be read.
+    UNREADABLE = -4
     #: Only in an unfinished target: nobody has come to this matrix yet.
     PENDING = -(2**31)
 
@@ -75,6 +77,7 @@ _OTHERS = (
     ),
     Failure("overflow", Info.OVERFLOW, "whose inverse overflows", "the inverse overflows the dtype"),
     Failure("below_min_rcond", Info.BELOW_MIN_RCOND, "with rcond below the minimum", "rcond is below min_rcond"),
+    Failure("unreadable", Info.UNREADABLE, "in chunks that cannot be read", "its chunk of the source cannot be read"),
 )
 #: The names of all kinds of failures.
 FAILURE_KINDS = (_SINGULAR.kind, *(failure.kind for failure in _OTHERS))

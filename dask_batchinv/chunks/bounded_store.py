@@ -69,6 +69,13 @@ class BoundedStore(GuardedStore):
         value = sync(self.get(key, default_buffer_prototype()))
         return None if value is None else value.as_numpy_array()
 
+    def gives(self, key: str) -> bool:
+        """Tell whether a key can be read at all, whatever is in it."""
+        try:
+            return sync(self.get(key, default_buffer_prototype(), RangeByteRequest(0, 1))) is not None
+        except Exception:  # whatever a file system may raise
+            return False
+
     @property
     def is_local(self) -> bool:
         """Whether its chunks are files on this machine."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.run import run_job
-from dask_batchinv.job.options import JobOptions, Missing
+from dask_batchinv.job.options import BadChunks, JobOptions, Missing
 from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
 from dask_batchinv.job.report.run_record import OnProgress, ignore
@@ -52,6 +52,7 @@ def invert_store(
     memory_limit: str | int | None = None,
     tile_size: str | int | None = None,
     missing: Missing = "error",
+    bad_chunks: BadChunks = "error",
     overwrite: bool = False,
     trust_ledger: bool = False,
     durable: bool = False,
@@ -113,6 +114,9 @@ def invert_store(
         Bytes of a tile, the unit of work and the chunk of the target.
     missing : {"error", "fill"}
         What it means if a chunk of the source is not in its store: damage, or matrices of its fill value.
+    bad_chunks : {"error", "nan"}
+        What becomes of a target if chunks of the source cannot be read: the matrices in them are NaN with ``info`` -4,
+        all others are inverted, and the target is not complete; with "nan" it is, and they count as failed.
     overwrite : bool
         Replace a target of dask_batchinv, of another job or of this one, from the beginning. What is not a target of
         dask_batchinv is never replaced.
@@ -144,7 +148,8 @@ def invert_store(
     options = JobOptions(
         variable=variable, dims=dims, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
-        missing=missing, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
+        missing=missing, bad_chunks=bad_chunks, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger,
+        durable=durable,
     )  # fmt: skip
     cluster = ClusterOptions(
         client, scheduler, scheduler_file, wait_for_workers, wait, only_workers, workers, threads_per_worker,

@@ -15,6 +15,7 @@ from dask_batchinv.outcome import RefusedError
 from dask_batchinv.stack import AssumeA, Device, parse_assume_a, parse_choice, parse_min_rcond
 
 Missing = Literal["error", "fill"]
+BadChunks = Literal["error", "nan"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class JobOptions:
     """Where to invert."""
     missing: Missing = "error"
     """What a missing chunk of the source means."""
+    bad_chunks: BadChunks = "error"
+    """Whether a target may be complete in which matrices are NaN because their chunks cannot be read."""
     tile_size: str | int | None = None
     """Bytes of a tile; by default the Dask configuration ``batchinv.job.tile-size``."""
     overwrite: bool = False
@@ -52,6 +55,7 @@ class JobOptions:
             object.__setattr__(self, "min_rcond", parse_min_rcond(self.min_rcond))
             object.__setattr__(self, "lower", bool(self.lower))
             parse_choice("missing", self.missing, Missing)
+            parse_choice("bad_chunks", self.bad_chunks, BadChunks)
             parse_device(self.device)
         except ValueError as error:
             raise RefusedError(str(error)) from error

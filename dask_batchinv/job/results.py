@@ -47,8 +47,23 @@ class LostArrayError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class BadChunk:
+    """A chunk of the source that cannot be read."""
+
+    key: str
+    """Its key, and where it is in a shard."""
+    cause: str
+    """Why, on one line and without credentials."""
+    is_final: bool = False
+    """Whether it would fail again, whoever tried."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.cause}"
+
+
+@dataclass(frozen=True)
 class TileResult(Generic[T]):
-    """The result of one tile: a value or an error."""
+    """The result of one tile: a value, or an error, or both where a part of it could be done."""
 
     number: int
     """Which tile."""
@@ -66,6 +81,8 @@ class TileResult(Generic[T]):
     """How long it took."""
     attempts: int = 1
     """How often it was tried."""
+    bad_chunks: tuple[BadChunk, ...] = ()
+    """What could not be read, where all else of it was done."""
 
     def __post_init__(self) -> None:
         if self.error is not None:
@@ -151,6 +168,11 @@ class TileRow:
         )
 
 
+def is_final(error: Exception) -> bool:
+    """Tell whether what failed would fail again, whoever tried."""
+    return isinstance(error, (DamagedChunkError, SourceError))
+
+
 def content_checksum(block: Array) -> int:
     """Return a number for the content of an array, whatever its order in memory: a CRC-32C, and a sum of its words.
 
@@ -190,7 +212,7 @@ def as_results(number: int, work: Callable[[], list[TileResult[T]]]) -> list[Til
                 None,
                 clean(f"{type(error).__name__}: {error}"),
                 stops=isinstance(error, LostArrayError) or getattr(error, "errno", None) in _FULL,
-                is_final=isinstance(error, (DamagedChunkError, SourceError)),
+                is_final=is_final(error),
                 is_workers=isinstance(error, LostTargetError),
             )
         ]

@@ -12,6 +12,7 @@ import numpy as np
 
 from dask_batchinv.job.results import TileResult, TileRow
 from dask_batchinv.job.worker import invert_tiles
+from dask_batchinv.job.worker.read_source import Reader
 
 #: Seconds that each tile takes longer.
 SECONDS = 0.04
@@ -26,7 +27,7 @@ def dask_setup(worker: Any) -> None:
     folder = Path(os.environ["CAMPAIGN_FOLDER"])
     (folder / f"worker-{os.getpid()}").touch()
     invert_tiles.do_span = do_span
-    invert_tiles.read_stack = read_stack
+    Reader.read = read
 
 
 def do_span(task: invert_tiles.TileTask, numbers: range, kept: Any = None) -> list[TileResult[TileRow]]:
@@ -39,13 +40,13 @@ def do_span(task: invert_tiles.TileTask, numbers: range, kept: Any = None) -> li
     return results
 
 
-_read = invert_tiles.read_stack
+_read = Reader.read
 
 
-def read_stack(*arguments: Any) -> Any:
-    """Read a tile; poison does what it does."""
-    stack = _read(*arguments)
-    kind = POISON.get(float(np.real(stack.flat[0])))
+def read(self: Reader, *arguments: Any, **options: Any) -> Any:
+    """Read tiles; poison does what it does."""
+    stored = _read(self, *arguments, **options)
+    kind = next((kind for number, kind in POISON.items() if (stored.numbers == number).any()), None)
     if kind == "segfault":
         ctypes.string_at(0)
     elif kind == "exit":
@@ -59,4 +60,4 @@ def read_stack(*arguments: Any) -> Any:
         while True:
             hoard.append(np.ones(2**21))
             time.sleep(0.005)
-    return stack
+    return stored

@@ -151,7 +151,7 @@ class Run:
         if not targets.follows(location, target, self.contents) or targets.damage(location, target, self.contents):
             return None
         ledger = Ledger(location, target)
-        self._forget_filled(ledger)
+        self._forget_unwanted(ledger)
         if not ledger.done.all():
             return None
         source = self.looks.source = self._look_at_source()
@@ -202,7 +202,7 @@ class Run:
             ledger = Ledger(job.target, target, writer=writer, durable=job.options.durable)
             if target.state is State.COMPLETE:  # until all has been looked at again
                 targets.set_complete(writer, target.generation, False)
-        self._forget_filled(ledger)
+        self._forget_unwanted(ledger)
         return lock, writer, target, ledger
 
     def _bring_up_to_date(self, target: Target, ledger: Ledger, writer: Writer, lock: Lock, seen: Seen) -> None:
@@ -304,11 +304,15 @@ class Run:
         if shape != self.job.source.shape:
             self.totals.notes.append("the source has grown since this run began: run it again for the rest")
 
-    def _forget_filled(self, ledger: Ledger) -> None:
-        """Forget tiles in which chunks are filled that were not there, where that is not wanted any more."""
+    def _forget_unwanted(self, ledger: Ledger) -> None:
+        """Forget tiles in which chunks were filled, or left out, where that is an error now."""
+        unwanted = np.zeros(len(ledger.done), bool)
         if self.job.options.missing == "error":
-            for number in np.flatnonzero(ledger.done & (ledger.column("filled") > 0)):
-                ledger.forget(int(number))
+            unwanted |= ledger.column("filled") > 0
+        if self.job.options.bad_chunks == "error":
+            unwanted |= ledger.column("unreadable") > 0
+        for number in np.flatnonzero(ledger.done & unwanted):
+            ledger.forget(int(number))
 
     def _results(
         self, work: Any, task: Any, spans: Iterable[range], attempts: int, lock: Lock | None
@@ -337,7 +341,7 @@ class Run:
         spans = tasks_of(numbers, self.plan, self.workers.count * self.workers.threads)
         for result in self._results(invert_tiles, self.task(lock.run), spans, self._attempts, lock):
             if not isinstance(result, Heartbeat):
-                totals.add(result)
+                totals.add(result, self.job.options.bad_chunks)
                 if result.value is not None:
                     done += result.value.matrices
                     without_inverse += sum(result.value.failed.values())

@@ -68,6 +68,10 @@ class JobReport(RunRecord, Account):
             lines.append(f"source changed   {self.changed_meanwhile:,} tiles while they were read: done again")
         if self.failed_tiles:
             lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
+        if self.bad_chunks:
+            lines.append(f"unreadable       {len(self.bad_chunks):,} chunks of the source")
+            lines += [f"  {chunk}" for chunk in self.bad_chunks[:NAMED]]
+            lines += [f"  and {len(self.bad_chunks) - NAMED:,} more"] if len(self.bad_chunks) > NAMED else []
         if self.mended:
             lines.append(f"mended           {', '.join(self.mended[:NAMED])}: lost or damaged, written again")
         if self.stopped:

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from dask_batchinv.job.events import WorkerEvent
+from dask_batchinv.job.options import BadChunks
 from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.report.tiles import FailedTile
-from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.results import BadChunk, TileResult
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.outcome import NAMED
 from dask_batchinv.text import clean
@@ -33,6 +34,8 @@ class RunRecord:
     """Tiles of earlier runs that were not; they are done again unless the run is stopped."""
     failed_tiles: tuple[FailedTile, ...]
     """Tiles that could not be done."""
+    bad_chunks: tuple[BadChunk, ...]
+    """Chunks of the source that could not be read: the matrices that they have a part of are NaN, and ``info`` -4."""
     stopped: str | None
     """What ended the run before its time: a full disk, a lost cluster."""
     changed_tiles: int
@@ -76,7 +79,8 @@ class RunRecord:
         counts = {f"n_{name}": len(some) for name, some in tiles.items()}
         named = {name: [asdict(tile) | {"cause": tile.cause[:_CAUSE_LENGTH]} for tile in some[:NAMED]]
                  for name, some in tiles.items()}  # fmt: skip
-        return asdict(self) | counts | named
+        bad = {"n_bad_chunks": len(self.bad_chunks), "bad_chunks": [asdict(each) for each in self.bad_chunks[:NAMED]]}
+        return asdict(self) | counts | named | bad
 
 
 #: A run of which so many tiles have failed, all for one cause and none of them done, ends.
@@ -92,6 +96,7 @@ class RunTotals:
     seconds: float = 0.0
     read_back: int = 0
     failed: list[TileResult[Any]] = field(default_factory=list)
+    bad_chunks: dict[str, BadChunk] = field(default_factory=dict)
     damaged: list[TileResult[Any]] = field(default_factory=list)
     changed: set[int] = field(default_factory=set)
     changed_meanwhile: set[int] = field(default_factory=set)
@@ -105,13 +110,14 @@ class RunTotals:
     notes: list[str] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
-    def add(self, result: TileResult[Any]) -> None:
-        """Count a tile that was done or given up."""
+    def add(self, result: TileResult[Any], bad_chunks: BadChunks = "error") -> None:
+        """Count a tile that was done or given up, or of which a part was done."""
         self.retries += result.attempts - 1
+        self.bad_chunks |= {chunk.key: chunk for chunk in result.bad_chunks}
         if result.value is not None:
             self.tiles += 1
             self.done.add(result.number)
-        else:
+        if result.value is None or (result.bad_chunks and bad_chunks == "error"):
             self.failed.append(result)
             if result.stops:
                 self.stopped = result.error
@@ -132,6 +138,7 @@ class RunTotals:
             tiles_proven=self.read_back,
             damaged_tiles=tuple(FailedTile.of(result, plan.tiling) for result in self.damaged),
             failed_tiles=tuple(FailedTile.of(result, plan.tiling) for result in failed),
+            bad_chunks=tuple(self.bad_chunks.values()),
             stopped=self.stopped,
             changed_tiles=len(self.changed),
             changed_meanwhile=len(self.changed_meanwhile),
@@ -158,11 +165,16 @@ class RunTotals:
             notes.append("coordinates and units were brought up to date")
         if not (self.tiles or self.failed or self.mended or self.followed) and self.stopped is None:
             notes.append("nothing was left to do")
-        if any("MissingChunkError" in (result.error or "") for result in self.failed):
+        if any(chunk.cause.startswith("MissingChunkError") for chunk in self.bad_chunks.values()):
             notes.append(
                 "if chunks that are not stored stand for matrices of the fill value, pass --missing fill"
                 if self.has_chunks
                 else f"not one chunk of {source.location.name} was found: is it the right array, and all of it there?"
+            )
+        if any(result.value is not None for result in self.failed):
+            notes.append(
+                "all other matrices of tiles with unreadable chunks are inverted; --bad-chunks nan lets the target be "
+                "complete without those"
             )
         if not source.checksummed:
             notes.append("unchecked: the source has no checksums, so damage to it cannot be detected")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,8 +11,8 @@ from dask_batchinv.job.results import TileResult, TileRow, as_results, content_c
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.job.worker.invert_tiles import count_filled, read_stored
 from dask_batchinv.job.worker.read_back import rows_of_chunk
+from dask_batchinv.job.worker.read_source import Reader
 from dask_batchinv.location import Location
 
 
@@ -41,6 +42,10 @@ def compare_tiles(task: CompareTask, numbers: range) -> list[TileResult[bool]]:
 def _compare(task: CompareTask, number: int) -> list[TileResult[bool]]:
     rows = rows_of_chunk(task.run, task.target, task.ledger, number // ROWS_PER_CHUNK, task.tiling.n_tiles)
     row = TileRow.decode(rows[number % ROWS_PER_CHUNK])
-    stored = read_stored(task.run, task.source, task.missing, task.tiling, number)
-    filled = count_filled(task.run, task.source, task.missing, task.tiling, number)
-    return [TileResult(number, content_checksum(stored) == row.source_checksum and filled == row.filled)]
+    if row.failed["unreadable"]:  # it may have been repaired: that is seen when it is done again
+        return [TileResult(number, False)]
+    reader = Reader(task.run, task.source, task.missing, task.tiling)
+    with ExitStack() as lent:
+        numbers = reader.read(range(number, number + 1), lent).numbers
+        same = content_checksum(numbers) == row.source_checksum and reader.count_filled(number) == row.filled
+    return [TileResult(number, same)]

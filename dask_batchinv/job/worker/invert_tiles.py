@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import zarr
 
-from dask_batchinv.buffers import BUFFERS
 from dask_batchinv.chunks.direct_reading import KeptChunk
 from dask_batchinv.chunks.sealed import Chunk, write_chunks
-from dask_batchinv.job.options import JobOptions, Missing
+from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.job.results import (
     Array,
+    BadChunk,
     LostArrayError,
     LostTargetError,
     TileResult,
@@ -33,9 +33,11 @@ from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import open_array
 from dask_batchinv.job.target.holder import holder_of
 from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.worker.read_source import Reader, Stored
 from dask_batchinv.kernels import invert_block
 from dask_batchinv.kernels.device import device_for
 from dask_batchinv.location import Location
+from dask_batchinv.outcome import Info
 from dask_batchinv.stack import Device, result_dtype
 
 #: Requests to stores at a time, for each thread of a worker.
@@ -63,6 +65,11 @@ class TileTask:
     ahead: int = 0
     """How many times as many are read ahead, and written behind; none where all is on disks."""
 
+    @property
+    def reader(self) -> Reader:
+        """What reads its source."""
+        return Reader(self.run, self.source, self.options.missing, self.tiling)
+
 
 def invert_tiles(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     """Do tiles. May be done again, by anyone: it writes the same bytes to the same keys."""
@@ -79,14 +86,39 @@ def _do_together(task: TileTask, span: range, kept: KeptChunk | None = None) -> 
     if len(span) > 1:
         with suppress(Exception):
             return do_span(task, span, kept)
-    return [result for k in span for result in as_results(k, partial(do_span, task, range(k, k + 1), kept))]
+    return [result for k in span for result in as_results(k, partial(_do_alone, task, k, kept))]
+
+
+def _do_alone(task: TileTask, number: int, kept: KeptChunk | None) -> list[TileResult[TileRow]]:
+    """Do a tile; where chunks of the source are damaged, all of it that is not in them."""
+    span = range(number, number + 1)
+    try:
+        return do_span(task, span, kept)
+    except Exception:
+        start = time.perf_counter()
+        with ExitStack() as lent:
+            made = _make(task, span, lent, partial(task.reader.read_in_parts, span))
+            if not made.bad:  # it was something else, or has passed: to be tried again
+                raise
+            bad: Any = {"error": _naming(made.bad), "is_final": all(chunk.is_final for chunk in made.bad),
+                   "bad_chunks": made.bad}  # fmt: skip
+            # Of nothing at all nothing is written: it may be the wrong array.
+            if task.options.bad_chunks == "error" and (made.info[number] == int(Info.UNREADABLE)).all():
+                return [TileResult(number, None, **bad)]
+            made.write(task)
+            return [replace(result, **bad) for result in made.results(task, time.perf_counter() - start)]
+
+
+def _naming(bad: tuple[BadChunk, ...]) -> str:
+    noun, first = ("chunk", "") if len(bad) == 1 else ("chunks", "first ")
+    return f"{len(bad)} {noun} of the source cannot be read: {first}{bad[0]}"
 
 
 def do_span(task: TileTask, span: range, kept: KeptChunk | None = None) -> list[TileResult[TileRow]]:
     """Do tiles that lie side by side at a time."""
     start = time.perf_counter()
     with ExitStack() as lent:
-        made = _make(task, span, lent, kept=kept)
+        made = _make(task, span, lent, partial(task.reader.read, span, kept=kept))
         made.write(task)
         return made.results(task, time.perf_counter() - start)
 
@@ -95,7 +127,7 @@ def _do_overlapping(task: TileTask, spans: list[range]) -> list[TileResult[TileR
     """Do spans of tiles, each while some after it are read and some before it are written: stores make us wait."""
     results: list[TileResult[TileRow]] = []
     failed: list[range] = []
-    array = open_source_once(task.run, task.source, task.options.missing)
+    array = task.reader.array
     pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="dask_batchinv-requests")
     behind: deque[tuple[_Made, Future[None], ExitStack]] = deque()
 
@@ -117,7 +149,7 @@ def _do_overlapping(task: TileTask, spans: list[range]) -> list[TileResult[TileR
             with ExitStack() as lent:
                 start = time.perf_counter()
                 try:
-                    made = _make(task, span, lent, coming.popleft())
+                    made = _make(task, span, lent, partial(task.reader.read, span, coming=coming.popleft()))
                 except Exception:
                     failed.append(span)
                 else:
@@ -131,13 +163,6 @@ def _do_overlapping(task: TileTask, spans: list[range]) -> list[TileResult[TileR
     finally:
         pool.shutdown(cancel_futures=True)  # nothing is written any more once the driver hears of it
     return results + [result for span in failed for result in _do_together(task, span)]
-
-
-def count_filled(run: str, source: Source, missing: Missing, tiling: Tiling, number: int) -> int:
-    """Return how many chunks of the source were not there."""
-    if missing == "error":
-        return 0
-    return source.count_missing(open_source_once(run, source, "fill"), tiling.region(number, core=True))
 
 
 @dataclass
@@ -156,6 +181,8 @@ class _Made:
     """Its condition numbers."""
     chunks: dict[int, dict[str, tuple[str, Chunk]]]
     """What is to be written, and its key, by tile and output; nothing for tiles that are empty."""
+    bad: tuple[BadChunk, ...]
+    """The chunks that they have a part of and that cannot be read."""
     seconds: float = 0.0
     """How long it took."""
 
@@ -187,18 +214,18 @@ class _Made:
             self.rcond[number],
             {output.name: chunks[output.name][1].checksum if output.name in chunks else -1 for output in OUTPUTS},
             self.device,
-            count_filled(task.run, task.source, task.options.missing, task.tiling, number),
+            task.reader.count_filled(number),
             self.sources[number],
             mark_of_files(task.target, {name: key for name, (key, _) in chunks.items()}),
         )
 
 
-def _make(task: TileTask, span: range, lent: ExitStack, coming: Any = None, kept: KeptChunk | None = None) -> _Made:
+def _make(task: TileTask, span: range, lent: ExitStack, read: Callable[[ExitStack], Stored]) -> _Made:
     """Read and invert tiles, in memory that is `lent`, and seal the chunks of the results."""
     device = device_for(None, task.options.device)
-    whole, results, sources = _read_and_invert(task, span, device, lent, coming, kept)
+    whole, results, sources, bad = _read_and_invert(task, span, device, lent, read)
     parts = {output.name: _split(task.tiling, results[output.name], span, core=output.core) for output in OUTPUTS}
-    made = _Made(span, device, sources, parts["info"], parts["rcond"], {number: {} for number in span})
+    made = _Made(span, device, sources, parts["info"], parts["rcond"], {number: {} for number in span}, bad)
     for output in OUTPUTS:
         array = open_output(task.run, task.target, output.name)
         if not array.size:
@@ -213,18 +240,19 @@ def _make(task: TileTask, span: range, lent: ExitStack, coming: Any = None, kept
 
 
 def _read_and_invert(
-    task: TileTask, span: range, device: Device, lent: ExitStack, coming: Any, kept: KeptChunk | None
-) -> tuple[Chunk | None, dict[str, Array], dict[int, int]]:
-    """Return the results of tiles in the order stored, and the checksums of what they were made from.
+    task: TileTask, span: range, device: Device, lent: ExitStack, read: Callable[[ExitStack], Stored]
+) -> tuple[Chunk | None, dict[str, Array], dict[int, int], tuple[BadChunk, ...]]:
+    """Return the results of tiles in the order stored, the checksums of what they were made from, and what was damaged.
 
     The inverses as a chunk too, where they are one as they come.
     """
     # A function of its own so that the input is gone before the output is encoded.
-    with ExitStack() as read:
-        stored = _read(task, span, read, coming, kept)
-        sources = {n: content_checksum(part) for n, part in _split(task.tiling, stored, span, core=True).items()}
-        stack = np.moveaxis(task.source.decode(stored), task.tiling.core, (-2, -1))
-        del stored
+    with ExitStack() as until_inverted:
+        stored = read(until_inverted)
+        codes, bad, numbers = stored.codes, stored.bad, stored.numbers
+        sources = {n: content_checksum(part) for n, part in _split(task.tiling, numbers, span, core=True).items()}
+        stack = np.moveaxis(task.source.decode(numbers), task.tiling.core, (-2, -1))
+        del stored, numbers
         dtype = result_dtype(stack.dtype)
         is_chunk = task.tiling.core == (stack.ndim - 2, stack.ndim - 1) and stack.shape == task.tiling.tile
         whole = Chunk(stack.shape, dtype, lent) if is_chunk else None
@@ -237,34 +265,14 @@ def _read_and_invert(
             min_rcond=task.options.min_rcond,
             out=whole.values if whole else None,
         )
+    if codes is not None:
+        results.inverse[codes != 0] = results.rcond[codes != 0] = np.nan
+        results.info[codes != 0] = codes[codes != 0]
     named = results._asdict()
     return whole, {
         output.name: np.moveaxis(named[output.name], (-2, -1), task.tiling.core) if output.core else named[output.name]
         for output in OUTPUTS
-    }, sources  # fmt: skip
-
-
-def _read(task: TileTask, span: range, lent: ExitStack, coming: Any, kept: KeptChunk | None) -> Array:
-    """Read tiles as they are stored: plain ones to memory that is `lent`."""
-    array, region = open_source_once(task.run, task.source, task.options.missing), task.tiling.region(span, core=True)
-    if task.source.plain is None:
-        return task.source.read_stored(array, region, None, coming)
-    # As much for a tile that is cut off by the end of the stack, so that the same memory does for all.
-    dtype, longest = task.source.plain.dtype, len(span) * math.prod(task.tiling.tile)
-    numbers = lent.enter_context(BUFFERS.borrow(longest * dtype.itemsize)).view(dtype)
-    shape = [len(range(*span.indices(size))) for span, size in zip(region, task.tiling.shape, strict=True)]
-    return task.source.read_stored(array, region, numbers[: math.prod(shape)].reshape(shape), coming, kept)
-
-
-def read_stored(run: str, source: Source, missing: Missing, tiling: Tiling, tiles: int | range) -> Array:
-    """Read tiles of the source as they are stored."""
-    return source.read_stored(open_source_once(run, source, missing), tiling.region(tiles, core=True))
-
-
-def read_stack(run: str, source: Source, missing: Missing, tiling: Tiling, tile: int) -> Array:
-    """Read a tile of the source, core dimensions last."""
-    block = source.read_block(open_source_once(run, source, missing), tiling.region(tile, core=True))
-    return np.moveaxis(block, tiling.core, (-2, -1))
+    }, sources, bad  # fmt: skip
 
 
 def _check_holder(task: TileTask) -> None:
@@ -281,12 +289,6 @@ def _split(tiling: Tiling, values: Array, numbers: range, *, core: bool) -> dict
     width, before = tiling.tile[along], (slice(None),) * tiling.axes(core).index(along)
     starts = ((number, (number - numbers.start) * width) for number in numbers)
     return {number: values[(*before, slice(start, start + width))] for number, start in starts}
-
-
-@lru_cache(maxsize=8)
-def open_source_once(run: str, source: Source, missing: Missing) -> zarr.Array[Any]:
-    """Return the source, kept open for a run."""
-    return source.open(missing)
 
 
 @lru_cache(maxsize=24)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from dask_batchinv.job.options import Missing
 from dask_batchinv.job.outputs import OUTPUTS
 from dask_batchinv.job.results import LARGEST_RATIO, Array, TileResult, TileRow, as_results
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import checksum
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.job.worker.invert_tiles import open_output, read_stack
+from dask_batchinv.job.worker.invert_tiles import open_output
+from dask_batchinv.job.worker.read_source import Reader
 from dask_batchinv.kernels import invert_block, read_part
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
@@ -85,7 +87,7 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
     ratios, refuted, missing = np.empty(0), None, None
     if task.source is not None and n and _is_sampled(number, task.sample):
         with _reading("the source"):
-            stack, missing = _read_source(task, task.source, number)
+            stack, missing = _read_source(task, task.source, number, (info == int(Info.UNREADABLE)).any())
         stack = stack.reshape(info.size, n, n)
         good = info == int(Info.GOOD)
         ratios = residual_ratios(read_part(stack[good], task.assume_a, lower=task.lower), inverse[good])
@@ -108,12 +110,22 @@ def _reading(what: str) -> Iterator[None]:
         raise DamagedChunkError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read_source(task: VerifyTask, source: Source, number: int) -> tuple[Array, str | None]:
+def _read_source(task: VerifyTask, source: Source, number: int, in_parts: bool) -> tuple[Array, str | None]:
     """Return a tile of the source, and which chunk is filled because it was not there."""
+
+    def stack(missing: Missing) -> Array:
+        reader = Reader(task.run, source, missing, task.tiling)
+        if in_parts:
+            with ExitStack() as lent:
+                block = source.decode(reader.read_in_parts(range(number, number + 1), lent).numbers.copy())
+        else:
+            block = source.read_block(reader.array, task.tiling.region(number, core=True))
+        return np.moveaxis(block, task.tiling.core, (-2, -1))
+
     try:
-        return read_stack(task.run, source, "error", task.tiling, number), None
+        return stack("error"), None
     except MissingChunkError as error:
-        return read_stack(task.run, source, "fill", task.tiling, number), str(error)
+        return stack("fill"), str(error)
 
 
 def _compare_with_source(
@@ -125,16 +137,18 @@ def _compare_with_source(
     large[good] = ~(ratios <= LARGEST_RATIO)
     _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
     _refuse(good & (rcond < task.min_rcond), region, f"good, but their rcond is below {task.min_rcond:g}")
-    if good.all():
+    failed = ~good & (info != int(Info.UNREADABLE))
+    if not failed.any():
         return
     again = invert_block(
-        stack[~good], dtype=result_dtype(stack.dtype), assume_a=task.assume_a, lower=task.lower, device="cpu",
+        stack[failed], dtype=result_dtype(stack.dtype), assume_a=task.assume_a, lower=task.lower, device="cpu",
         min_rcond=task.min_rcond,
     )  # fmt: skip
     differs = np.zeros(len(info), bool)
     # Another device may have found a zero where rounding leaves next to nothing.
     nearly = (again.info == int(Info.GOOD)) & (again.rcond < np.finfo(again.rcond.dtype).eps)
-    differs[~good] = (np.minimum(again.info, 1) != np.minimum(info[~good], 1)) & ~nearly  # every zero pivot is one kind
+    kinds = (np.minimum(codes, 1) for codes in (again.info, info[failed]))  # every zero pivot is one kind
+    differs[failed] = np.not_equal(*kinds) & ~nearly
     _refuse(differs, region, "called failed, but are not, or for another reason")
 
 
