@@ -1,6 +1,7 @@
 """The inverse of every matrix in a very large stack."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dask_batchinv import config, with_xarray
@@ -9,7 +10,7 @@ from dask_batchinv._version import __version__ as __version__
 if TYPE_CHECKING:
     from dask_batchinv.array import inverse, inverse_ex
     from dask_batchinv.job import JobFailedError, JobReport, VerifyReport, invert_store, verify_store
-    from dask_batchinv.kernels import InverseEx
+    from dask_batchinv.kernels import InverseEx, InverseExLogdet
     from dask_batchinv.kernels.device import DeviceError
     from dask_batchinv.outcome import (
         ClusterError,
@@ -28,6 +29,7 @@ __all__ = [
     "IllConditionedWarning",
     "Info",
     "InverseEx",
+    "InverseExLogdet",
     "JobFailedError",
     "JobReport",
     "PlanError",
@@ -46,6 +48,7 @@ __all__ = [
 _HOMES = {
     "DeviceError": "kernels.device",
     "InverseEx": "kernels",
+    "InverseExLogdet": "kernels",
     "inverse": "array",
     "inverse_ex": "array",
     **dict.fromkeys(("JobFailedError", "JobReport", "VerifyReport", "invert_store", "verify_store"), "job"),
@@ -59,6 +62,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     thing = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'outcome')}"), name)
+    if _HOMES.get(name) == "array" and "xarray" in sys.modules:
+        importlib.import_module(f"{__name__}.labelled")  # it takes Xarray's objects, too
     if isinstance(thing, type):
         thing.__module__ = __name__  # what tracebacks and documentation call it: where users find it
     globals()[name] = thing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Hashable, Iterable
 from types import ModuleType
@@ -146,6 +147,7 @@ def _register_data_array_accessor() -> type:
             lower: bool = False,
             min_rcond: float = 0.0,
             device: Device = "auto",
+            logdet: bool = False,
         ) -> xr.Dataset:
             """Return a Dataset of ``inverse``, ``info`` and ``rcond``; see `dask_batchinv.inverse_ex`.
 
@@ -155,12 +157,12 @@ def _register_data_array_accessor() -> type:
             ----------
             dims : (row, column), optional
                 The core dimensions; by default the last two, where nothing else could be meant.
-            check_errors, on_error, assume_a, lower, min_rcond, device
-                As in `dask_batchinv.inverse_ex`.
+            check_errors, on_error, assume_a, lower, min_rcond, device, logdet
+                As in `dask_batchinv.inverse_ex`; with `logdet` the Dataset has ``sign`` and ``logdet`` too.
             """
             labelled, options = _labelled(
                 assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-                device=device,
+                device=device, logdet=logdet,
             )  # fmt: skip
             account: xr.Dataset = labelled.data_array_inv_ex(self._obj, dims, options)
             return account
@@ -172,3 +174,6 @@ def _register_data_array_accessor() -> type:
 
 
 DataArrayLinalg = _register_data_array_accessor()
+
+if "dask_batchinv.array" in sys.modules:  # `inverse` was imported before Xarray, whose objects it takes, too
+    from dask_batchinv import labelled  # noqa: F401

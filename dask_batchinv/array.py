@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import replace
 from functools import singledispatch
-from typing import Any
+from typing import Any, Literal, overload
 
 import dask.array as da
 import numpy as np
@@ -19,7 +19,7 @@ from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.buffers import BUFFERS
 from dask_batchinv.chunks.plain_array import plain_array, read_directly
 from dask_batchinv.containers import check_meta, open_container, open_masked, plain_block
-from dask_batchinv.kernels import InverseEx
+from dask_batchinv.kernels import AnyInverseEx, InverseEx, InverseExLogdet
 from dask_batchinv.kernels.device import is_gpu_array
 from dask_batchinv.options import CallOptions
 from dask_batchinv.out import check_out, fill, is_plain, shares_memory
@@ -128,6 +128,34 @@ def inverse(
     return out
 
 
+@overload
+def inverse_ex(
+    a: Any,
+    *,
+    check_errors: bool | None = ...,
+    on_error: OnError = ...,
+    assume_a: AssumeAWord = ...,
+    lower: bool = ...,
+    min_rcond: float = ...,
+    device: Device = ...,
+    logdet: Literal[False] = ...,
+) -> InverseEx: ...
+
+
+@overload
+def inverse_ex(
+    a: Any,
+    *,
+    check_errors: bool | None = ...,
+    on_error: OnError = ...,
+    assume_a: AssumeAWord = ...,
+    lower: bool = ...,
+    min_rcond: float = ...,
+    device: Device = ...,
+    logdet: Literal[True],
+) -> InverseExLogdet: ...
+
+
 def inverse_ex(
     a: Any,
     *,
@@ -137,18 +165,23 @@ def inverse_ex(
     lower: bool = False,
     min_rcond: float = 0.0,
     device: Device = "auto",
-) -> InverseEx:
+    logdet: bool = False,
+) -> AnyInverseEx:
     """Return the inverses of a stack, and for each matrix what happened and how well conditioned it is.
 
     Parameters
     ----------
     a, assume_a, lower, on_error, check_errors, min_rcond, device
         As in `inverse`, but errors are reported in ``info`` alone unless asked for. Of Xarray objects only DataArrays.
+    logdet : bool
+        Whether to return the determinants as well, which are computed by LAPACK, on the CPU. Not for quantities with
+        units, nor for tensors that require a gradient.
 
     Returns
     -------
-    InverseEx
-        ``(inverse, info, rcond)``, of the same kind as `a`. A matrix with ``info`` ≠ 0 has an all-NaN inverse.
+    InverseEx, or with `logdet` InverseExLogdet
+        ``(inverse, info, rcond)``, or ``(inverse, info, rcond, sign, logdet)``, of the same kind as `a`. A matrix with
+        ``info`` ≠ 0 has an all-NaN inverse. The determinant is ``sign * exp(logdet)``.
 
     Raises
     ------
@@ -170,7 +203,7 @@ def inverse_ex(
         a,
         CallOptions.parse(
             assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-            device=device,
+            device=device, logdet=logdet,
         ),
     )  # fmt: skip
 
@@ -195,7 +228,7 @@ def invert_any(a: Any, options: CallOptions, out: Any) -> Any:
 
 
 @singledispatch
-def invert_any_ex(a: Any, options: CallOptions) -> InverseEx:
+def invert_any_ex(a: Any, options: CallOptions) -> AnyInverseEx:
     """`inverse_ex` for one kind of input; here for those of the table of containers."""
     if type(a) is np.ndarray or is_gpu_array(a):
         return _account(a, options)
@@ -228,7 +261,7 @@ def _invert_in_memory(a: Any, options: CallOptions, out: Any) -> Any:
     return out
 
 
-def _account(a: Any, options: CallOptions, missing: Any = None, out: Any = None) -> InverseEx:
+def _account(a: Any, options: CallOptions, missing: Any = None, out: Any = None) -> AnyInverseEx:
     _check(a)
     return options.invert(a, Place(), masked=missing, out=out)
 
@@ -262,7 +295,7 @@ def _(a: da.Array, options: CallOptions, out: Any) -> Any:
 
 
 @invert_any_ex.register
-def _(a: da.Array, options: CallOptions) -> InverseEx:
+def _(a: da.Array, options: CallOptions) -> AnyInverseEx:
     a, dtype = _whole(a), result_dtype(a.dtype)
     core = [a.ndim - 2, a.ndim - 1]
     # An empty array of the same kind; for a single matrix a 0-d one, which must hold a number that can be cast.
@@ -274,13 +307,14 @@ def _(a: da.Array, options: CallOptions) -> InverseEx:
     nothing = np.empty(batch_like.shape, object)  # CuPy has no objects
     results = checked.map_blocks(_results_of_block, options=options, dtype=object, drop_axis=core, meta=nothing)
     n = a.chunks[-1]
-    return InverseEx(
-        results.map_blocks(
-            getattr, "inverse", dtype=dtype, new_axis=core, chunks=(*results.chunks, n, n), meta=a._meta.astype(dtype)
-        ),
-        results.map_blocks(getattr, "info", dtype=np.int32, meta=batch_like.astype(np.int32)),
-        results.map_blocks(getattr, "rcond", dtype=real_dtype(dtype), meta=batch_like.astype(real_dtype(dtype))),
+    inverse = results.map_blocks(
+        getattr, "inverse", dtype=dtype, new_axis=core, chunks=(*results.chunks, n, n), meta=a._meta.astype(dtype)
     )
+    dtypes = {"info": np.dtype(np.int32), "rcond": real_dtype(dtype)}
+    if options.logdet:
+        dtypes |= {"sign": dtype, "logdet": real_dtype(dtype)}
+    parts = [results.map_blocks(getattr, part, dtype=own, meta=batch_like.astype(own)) for part, own in dtypes.items()]
+    return InverseExLogdet(inverse, *parts) if options.logdet else InverseEx(inverse, *parts)
 
 
 @invert_any.register(zarr.Array)
@@ -289,7 +323,7 @@ def _(a: zarr.Array[Any], options: CallOptions, out: Any) -> Any:
 
 
 @invert_any_ex.register(zarr.Array)
-def _(a: zarr.Array[Any], options: CallOptions) -> InverseEx:
+def _(a: zarr.Array[Any], options: CallOptions) -> AnyInverseEx:
     return invert_any_ex(_lazy(a), options)
 
 
@@ -325,7 +359,7 @@ def _inverse_of_block(
     return _results_of_block(block, options, block_info, out).inverse
 
 
-def _results_of_block(block: Any, options: CallOptions, block_info: Any = None, out: Any = None) -> InverseEx:
+def _results_of_block(block: Any, options: CallOptions, block_info: Any = None, out: Any = None) -> AnyInverseEx:
     place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in _spans(block, block_info)[:-2]))
     if isinstance(block, np.ma.MaskedArray):
         opened = open_masked(block, options)

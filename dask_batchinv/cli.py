@@ -21,6 +21,7 @@ from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.placing import plan_for_unlike, plan_locally
 from dask_batchinv.job.driver.run import run_job
 from dask_batchinv.job.options import BadChunks, JobOptions, Missing
+from dask_batchinv.job.outputs import Keep
 from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, prepare
 from dask_batchinv.job.report import display
@@ -32,7 +33,7 @@ from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.location import Location, json_object
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.places import locate
-from dask_batchinv.stack import SHORT_WORDS, AssumeA, Device
+from dask_batchinv.stack import KEPT, SHORT_WORDS, AssumeA, Device
 from dask_batchinv.text import clean, clean_lines, clean_values
 
 REFUSED = 2
@@ -94,6 +95,14 @@ _job_options = _options(
     click.option("--bad-chunks", type=click.Choice(get_args(BadChunks)), default="error", show_default=True,
                  help="Matrices in chunks that cannot be read are NaN, with info -4; that TARGET is not complete then, "
                       "or is all the same."),
+    click.option("--keep", type=click.Choice(get_args(Keep)), default="inverse", show_default=True,
+                 help="What of the inverses goes to TARGET: a diagonal has n numbers, not n x n."),
+    click.option("--logdet", is_flag=True,
+                 help="Also put there log|det| of each matrix, and the sign of its determinant."),
+    click.option("--dtype", type=click.Choice(KEPT),
+                 help="As what the results are stored. Default: as the matrices, if they are floating numbers."),
+    click.option("--names", metavar="WHAT=NAME,...",
+                 help="Other names for arrays of TARGET: inverse=precision,info=flag."),
     click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
     click.option("--overwrite", is_flag=True,
                  help="Begin anew: replace a target of dask-batchinv, of this job or another, and nothing else ever. "
@@ -290,9 +299,18 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     target = _locate("target", arguments)
     if target.is_memory:
         raise RefusedError(f"the target {target.name} would end with this command: choose a path or a store")
+    arguments["names"] = _pairs(arguments["names"] or "")
     if arguments["dims"] is not None:
         arguments["dims"] = tuple(arguments["dims"].split(","))
     return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """Return what --names says."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if bad := [what for what, mark, _ in pairs if not mark]:
+        raise RefusedError(f"--names takes WHAT=NAME,WHAT=NAME such as inverse=precision, got {bad[0]!r}")
+    return {what.strip(): name.strip() for what, _, name in pairs}
 
 
 def _options_of(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dask_batchinv import torch_tensors
 from dask_batchinv.attributes import of_inverse, refuse_packed
-from dask_batchinv.kernels import InverseEx
+from dask_batchinv.kernels import AnyInverseEx
 from dask_batchinv.kernels.device import is_gpu_array
 from dask_batchinv.options import CallOptions
 from dask_batchinv.stack import check_shape, result_dtype
@@ -35,9 +35,9 @@ class Opened(NamedTuple):
     missing: Any = None
     """Which matrices are missing, shape ``(*,)``: they raise no error."""
 
-    def closed(self, results: InverseEx) -> InverseEx:
+    def closed(self, results: AnyInverseEx) -> AnyInverseEx:
         """Return results as those of the container."""
-        return InverseEx(*(self.close(part, value) for part, value in results._asdict().items()))
+        return type(results)(*(self.close(part, value) for part, value in results._asdict().items()))
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,29 @@ def _open_astropy_masked(a: Any, options: CallOptions) -> Opened:
     return Opened(_filled(a.unmasked, a.mask), _as_is)
 
 
+def _magnitude(numbers: Any, options: CallOptions) -> Any:
+    if options.logdet:
+        raise TypeError("the logarithm of a determinant cannot have units: pass the numbers themselves")
+    return numbers
+
+
+def _of_inverse(with_units: Callable[[Any], Any]) -> Close:
+    return lambda part, value: with_units(value) if part == "inverse" else value
+
+
 def _open_quantity(a: Any, options: CallOptions) -> Opened:
     units = a.units**-1
     # pint itself says so of degrees above a zero, or decibels; or it converts them, which we do not.
     if (1 / type(a)(1.0, a.units)).units != units:
         raise TypeError(f"there are no matrices in {a.units}, whose zero is not 0: convert them, with .to_base_units()")
-    return Opened(a.magnitude, lambda part, value: type(a)(value, units) if part == "inverse" else value)
+    return Opened(_magnitude(a.magnitude, options), _of_inverse(lambda value: type(a)(value, units)))
 
 
 def _open_astropy_quantity(a: Any, options: CallOptions) -> Opened:
     from astropy.units import Quantity
 
     unit = a.unit**-1
-    return Opened(a.value, lambda part, value: Quantity(value, unit, copy=False) if part == "inverse" else value)
+    return Opened(_magnitude(a.value, options), _of_inverse(lambda value: Quantity(value, unit, copy=False)))
 
 
 def _open_jax(a: Any, options: CallOptions) -> Opened:

@@ -13,7 +13,7 @@ import xarray as xr
 from dask_batchinv import labels
 from dask_batchinv.array import invert_any, invert_any_ex
 from dask_batchinv.attributes import PLACING, of_inverse, packing_of, refuse_packed
-from dask_batchinv.kernels import InverseEx
+from dask_batchinv.kernels import AnyInverseEx
 from dask_batchinv.labels import Dims, Exchange, Pair
 from dask_batchinv.options import CallOptions
 from dask_batchinv.text import clean
@@ -133,17 +133,18 @@ def data_array_inv(a: xr.DataArray, dims: Dims | None, options: CallOptions) -> 
     return stack.exchanged(invert_any(stack.numbers(), options, None))
 
 
-def data_array_parts(a: xr.DataArray, dims: Dims | None, options: CallOptions) -> InverseEx:
-    """Return the inverse of a DataArray, ``info`` and ``rcond`` as DataArrays."""
+def data_array_parts(a: xr.DataArray, dims: Dims | None, options: CallOptions) -> AnyInverseEx:
+    """Return the inverse of a DataArray, ``info``, ``rcond`` and the like as DataArrays."""
     stack = _Stack.of(a, dims)
-    inverse, info, rcond = invert_any_ex(stack.numbers(), options)
+    results = invert_any_ex(stack.numbers(), options)
     batch = [dim for dim in stack.array.dims if dim not in stack.core]
     beside = stack.array.coords.to_dataset().drop_dims(stack.core, errors="ignore").coords
-    return InverseEx(
-        stack.exchanged(inverse),
-        xr.DataArray(xr.Variable(batch, info), beside, name="info"),
-        xr.DataArray(xr.Variable(batch, rcond, {"units": "1"}), beside, name="rcond"),
+    inverse, *others = results._asdict().items()
+    parts = (
+        xr.DataArray(xr.Variable(batch, part, {} if name == "info" else {"units": "1"}), beside, name=name)
+        for name, part in others
     )
+    return type(results)(stack.exchanged(inverse[1]), *parts)
 
 
 def data_array_inv_ex(a: xr.DataArray, dims: Dims | None, options: CallOptions) -> xr.Dataset:
@@ -302,7 +303,7 @@ def _register(kind: type, invert: Callable[..., Any]) -> None:
         return invert(a, None, options)
 
     @invert_any_ex.register(kind)
-    def _(a: Any, options: CallOptions) -> InverseEx:
+    def _(a: Any, options: CallOptions) -> AnyInverseEx:
         if kind is xr.DataArray:
             return data_array_parts(a, None, options)
         raise TypeError(f"inverse_ex takes DataArrays: pick a variable of the {type(a).__name__}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_batchinv.kernels import InverseEx, invert_block, read_part
+from dask_batchinv.kernels import AnyInverseEx, InverseExLogdet, invert_block, log_determinants, read_part
 from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import Info, Place, in_main_memory, raise_failed, warn_ill_conditioned
 from dask_batchinv.stack import (
@@ -36,6 +36,8 @@ class CallOptions:
     """Below it a matrix counts as failed."""
     device: Device
     """Where to compute."""
+    logdet: bool = False
+    """Whether determinants are wanted too."""
 
     @classmethod
     def parse(
@@ -47,14 +49,18 @@ class CallOptions:
         check_errors: bool | None,
         min_rcond: float,
         device: Device,
+        logdet: bool = False,
     ) -> CallOptions:
         """Return the options, or raise ValueError for a word that is not known."""
         on_error = parse_choice("on_error", on_error, OnError)
         if check_errors is not None:
             on_error = "raise" if check_errors else "nan"
-        return cls(parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), parse_device(device))
+        return cls(
+            parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), parse_device(device),
+            bool(logdet),
+        )  # fmt: skip
 
-    def invert(self, block: Any, place: Place, *, out: Any = None, masked: Any = None) -> InverseEx:
+    def invert(self, block: Any, place: Place, *, out: Any = None, masked: Any = None) -> AnyInverseEx:
         """Invert a block of plain numbers, shape ``(*, n, n)``, in main memory or on a GPU.
 
         Parameters
@@ -82,7 +88,12 @@ class CallOptions:
         if self.on_error != "nan":
             raise_failed(results.info, self.assume_a, place, masked)
         warn_ill_conditioned(results.info, results.rcond, place)
-        return results
+        if not self.logdet:
+            return results
+        determinants = log_determinants(
+            block, results.info, dtype=result_dtype(block.dtype), assume_a=self.assume_a, lower=self.lower
+        )
+        return InverseExLogdet(*results, *determinants)
 
     def has_nan(self, block: Any, info: Any) -> Any:
         """Tell of which matrices the part that is read has a NaN, where ``info`` says that they are not finite."""

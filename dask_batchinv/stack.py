@@ -84,6 +84,18 @@ def real_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     return np.finfo(np.dtype(dtype)).dtype
 
 
+def computed_dtype(dtype: npt.DTypeLike, stored: npt.DTypeLike) -> np.dtype[Any]:
+    """Return in what matrices of `dtype` are inverted whose inverses are to be stored as another one.
+
+    Examples
+    --------
+    >>> computed_dtype("float64", "float32"), computed_dtype("float32", "float64")
+    (dtype('float64'), dtype('float64'))
+    """
+    found: np.dtype[Any] = np.result_type(result_dtype(dtype), np.dtype(stored))
+    return found
+
+
 def check_shape(shape: tuple[float, ...]) -> int:
     """Return n for a shape ``(*, n, n)``, else raise LinAlgError with the shape in the message."""
     if len(shape) < 2:

@@ -34,6 +34,8 @@ def opened(a: Any, assume_a: AssumeA, *, lower: bool) -> tuple[Any, Callable[[st
     numbers = _memory_of(a)
 
     def close(part: str, value: Any) -> Any:
+        if part in ("sign", "logdet") and _has_derivative(a):
+            raise TypeError("determinants have no derivative here: use torch.linalg.slogdet, or pass a.detach()")
         tensor = torch.from_dlpack(value) if is_gpu_array(value) else torch.from_numpy(value)
         if part == "inverse" and _has_derivative(a):
             tensor = _differentiable().apply(_read(a, assume_a, lower), [tensor])

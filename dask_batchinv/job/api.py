@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.run import run_job
 from dask_batchinv.job.options import BadChunks, JobOptions, Missing
+from dask_batchinv.job.outputs import Keep
 from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
 from dask_batchinv.job.report.run_record import OnProgress, ignore
@@ -53,6 +54,10 @@ def invert_store(
     tile_size: str | int | None = None,
     missing: Missing = "error",
     bad_chunks: BadChunks = "error",
+    keep: Keep = "inverse",
+    logdet: bool = False,
+    dtype: str | None = None,
+    names: Mapping[str, str] | None = None,
     overwrite: bool = False,
     trust_ledger: bool = False,
     durable: bool = False,
@@ -117,6 +122,16 @@ def invert_store(
     bad_chunks : {"error", "nan"}
         What becomes of a target if chunks of the source cannot be read: the matrices in them are NaN with ``info`` -4,
         all others are inverted, and the target is not complete; with "nan" it is, and they count as failed.
+    keep : {"inverse", "diagonal"}
+        What of the inverses goes to the target; the diagonal of one has n numbers, ``diagonal`` ``(*, n)``.
+    logdet : bool
+        Whether also ``logdet`` ``(*,)``, the logarithm of the absolute value of each determinant, and its ``sign``
+        (complex: its phase) go there.
+    dtype : str, optional
+        As what the results are stored: "float32", "float64", "complex64" or "complex128", by default that of
+        `inverse`. They are computed in the wider one of the two; what has no room in it overflows, ``info`` -2.
+    names : mapping, optional
+        Other names for arrays of the target, ``{"inverse": "precision"}``.
     overwrite : bool
         Replace a target of dask_batchinv, of another job or of this one, from the beginning. What is not a target of
         dask_batchinv is never replaced.
@@ -148,8 +163,8 @@ def invert_store(
     options = JobOptions(
         variable=variable, dims=dims, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
-        missing=missing, bad_chunks=bad_chunks, tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger,
-        durable=durable,
+        missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, names=names or {},
+        tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip
     cluster = ClusterOptions(
         client, scheduler, scheduler_file, wait_for_workers, wait, only_workers, workers, threads_per_worker,

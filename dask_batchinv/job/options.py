@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import dask.config
+import numpy as np
 from dask.utils import parse_bytes
 
 from dask_batchinv.job.allowed import Allowed, MaxFailed
+from dask_batchinv.job.outputs import Keep, Outputs, outputs_of
 from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.stack import AssumeA, Device, parse_assume_a, parse_choice, parse_min_rcond
+from dask_batchinv.stack import KEPT, AssumeA, Device, parse_assume_a, parse_choice, parse_min_rcond, result_dtype
 
 Missing = Literal["error", "fill"]
 BadChunks = Literal["error", "nan"]
@@ -42,6 +44,14 @@ class JobOptions:
     """Whether a target may be complete in which matrices are NaN because their chunks cannot be read."""
     tile_size: str | int | None = None
     """Bytes of a tile; by default the Dask configuration ``batchinv.job.tile-size``."""
+    keep: Keep = "inverse"
+    """What of the inverses goes to the target."""
+    logdet: bool = False
+    """Whether the logarithms of the determinants go there too."""
+    dtype: str | None = None
+    """As what the results are stored; by default as what is inverted."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The names of arrays in the target, by what they are."""
     overwrite: bool = False
     """Replace a target of ours that belongs to another job."""
     trust_ledger: bool = False
@@ -56,12 +66,36 @@ class JobOptions:
             object.__setattr__(self, "lower", bool(self.lower))
             parse_choice("missing", self.missing, Missing)
             parse_choice("bad_chunks", self.bad_chunks, BadChunks)
+            parse_choice("keep", self.keep, Keep)
             parse_device(self.device)
         except ValueError as error:
             raise RefusedError(str(error)) from error
         Allowed.parse(self.max_failed)
+        if self.dtype is not None and self.dtype not in KEPT:
+            raise RefusedError(f"results can be stored as {', '.join(KEPT)}, not as {self.dtype}")
+        outputs_of(self.keep, logdet=self.logdet, names=self.names)
         if self.tile_nbytes <= 0:
             raise RefusedError(f"tile_size must be more than 0 bytes, got {self.tile_size}")
+
+    @property
+    def outputs(self) -> Outputs:
+        """The arrays of the target."""
+        return outputs_of(self.keep, logdet=self.logdet, names=self.names)
+
+    def stored_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return as what the inverses of matrices of a dtype are stored.
+
+        Raises
+        ------
+        RefusedError
+            If that would lose their imaginary parts.
+        """
+        found = result_dtype(dtype)
+        if self.dtype is None:
+            return found
+        if found.kind == "c" and np.dtype(self.dtype).kind == "f":
+            raise RefusedError(f"the matrices are complex: store their inverses as complex64, not as {self.dtype}")
+        return np.dtype(self.dtype)
 
     @property
     def tile_nbytes(self) -> int:

@@ -1,27 +1,30 @@
-"""The arrays of a target: names, dtypes, fill values, attributes."""
+"""The arrays of a target: names, extents, dtypes, fill values, attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from dask_batchinv.outcome import Info, describe_codes
+from dask_batchinv.job.tiling import Extent
+from dask_batchinv.outcome import Info, RefusedError, describe_codes
 from dask_batchinv.stack import AssumeA, real_dtype
 
 DType = np.dtype[Any]
+Keep = Literal["inverse", "diagonal"]
 
 
 @dataclass(frozen=True)
 class Output:
     """One array of a target."""
 
-    name: str
-    """Its name there."""
-    core: bool
-    """Whether it has the core dimensions; else it has one number for each matrix."""
+    role: str
+    """What it is."""
+    extent: Extent
+    """Which dimensions of the stack it has."""
     dtype: Callable[[DType], DType]
     """Its dtype, from that of the inverse."""
     fill: Any
@@ -30,29 +33,74 @@ class Output:
     """Its description, which may depend on the structure of the matrices."""
     units: str | None = None
     """Its units, if they do not depend on the source."""
+    is_of_inverse: bool = False
+    """Whether it has numbers of the inverse, and so the units and the other attributes of that."""
+    name: str = ""
+    """Its name in the target; by default what it is."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.role)
 
     def attributes(self, assume_a: AssumeA) -> dict[str, Any]:
         """Return its attributes for matrices of a structure."""
         long_name = self.long_name if isinstance(self.long_name, str) else self.long_name(assume_a)
         return {"long_name": long_name} | ({} if self.units is None else {"units": self.units})
 
-    @property
-    def checksum(self) -> str:
-        """The column of the ledger for the checksums of its chunks."""
-        return f"{self.name}_crc32c"
+
+def _same(dtype: DType) -> DType:
+    return dtype
 
 
+#: All that there can be.
 OUTPUTS = (
-    Output("inverse", True, lambda dtype: dtype, np.nan, "matrix inverse"),
-    Output("rcond", False, real_dtype, np.nan, "reciprocal condition number in the 1-norm", "1"),
-    Output("info", False, lambda dtype: np.dtype(np.int32), int(Info.PENDING), describe_codes),
+    Output("inverse", "matrix", _same, np.nan, "matrix inverse", is_of_inverse=True),
+    Output("diagonal", "row", _same, np.nan, "diagonal of the matrix inverse", is_of_inverse=True),
+    Output("logdet", "number", real_dtype, np.nan, "logarithm of the absolute value of the determinant", "1"),
+    Output("sign", "number", _same, np.nan, "sign of the determinant, or its phase where it is complex", "1"),
+    Output("rcond", "number", real_dtype, np.nan, "reciprocal condition number in the 1-norm", "1"),
+    Output("info", "number", lambda dtype: np.dtype(np.int32), int(Info.PENDING), describe_codes),
 )
+ROLES = tuple(output.role for output in OUTPUTS)
+_BY_ROLE = {output.role: output for output in OUTPUTS}
 #: The group beside them in which the job keeps its account.
 LEDGER = "ledger"
-#: What a target holds; dimensions and coordinates cannot have these names.
-MEMBERS = (*(output.name for output in OUTPUTS), LEDGER)
+#: What a name must be like, for every reader.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,99}")
+
+Outputs = tuple[Output, ...]
 
 
-def nbytes_per_matrix(dtype: DType) -> int:
-    """Return the bytes that a matrix takes in the outputs without core dimensions."""
-    return sum(output.dtype(dtype).itemsize for output in OUTPUTS if not output.core)
+def outputs_of(keep: Keep, *, logdet: bool, names: Mapping[str, str]) -> Outputs:
+    """Return the outputs of a job, under the names that they get.
+
+    Raises
+    ------
+    RefusedError
+        If a name is none, or that of nothing or of two.
+    """
+    roles = [keep, *(["logdet", "sign"] if logdet else []), "rcond", "info"]
+    if unknown := sorted({*names} - {*roles}):
+        raise RefusedError(f"names can be given to {', '.join(roles)}, but not to {', '.join(unknown)}")
+    if bad := [name for name in names.values() if not _NAME.fullmatch(name)]:
+        raise RefusedError(f"{bad[0]!r} cannot be the name of an array: take letters, digits and _")
+    outputs = named((role, names.get(role, role)) for role in roles)
+    given = [name.casefold() for name in (*(output.name for output in outputs), LEDGER)]
+    if len(set(given)) < len(given):
+        raise RefusedError(f"two arrays cannot have one name: {', '.join(given)}")
+    return outputs
+
+
+def named(names: Iterable[tuple[str, str]]) -> Outputs:
+    """Return outputs by what they are and the names that they have."""
+    return tuple(replace(_BY_ROLE[role], name=name) for role, name in names)
+
+
+def checksum_column(role: str) -> str:
+    """Return the column of the ledger for the checksums of the chunks of an output."""
+    return f"{role}_crc32c"
+
+
+def nbytes_per_matrix(outputs: Outputs, n: int, dtype: DType) -> int:
+    """Return the bytes that a matrix takes in some outputs."""
+    length = {"matrix": n * n, "row": n, "number": 1}
+    return sum(length[output.extent] * output.dtype(dtype).itemsize for output in outputs)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from dask_batchinv.job.outputs import OUTPUTS
+from dask_batchinv.job.outputs import ROLES, checksum_column
 from dask_batchinv.outcome import FAILURE_KINDS, Info, SourceError, failures_of
 from dask_batchinv.storage import DamagedChunkError
 from dask_batchinv.text import clean
@@ -33,7 +33,7 @@ SEEN = ("source_seen", "target_seen")
 COLUMNS = (
     "generation", "matrices", *FAILURE_KINDS, "ill_conditioned", "smallest_rcond_bits", "milliseconds", "attempts",
     "device", "filled",
-    *(output.checksum for output in OUTPUTS),
+    *map(checksum_column, ROLES),
     "source_checksum", *SEEN,
 )  # fmt: skip
 
@@ -102,7 +102,7 @@ class TileRow:
     smallest_rcond: float
     """Of the good ones; NaN if there are none."""
     checksums: dict[str, int]
-    """CRC-32C of the chunk of each output; -1 if there is none, the tile being empty."""
+    """CRC-32C of the chunk of each output, by what it is; -1 or nothing if there is none, the tile being empty."""
     device: str = "cpu"
     """Where they were inverted."""
     filled: int = 0
@@ -149,7 +149,7 @@ class TileRow:
         return [
             self.matrices, *(self.failed[kind] for kind in FAILURE_KINDS), self.ill_conditioned, smallest,
             milliseconds, attempts, DEVICES.index(self.device), self.filled,
-            *(self.checksums[output.name] for output in OUTPUTS), self.source_checksum,
+            *(self.checksums.get(role, -1) for role in ROLES), self.source_checksum,
         ]  # fmt: skip
 
     @classmethod
@@ -161,7 +161,7 @@ class TileRow:
             failed={kind: values[kind] for kind in FAILURE_KINDS},
             ill_conditioned=values["ill_conditioned"],
             smallest_rcond=float(np.int64(values["smallest_rcond_bits"]).view(np.float64)),
-            checksums={output.name: values[output.checksum] for output in OUTPUTS},
+            checksums={role: values[checksum_column(role)] for role in ROLES},
             device=DEVICES[values["device"]],
             filled=values["filled"],
             source_checksum=values["source_checksum"],

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.job.tiling import Tiling, cuts
+from dask_batchinv.job.tiling import Extent, Tiling, cuts
 from dask_batchinv.location import Known, Location
 
 #: Of what a store says of a tile that was never looked at, or just now written.
@@ -136,30 +136,32 @@ def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
     tells, count = True, 0
     for files, all_tell in _files(location, grid, ""):
         tells, count = tells and all_tell, count + len(files.places)
-        for numbers, which in _tiles_of(files.places, grid, tiling):
+        for numbers, which in _tiles_of(files.places, grid, tiling, "matrix"):
             np.add.at(sums, numbers, files.marks[which])
             np.logical_or.at(unsure, numbers, files.unsure[which])
     # A listing with nothing in it may be that of a server which lists nothing.
     return Seen(_never_unknown(sums), unsure, tells and (location.is_local or count > 0 or not len(sums)), count)
 
 
-def look_at_target(location: Location, grids: dict[str, ChunkGrid], nbytes: dict[str, int], tiling: Tiling) -> Seen:
+def look_at_target(
+    location: Location, grids: dict[str, tuple[Extent, ChunkGrid]], nbytes: dict[str, int], tiling: Tiling
+) -> Seen:
     """Return what the store of a target says of the chunks of each tile, by the names of the arrays.
 
     Nothing is called lost because a listing, which may be late, does not have it: it is asked for by its key.
     """
     sums, unsure = np.zeros(tiling.n_tiles, np.uint64), np.zeros(tiling.n_tiles, bool)
     whole = np.ones(tiling.n_tiles, bool)
-    for name, grid in grids.items():
-        inside, core = location / name, len(grid.shape) == len(tiling.shape)
+    for name, (extent, grid) in grids.items():
+        inside = location / name
         found = np.zeros(tiling.n_tiles, bool)
         for files, _ in _files(inside, grid, name):
-            for numbers, which in _tiles_of(files.places, grid, tiling):
+            for numbers, which in _tiles_of(files.places, grid, tiling, extent):
                 np.add.at(sums, numbers, files.marks[which])
                 found[numbers] = files.sizes[which] == nbytes[name]
         for number in map(int, np.flatnonzero(~found)):
             unsure[number] = True
-            whole[number] &= inside.nbytes(tiling.chunk_key(number, core=core)) == nbytes[name]
+            whole[number] &= inside.nbytes(tiling.chunk_key(number, extent)) == nbytes[name]
     return Seen(_never_unknown(sums), unsure, whole=whole)
 
 
@@ -213,9 +215,11 @@ def _is_young(says: Known, now: int) -> bool:
     return now - says.changed < (_TICK_NS if says.changed % _SECOND_NS else _COARSE_TICK_NS)
 
 
-def _tiles_of(places: Numbers, grid: ChunkGrid, tiling: Tiling) -> Iterator[tuple[Numbers, npt.NDArray[np.intp]]]:
+def _tiles_of(
+    places: Numbers, grid: ChunkGrid, tiling: Tiling, extent: Extent
+) -> Iterator[tuple[Numbers, npt.NDArray[np.intp]]]:
     """Yield numbers of tiles that chunks are in, and which chunks those are: one is in several if they are smaller."""
-    axes = tiling.axes(core=len(grid.shape) == len(tiling.shape))
+    axes = tiling.axes(extent)
     columns = [axes.index(axis) for axis in tiling.batch]
     tile = np.array([tiling.tile[axis] for axis in tiling.batch], np.int64)
     chunk, shape = (np.array([of[column] for column in columns], np.int64) for of in (grid.chunk, grid.shape))

@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 #: A job may have so many tiles: the ledger takes about 150 bytes of the driver's memory for each.
 LARGEST_COUNT = 10_000_000
+#: Which dimensions of a stack an array has: all of them, all but that of the columns, or none but those of the batch.
+Extent = Literal["matrix", "row", "number"]
 
 
 def cuts(size: int, step: int) -> int:
@@ -61,16 +64,21 @@ class Tiling(StackShape):
         """Tiles in all."""
         return math.prod(self.grid)
 
-    def axes(self, core: bool) -> tuple[int, ...]:
-        """Return the axes of an array with the core dimensions, or without."""
-        return tuple(range(len(self.shape))) if core else self.batch
+    def axes(self, extent: Extent) -> tuple[int, ...]:
+        """Return the axes of the stack that an array has."""
+        left_out = {"matrix": (), "row": self.core[1:], "number": self.core}[extent]
+        return tuple(axis for axis in range(len(self.shape)) if axis not in left_out)
 
-    def chunk_elements(self, core: bool) -> int:
-        """Return the elements of a chunk of an array with the core dimensions, or without."""
-        return math.prod(self.tile[axis] for axis in self.axes(core))
+    def shape_of(self, extent: Extent) -> tuple[int, ...]:
+        """Return the shape of an array."""
+        return tuple(self.shape[axis] for axis in self.axes(extent))
 
-    def region(self, tiles: int | range, *, core: bool = False) -> tuple[slice, ...]:
-        """Return where a tile is, by its number in C order, or a span of tiles, in an array with `core` or without.
+    def chunk_of(self, extent: Extent) -> tuple[int, ...]:
+        """Return the shape of a chunk of an array."""
+        return tuple(self.tile[axis] for axis in self.axes(extent))
+
+    def region(self, tiles: int | range, extent: Extent = "number") -> tuple[slice, ...]:
+        """Return where a tile is, by its number in C order, or a span of tiles, in an array.
 
         Examples
         --------
@@ -84,7 +92,7 @@ class Tiling(StackShape):
             slice(start[axis] * self.tile[axis], min((stop[axis] + 1) * self.tile[axis], self.shape[axis]))
             if axis in start
             else slice(None)
-            for axis in self.axes(core)
+            for axis in self.axes(extent)
         )
 
     def matrices(self) -> npt.NDArray[np.int64]:
@@ -121,17 +129,17 @@ class Tiling(StackShape):
             number, position[axis] = divmod(number, count)
         return position
 
-    def chunk_key(self, number: int, *, core: bool) -> str:
-        """Return the key of a tile's chunk, in an array with the core dimensions or without.
+    def chunk_key(self, number: int, extent: Extent) -> str:
+        """Return the key of a tile's chunk in an array.
 
         Examples
         --------
         >>> tiling = Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3))
-        >>> tiling.chunk_key(2, core=True), tiling.chunk_key(2, core=False)
+        >>> tiling.chunk_key(2, "matrix"), tiling.chunk_key(2, "number")
         ('c.2.0.0', 'c.2')
         """
         position = self._position(number)
-        return ".".join(["c", *(str(position.get(axis, 0)) for axis in self.axes(core))])
+        return ".".join(["c", *(str(position.get(axis, 0)) for axis in self.axes(extent))])
 
     def spans(self, numbers: Iterable[int], longest: int) -> Iterator[range]:
         """Yield `numbers`, which ascend, as ranges of tiles that lie side by side along the last axis.

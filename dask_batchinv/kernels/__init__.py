@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_batchinv.kernels import lapack
+from dask_batchinv.kernels.blas_threads import one_blas_thread
 from dask_batchinv.kernels.cpu import dispatch as cpu
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
@@ -45,6 +46,24 @@ class InverseEx(NamedTuple):
     """Shape ``(*,)``, int32: codes as `Info` has them; 0 no pivot is exactly zero, k > 0 the k-th is."""
     rcond: Any
     """Shape ``(*,)``, real: 1 / (‖A‖₁ ‖A⁻¹‖₁); 0 for a singular matrix, NaN for a non-finite one."""
+
+
+class InverseExLogdet(NamedTuple):
+    """What `InverseEx` has, and the determinants."""
+
+    inverse: Any
+    """As in `InverseEx`."""
+    info: Any
+    """As in `InverseEx`."""
+    rcond: Any
+    """As in `InverseEx`."""
+    sign: Any
+    """Shape ``(*,)``: the sign of each determinant, of complex ones the phase; 0 if singular, NaN if not known."""
+    logdet: Any
+    """Shape ``(*,)``, real: the logarithm of its absolute value; -inf if singular, NaN if not known."""
+
+
+AnyInverseEx = InverseEx | InverseExLogdet
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,51 @@ def read_part(a: Array, assume_a: AssumeA, *, lower: bool = False) -> Array:
     mirrored = lower and assume_a in MIRRORED
     part = lapack.METHODS[assume_a].read(np.ascontiguousarray(a.swapaxes(1, 2) if mirrored else a))
     return part.swapaxes(1, 2) if mirrored else part
+
+
+def log_determinants(
+    a: Any, info: Any, *, dtype: npt.DTypeLike, assume_a: AssumeA = "general", lower: bool = False
+) -> tuple[Any, Any]:
+    """Return signs and logarithms of the absolute values of determinants, from the pivots of LAPACK's factorizations.
+
+    Parameters
+    ----------
+    a : array
+        A block of shape ``(*, n, n)``; one on a GPU is copied to main memory.
+    info : array
+        What became of its matrices: shape ``(*,)``. Of singular ones the sign is 0 and the logarithm -inf, of others
+        that have no inverse both are NaN.
+    dtype : dtype
+        What to compute in.
+    assume_a, lower
+        As for `invert_block`.
+
+    Returns
+    -------
+    sign, logdet : arrays of shape ``(*,)``
+        The sign of `dtype`, the logarithm real.
+    """
+    if is_gpu_array(a):
+        import cupy
+
+        found = log_determinants(a.get(), info.get(), dtype=dtype, assume_a=assume_a, lower=lower)
+        return cupy.asarray(found[0]), cupy.asarray(found[1])
+    n, dtype, codes = a.shape[-1], np.dtype(dtype), info.reshape(-1)
+    sign, logdet = np.ones(codes.shape, dtype), np.zeros(codes.shape, np.finfo(dtype).dtype)
+    if n:
+        matrices = a.reshape(-1, n, n)
+        step = max(1, lapack.GROUP_NBYTES // (n * n * dtype.itemsize))
+        for start in range(0, len(matrices), step):
+            part = slice(start, start + step)
+            group = read_part(matrices[part].astype(dtype), assume_a, lower=lower)
+            group[codes[part] != int(Info.GOOD)] = np.eye(n, dtype=dtype)
+            with one_blas_thread(), np.errstate(all="ignore"):
+                sign[part], logdet[part] = np.linalg.slogdet(group)
+    singular, failed = codes > 0, codes != int(Info.GOOD)
+    sign[failed] = logdet[failed] = np.nan
+    if assume_a != "positive definite":  # there a pivot that is not positive says nothing of the determinant
+        sign[singular], logdet[singular] = 0, -np.inf
+    return sign.reshape(info.shape), logdet.reshape(info.shape)
 
 
 def invert_block(

@@ -31,7 +31,7 @@ from dask_batchinv.job.driver.dispatch import Dispatcher
 from dask_batchinv.job.driver.run import Run
 from dask_batchinv.job.events import Heartbeat
 from dask_batchinv.job.options import JobOptions
-from dask_batchinv.job.outputs import OUTPUTS
+from dask_batchinv.job.outputs import ROLES
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import plan_for, prepare
 from dask_batchinv.job.report.run_record import Progress
@@ -53,7 +53,7 @@ DASK = ((2, 20_000), (20, 20_000))
 def sleep_tiles(seconds: float, numbers: range) -> list[TileResult[TileRow]]:
     """Return what a worker returns; the sleep is the cluster's."""
     info, rcond = np.zeros(1, np.int32), np.ones(1)
-    checksums = {output.name: 1 for output in OUTPUTS}
+    checksums = dict.fromkeys(ROLES, 1)
     return [TileResult(number, TileRow.of(info, rcond, checksums), milliseconds=1) for number in numbers]
 
 

@@ -47,7 +47,7 @@ def test_every_kind_of_source(tmp_path, make_source, client, zarr_format, chunks
     assert report.exit_code == 0
     assert report.complete
     assert report.matrices == report.matrices_done == 60
-    assert report.failed == {"singular": 2, "not_finite": 2, "overflow": 1, "below_min_rcond": 0}
+    assert report.failed == {"singular": 2, "not_finite": 2, "overflow": 1, "below_min_rcond": 0, "unreadable": 0}
     assert report.first_failed["singular"] == [(5,), (11,)]
     assert report.first_failed["overflow"] == [(41,)]
     assert report.smallest_rcond == want.rcond[info == 0].min()
@@ -281,7 +281,7 @@ def test_a_missing_chunk_may_stand_for_the_fill_value(tmp_path, client):
         (
             "not-finite=any",
             {"not_finite": 1, "overflow": 2},
-            "2 matrices failed as singular or overflow or below min rcond, 0 allowed",
+            "2 matrices failed as singular or overflow or below min rcond or unreadable, 0 allowed",
         ),
         ("not-finite=any,2", {"not_finite": 1, "overflow": 2}, None),
     ],

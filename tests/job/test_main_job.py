@@ -76,7 +76,13 @@ def test_every_matrix_is_accounted_for(planted, local):
     assert residual_ratios(a[good], inverse[good]).max() <= 3
     assert (rcond[want > 0] == 0).all()
     assert np.isnan(rcond[want < 0]).all()
-    assert report["failed"] == {"singular": EACH, "not_finite": 2 * EACH, "overflow": 0, "below_min_rcond": 0}
+    assert report["failed"] == {
+        "singular": EACH,
+        "not_finite": 2 * EACH,
+        "overflow": 0,
+        "below_min_rcond": 0,
+        "unreadable": 0,
+    }
     assert report["first_failed"]["singular"] == [[i] for i in np.flatnonzero(want > 0)[:10].tolist()]
     assert report["matrices"] == report["matrices_done"] == MATRICES
     assert report["complete"]

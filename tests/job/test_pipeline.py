@@ -63,7 +63,7 @@ def test_a_chunk_that_is_gone_is_named_and_all_others_are_done(tmp_path, far, th
         invert_store(url, tmp_path / "t", client=threads, tile_size=720)
     failed = caught.value.report.failed_tiles
     assert [tile.number for tile in failed] in ([int(key.split("/c/")[1].split("/")[0]) // n] for n in (1, 2))
-    assert caught.value.report.tiles_now == 99
+    assert caught.value.report.tiles_now in (99, 100)  # in the larger tiles of one, all else is done
     assert "not in the store" in failed[0].cause
 
 

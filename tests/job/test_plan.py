@@ -28,7 +28,14 @@ def layout(shape, unit, core=None, **options):
         shape,
         core,
         unit,
-        **{"itemsize_in": 8, "itemsize_out": 8, "nbytes_per_matrix": 12, "needs_copy": False} | options,
+        **{
+            "itemsize_in": 8,
+            "itemsize_out": 8,
+            "nbytes_per_matrix": 8 * shape[core[0]] ** 2 + 12,
+            "nbytes_beside": 12,
+            "needs_copy": False,
+        }
+        | options,
     )
 
 

@@ -173,7 +173,7 @@ class Run:
         return seen
 
     def _look_at_target(self) -> Seen:
-        return targets.look(self.job.target, self.plan.tiling, self.contents.dtype)
+        return targets.look(self.job.target, self.plan.tiling, self.contents.outputs, self.contents.dtype)
 
     @cached_property
     def contents(self) -> Contents:
@@ -230,8 +230,9 @@ class Run:
         found = self.looks.target = self.looks.target or self._look_at_target()
         suspects = np.flatnonzero(ledger.done & found.differs(ledger.column("target_seen")))
         matrices = int(ledger.column("matrices")[suspects].sum())
-        nbytes = targets.chunk_nbytes(self.plan.tiling, self.contents.dtype)
-        task = ReadBackTask(uuid.uuid4().hex, job.target, self.plan.tiling, target.ledger, nbytes)
+        tiling, outputs = self.plan.tiling, job.options.outputs
+        nbytes = targets.chunk_nbytes(tiling, outputs, self.contents.dtype)
+        task = ReadBackTask(uuid.uuid4().hex, job.target, tiling, target.ledger, outputs, nbytes)
         for result in self._results(read_back_tiles, task, self._spans(suspects), 1, lock):
             if not isinstance(result, Heartbeat):
                 if result.value is not None:
@@ -363,7 +364,7 @@ class Run:
         """Return what workers need to know to invert tiles of a target."""
         job = self.job
         return TileTask(
-            uuid.uuid4().hex, job.source.for_workers(), job.target, holder, self.plan.tiling, job.options,
+            uuid.uuid4().hex, job.source.for_workers(), job.target, holder, self.plan.tiling, job.options, job.dtype,
             self.plan.together, self.plan.ahead,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ import numpy as np
 from dask_batchinv.job.driver.cluster_options import ClusterOptions, own_task
 from dask_batchinv.job.driver.executor import Executor, InProcess
 from dask_batchinv.job.driver.placing import is_small, threads_here
+from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.prepare import fingerprint_of
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, ignore
 from dask_batchinv.job.report.tiles import FailedTile
@@ -59,8 +60,8 @@ def verify(
     ledger, found, problems = Ledger(location, target), _Found(), []
     made = target.fingerprint
     task = VerifyTask(
-        uuid.uuid4().hex, location, tiling, opened and opened.for_workers(), made["assume_a"], made["lower"],
-        made["min_rcond"], sample,
+        uuid.uuid4().hex, location, tiling, opened and opened.for_workers(), _options_of(target),
+        np.dtype(made["stored as"]), sample,
     )  # fmt: skip
     try:
         targets.open_as_reader(location)
@@ -92,6 +93,15 @@ def verify(
         residuals=sum(tile.residuals for tile in found.verified),
         largest_ratio=max((tile.largest_ratio for tile in found.verified), default=0.0),
     )
+
+
+def _options_of(target: Target) -> JobOptions:
+    """Return the options by which a target was made."""
+    made, outputs = target.fingerprint, {output.role: output.name for output in target.outputs}
+    return JobOptions(
+        assume_a=made["assume_a"], lower=made["lower"], min_rcond=made["min_rcond"], dtype=made["stored as"],
+        keep="diagonal" if "diagonal" in outputs else "inverse", logdet="logdet" in outputs, names=outputs,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -164,9 +174,9 @@ def _same_source(path: Place, target: Target) -> Source:
 
 def _unlike_ledger(row: TileRow, recorded: TileRow) -> str | None:
     """Return in what a tile is not as it is recorded, or None."""
-    for name, found in row.checksums.items():
-        if recorded.checksums[name] != found:
-            return f"{name} is not what was written"
+    for role, found in row.checksums.items():
+        if recorded.checksums[role] != found:
+            return f"{role} is not what was written"
     for name, found in {"matrices": row.matrices, **row.failed}.items():
         if (known := {"matrices": recorded.matrices, **recorded.failed}[name]) != found:
             return f"{found} {name}, but the ledger says {known}"

@@ -46,7 +46,9 @@ class StackLayout(StackShape):
     itemsize_out: int
     """Bytes of an element of the target."""
     nbytes_per_matrix: int
-    """Bytes of a matrix in the outputs without core dimensions."""
+    """Bytes of a matrix in all outputs."""
+    nbytes_beside: int
+    """The same without the inverse, where that is stored as it is computed."""
     needs_copy: bool
     """Whether a block must be copied to another dtype or order before it can be inverted."""
     itemsize_decoded: int = 0
@@ -209,7 +211,7 @@ def make_plan(layout: StackLayout, limits: Limits, *, tile_nbytes: int, tile: tu
         projected_nbytes=need,
         limits=limits,
         nbytes_in=math.prod(layout.shape) * layout.itemsize_in,
-        nbytes_out=math.prod(layout.shape) * layout.itemsize_out + layout.n_matrices * layout.nbytes_per_matrix,
+        nbytes_out=layout.n_matrices * layout.nbytes_per_matrix,
         read_amplification=1.0 if per_unit > 1 else _read_amplification(layout, shape),
         together=count_per_task(layout, shape),
         ahead=ahead,
@@ -283,7 +285,7 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...], a
     decoding = read + elements * (DECODING_COPIES * layout.itemsize_decoded + DECODING_MASKS)
     stack = elements * layout.itemsize_decoded or read
     inverting = stack + copied + (result if layout.needs_copy else 0) + limits.scratch
-    per_matrix = (layout.nbytes_per_matrix + MASKS_NBYTES) * elements // max(1, layout.n**2)
+    per_matrix = (layout.nbytes_beside + MASKS_NBYTES) * elements // max(1, layout.n**2)
     moments = reading + units * CHUNK_NBYTES, decoding if layout.itemsize_decoded else 0, inverting, copied
     task = kept + max(moments) + per_matrix
     return IDLE_WORKER_NBYTES + limits.compile_nbytes + limits.threads * task

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import zarr
 
 from dask_batchinv.job.options import JobOptions
-from dask_batchinv.job.outputs import nbytes_per_matrix
+from dask_batchinv.job.outputs import LEDGER, Outputs, nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
@@ -20,7 +22,11 @@ from dask_batchinv.job.versions import LAPACKS, versions
 from dask_batchinv.kernels import GENERATION, Kernel, choose_kernel
 from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import SourceError, TargetError
-from dask_batchinv.stack import result_dtype
+from dask_batchinv.stack import computed_dtype
+from dask_batchinv.storage import METADATA_KEYS
+
+#: What the files of ours begin with that are no arrays.
+_OURS = ".dask_batchinv"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,16 @@ class Job:
     action: Action
     """What is to be done with that; never "refuse"."""
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As what the inverses are stored."""
+        return self.options.stored_dtype(self.source.decoded_dtype)
+
+    @property
+    def computed_dtype(self) -> np.dtype[Any]:
+        """In what they are computed."""
+        return computed_dtype(self.source.decoded_dtype, self.dtype)
+
 
 def prepare(source: Place, target: Place, options: JobOptions, *, moved: bool = False) -> Job:
     """Open source and target, metadata only, and refuse what is not safe.
@@ -60,6 +76,8 @@ def prepare(source: Place, target: Place, options: JobOptions, *, moved: bool = 
     """
     location = targets.parse_location(target)
     opened = _open_source(source, options, location)
+    _refuse_reserved_names(opened, options.outputs)
+    options.stored_dtype(opened.decoded_dtype)
     _refuse_long_attributes(opened)
     refuse_overlap(opened, location)
     kernel = choose_kernel(options.assume_a, options.device)
@@ -122,9 +140,20 @@ def contents_of(job: Job, tiling: Tiling, notes: list[str]) -> Contents:
             f"remove it from the source. {' '.join([*source.notes, *notes])}"
         )
     return Contents(
-        tiling, result_dtype(source.decoded_dtype), source.target_dims, coordinates, source.attributes,
+        tiling, job.dtype, job.options.outputs, source.target_dims, coordinates, source.attributes,
         source.group_attributes, job.options.assume_a,
     )  # fmt: skip
+
+
+def _refuse_reserved_names(source: Source, outputs: Outputs) -> None:
+    """Raise SourceError if a target has something of a name itself, on file systems that do not tell case apart too."""
+    reserved = {name.casefold() for name in (LEDGER, *METADATA_KEYS, *(output.name for output in outputs))}
+    names = {*source.dims, *source.target_names(source.coordinate_names)}
+    if taken := sorted(name for name in names if name.casefold() in reserved or name.casefold().startswith(_OURS)):
+        raise SourceError(
+            f"{', '.join(taken)} of {source.location.name} are names that the target needs itself: rename those "
+            "dimensions or coordinates first, or give the arrays of the target other names"
+        )
 
 
 def _refuse_long_attributes(source: Source) -> None:
@@ -162,8 +191,9 @@ def fingerprint_of(source: Source) -> Fingerprint:
 
 def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerprint:
     """Return all that decides the bits of the target."""
-    here, dtype = versions(), result_dtype(source.decoded_dtype)
-    computing = () if kernel.is_ours(source.n, dtype) else LAPACKS
+    here, stored = versions(), options.stored_dtype(source.decoded_dtype)
+    is_ours = kernel.is_ours(source.n, computed_dtype(source.decoded_dtype, stored)) and not options.logdet
+    computing = () if is_ours else LAPACKS
     return {
         "source": source.location.name,
         "variable": source.variable,
@@ -171,6 +201,8 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "assume_a": options.assume_a,
         "lower": options.lower,
         "min_rcond": options.min_rcond,
+        "outputs": {output.role: output.name for output in options.outputs},
+        "stored as": stored.name,
         "kernel": kernel.name,
         "generation of the kernel": GENERATION,
         **{f"version of {name}": here[name] for name in computing},
@@ -180,7 +212,8 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
 def plan_for(job: Job, workers: Workers) -> Plan:
     """Return the plan of a job for given workers, or raise PlanError."""
     source = job.source
-    dtype = result_dtype(source.decoded_dtype)
+    dtype, outputs = job.computed_dtype, job.options.outputs
+    beside = tuple(output for output in outputs if output.extent != "matrix" or job.dtype != dtype)
     layout = StackLayout(
         shape=source.shape,
         core=source.core,
@@ -193,7 +226,8 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         waits=not (source.location.is_local and job.target.is_local),
         itemsize_decoded=source.decoded_dtype.itemsize if source.packing else 0,
         itemsize_out=dtype.itemsize,
-        nbytes_per_matrix=nbytes_per_matrix(dtype),
+        nbytes_per_matrix=nbytes_per_matrix(outputs, source.n, job.dtype),
+        nbytes_beside=nbytes_per_matrix(beside, source.n, job.dtype),
         needs_copy=source.decoded_dtype != dtype or source.core != (len(source.shape) - 2, len(source.shape) - 1),
     )
     kernels = [job.kernel, *([choose_kernel(job.options.assume_a, "gpu")] if workers.gpus else [])]

@@ -20,7 +20,6 @@ from dask_batchinv.chunks.bounded_store import BoundedStore
 from dask_batchinv.chunks.direct_reading import DirectReader, Fetched, KeptChunk
 from dask_batchinv.chunks.plain import PlainChunks, plain_chunks
 from dask_batchinv.job.options import Missing
-from dask_batchinv.job.outputs import MEMBERS
 from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_source
 from dask_batchinv.job.source.bounded_decoding import open_bounded
 from dask_batchinv.job.source.coordinate import Coordinate
@@ -47,14 +46,12 @@ from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
 from dask_batchinv.location import Location, Place, raised_as
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.storage import METADATA_KEYS, StrictStore, write_unit
+from dask_batchinv.storage import StrictStore, write_unit
 from dask_batchinv.text import clean, harmless
 
 if TYPE_CHECKING:
     import xarray as xr
 
-#: What the files of ours begin with that are no arrays.
-_OURS = ".dask_batchinv"
 #: An error may say so much.
 _TEXT_LENGTH = 1500
 
@@ -307,11 +304,6 @@ def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None) 
         _check_square(location, names, _axes(names, stored, dims), array.shape)
     sizes = dict(zip(names, array.shape, strict=True))
     beside = Found() if group is None else find(root, inner, node, sizes, name)
-    if taken := sorted(filter(_is_reserved, {*names, *beside.coordinates})):
-        raise SourceError(
-            f"{', '.join(taken)} of {location.name} are names that the target needs itself: rename those "
-            "dimensions or coordinates first"
-        )
     packing = read_packing(node, array)
     decoded = decoded_dtype(dtype, packing)
     labels = {dim: beside.labels(dim) for dim in _deciding(names, stored, sizes, dims)}
@@ -352,12 +344,6 @@ def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None) 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]} ..."
-
-
-def _is_reserved(name: str) -> bool:
-    """Tell whether a target has something of that name, on file systems that do not tell case apart, too."""
-    folded = name.casefold()
-    return folded in {*MEMBERS, *METADATA_KEYS} or folded.startswith(_OURS)
 
 
 def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -18,7 +18,7 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import ZstdCodec
 
 from dask_batchinv.attributes import of_inverse
-from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS, Output
+from dask_batchinv.job.outputs import LEDGER, Output, Outputs
 from dask_batchinv.job.target import ledger
 from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.mark import Mark, attributes_of, marked
@@ -56,6 +56,8 @@ class Contents:
     """Shape and tiles of the inverse."""
     dtype: np.dtype[Any]
     """Its dtype."""
+    outputs: Outputs
+    """The arrays that are made."""
     dims: tuple[str, ...]
     """Names of its dimensions."""
     coordinates: xr.Dataset | None
@@ -75,15 +77,17 @@ class Contents:
     @property
     def members(self) -> list[str]:
         """What a target has in it."""
-        return [*MEMBERS, *self.names]
+        return [*(output.name for output in self.outputs), LEDGER, *self.names]
 
     def attributes_of(self, output: Output) -> dict[str, Any]:
         """Return the attributes of an output."""
         found = output.attributes(self.assume_a)
         placing = {name: value for name, value in self.attributes.items() if name == "grid_mapping"}
-        if not output.core:
+        if not output.is_of_inverse:
             return found | placing
         inherited = {name: value for name, value in of_inverse(self.attributes).items() if name not in _OF_XARRAY}
+        if output.extent != "matrix" and "long_name" in inherited:
+            inherited["long_name"] = f"{output.role} of the {inherited['long_name']}"
         return found | inherited | ({"coordinates": " ".join(self.names)} if self.names else {})
 
 
@@ -96,7 +100,8 @@ def make_documents(contents: Contents, mark: Mark) -> Documents:
     _create_outputs(group, contents)
     if contents.coordinates is not None:
         _write_coordinates(store, contents.coordinates, dict(group.attrs))
-    checksums = {key: _checksum(value.to_bytes()) for key, value in kept.items() if _is_coordinate(key)}
+    of_coordinates = [key for key in kept if "/" in key and key.partition("/")[0] in contents.names]
+    checksums = {key: _checksum(kept[key].to_bytes()) for key in of_coordinates}
     own = {CHECKSUMS: checksums, DIGESTS: digests_of(contents)}
     ledger.create(group, mark["ledger"], contents.tiling.n_tiles, marked(False, mark) | own)
     with unspecified():
@@ -119,20 +124,16 @@ def _checksum(content: bytes) -> list[int]:
     return [len(content), crc32c(content)]
 
 
-def _is_coordinate(key: str) -> bool:
-    return "/" in key and key.partition("/")[0] not in MEMBERS
-
-
 def _create_outputs(group: zarr.Group, contents: Contents) -> None:
     tiling = contents.tiling
-    for output in OUTPUTS:
-        axes, own = tiling.axes(output.core), output.dtype(contents.dtype)
+    for output in contents.outputs:
+        own = output.dtype(contents.dtype)
         group.create_array(
             output.name,
-            shape=tuple(tiling.shape[axis] for axis in axes),
-            chunks=tuple(tiling.tile[axis] for axis in axes),
+            shape=tiling.shape_of(output.extent),
+            chunks=tiling.chunk_of(output.extent),
             dtype=own,
-            dimension_names=[contents.dims[axis] for axis in axes],
+            dimension_names=[contents.dims[axis] for axis in tiling.axes(output.extent)],
             attributes=contents.attributes_of(output),
             chunk_key_encoding=_FLAT,
             **array_options(own) | {"fill_value": output.fill},
@@ -155,8 +156,10 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
     is returned that is not as it would be written now.
     """
     recorded = _recorded_checksums(location)
-    now = attributes_of(json_object(expected[f"{LEDGER}/{ROOT}"], LEDGER))[DIGESTS]
-    changed = changed_names(recorded_digests(location), now)
+    now = attributes_of(json_object(expected[f"{LEDGER}/{ROOT}"], LEDGER))
+    changed = changed_names(recorded_digests(location), now[DIGESTS])
+    names = {key.partition("/")[0] for key in now[CHECKSUMS]}
+    of_coordinates = [key for key in expected if "/" in key and key.partition("/")[0] in names]
 
     def is_right(key: str, found: bytes) -> bool:
         known = _checksum(found) == recorded[key] if key in recorded else found == expected[key]
@@ -167,12 +170,12 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
 
     found = for_each(location, lambda key: is_damaged(key, is_right), expected)
     bad = [key for key, damaged in zip(expected, found, strict=True) if damaged]
-    broken = {*changed, *(key.partition("/")[0] for key in bad if _is_coordinate(key))}
-    suspects = [key for key in expected if _is_coordinate(key) and key.partition("/")[0] in broken]
+    broken = {*changed, *(key.partition("/")[0] for key in bad if key in of_coordinates)}
+    suspects = [key for key in of_coordinates if key.partition("/")[0] in broken]
     beside = [key for key in suspects if key not in bad]
     bad += [key for key in beside if is_damaged(key, lambda key, found: found == expected[key])]
-    if "inverse" in changed and f"inverse/{ROOT}" not in bad:
-        bad.append(f"inverse/{ROOT}")
+    # The digest of the first output is that of its units.
+    bad += [key for key in (f"{name}/{ROOT}" for name in sorted(changed)) if key in expected and key not in bad]
     return sorted(bad, key=lambda key: key == ROOT)
 
 
@@ -212,8 +215,9 @@ def changed_names(old: dict[str, str] | None, new: dict[str, str]) -> set[str]:
 
 def digests_of(contents: Contents) -> dict[str, str]:
     """Return the SHA-256 of what each coordinate says: dimensions, numbers or texts, attributes; and of the units."""
-    units = contents.attributes_of(OUTPUTS[0]).get("units")
-    found = {"inverse": hashlib.sha256(json.dumps(units, default=str).encode()).hexdigest()}
+    first = contents.outputs[0]
+    units = contents.attributes_of(first).get("units")
+    found = {first.name: hashlib.sha256(json.dumps(units, default=str).encode()).hexdigest()}
     for name, variable in ({} if contents.coordinates is None else contents.coordinates.variables).items():
         values = np.asarray(variable.values)
         is_text = values.dtype.kind in "OUT"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from dask_batchinv.job.outputs import Outputs
 from dask_batchinv.job.tiling import Tiling
 
 Fingerprint = dict[str, Any]
@@ -45,6 +46,8 @@ class Target:
     """Axes of the rows and columns of its source, in the order of that: names may have changed places since."""
     members: tuple[str, ...] = ()
     """What else than its metadata is in it."""
+    outputs: Outputs = ()
+    """The arrays that are made."""
     ledger: str = "tiles"
     """The name of the array with the rows of its ledger: another one where growth has given tiles other numbers."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import uuid
@@ -17,7 +18,7 @@ import zarr
 
 from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 from dask_batchinv.disk import PARTIAL
-from dask_batchinv.job.outputs import LEDGER, MEMBERS, OUTPUTS
+from dask_batchinv.job.outputs import LEDGER, ROLES, Outputs, named
 from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_target
 from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.chunks import DamagedTargetError
@@ -42,9 +43,8 @@ from dask_batchinv.outcome import TargetError
 from dask_batchinv.storage import MARK, FilesStore, unspecified
 from dask_batchinv.text import harmless
 
-#: The keys of the members of a target: metadata and chunks of outputs and coordinates, and what is in the ledger.
-_OUTPUT_KEY = re.compile(r"zarr\.json|c(\.\d+)*")
-_COORDINATE_KEY = re.compile(r"zarr\.json|c(/\d+)*")
+#: The keys in the members of a target: metadata and chunks of outputs or coordinates, and what is in the ledger.
+_MEMBER_KEY = re.compile(r"zarr\.json|c(\.\d+)*|c(/\d+)*")
 _ROWS = re.compile(r"tiles(-\d{1,9})?")
 _LEDGER_KEY = re.compile(r"(tiles(-\d+)?/)?zarr\.json|tiles(-\d+)?/c/\d+/\d+|runs\.json")
 
@@ -96,6 +96,7 @@ def _inspect(location: Location) -> Target:
         fingerprint=dict(mark["fingerprint"]),
         generation=_generation_in(mark),
         members=members,
+        outputs=_outputs_in(mark),
         ledger=_ledger_in(mark),
         **_tiling_in(mark),
     )
@@ -128,6 +129,13 @@ def _ledger_in(mark: Mark) -> str:
     if not _ROWS.fullmatch(name):
         raise ValueError(f"its mark is damaged: its ledger cannot be called {name[:100]!r}")
     return name
+
+
+def _outputs_in(mark: Mark) -> Outputs:
+    names: dict[str, str] = _checked(mark["outputs"], dict)
+    if not {*names} <= {*ROLES}:
+        raise ValueError("its mark is damaged: it names outputs that there are not")
+    return named((role, _checked(name, str)) for role, name in names.items())
 
 
 def _tiling_in(mark: Mark) -> dict[str, Any]:
@@ -166,7 +174,7 @@ def other_format(location: Location, target: Target) -> str:
 
 def refuse_links(location: Location, target: Target) -> None:
     """Raise TargetError if what must be a folder of a target is a link, or a file."""
-    for name in [*MEMBERS, *target.members, *(f"{LEDGER}/{target.ledger}{below}" for below in ("", "/c"))]:
+    for name in [*target.members, *(f"{LEDGER}/{target.ledger}{below}" for below in ("", "/c"))]:
         path = os.path.join(location.url, name)
         if location.is_local and os.path.lexists(path):
             if (location / name).url != path:
@@ -208,6 +216,7 @@ def _mark_of(target: Target, contents: Contents) -> Mark:
         "format": FORMAT,
         "fingerprint": target.fingerprint,
         "generation": target.generation,
+        "outputs": {output.role: output.name for output in contents.outputs},
         "ledger": target.ledger,
         "shape": list(contents.tiling.shape),
         "tile": list(contents.tiling.tile),
@@ -228,8 +237,8 @@ def _clear(location: Location, old: Target, writer: Writer) -> None:
         )
     if old.is_there:
         # A break from here on must not leave something that looks finished.
-        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "ledger": "tiles", "shape": [], "tile": [],
-                "core": [], "ready": False}  # fmt: skip
+        mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "ledger": "tiles", "outputs": {}, "shape": [],
+                "tile": [], "core": [], "ready": False}  # fmt: skip
         writer.change(ROOT, lambda root: with_attributes(root or b"{}", marked(False, mark | {"names": old.members})))
     # The mark last, so that a break leaves it in place.
     writer.delete_all(sorted((key for key in keys if key not in (LOCK, ROOT)), key=lambda key: key.startswith(LEDGER)))
@@ -243,7 +252,7 @@ def _is_ours(key: str, members: Iterable[str]) -> bool:
         return name in (ROOT, LOCK)
     if name == LEDGER:
         return bool(_LEDGER_KEY.fullmatch(below))
-    return name in members and bool((_OUTPUT_KEY if name in MEMBERS else _COORDINATE_KEY).fullmatch(below))
+    return name in members and bool(_MEMBER_KEY.fullmatch(below))
 
 
 def mend(location: Location, target: Target, contents: Contents, writer: Writer) -> list[str]:
@@ -251,7 +260,7 @@ def mend(location: Location, target: Target, contents: Contents, writer: Writer)
     _refuse_taken(location, target, contents)
     documents = _documents(target, contents)
     keys = damaged_keys(location, documents)
-    _write(writer, {key: documents[key] for key in keys}, set())
+    _write(writer, {key: documents[key] for key in keys}, contents, set())
     return keys
 
 
@@ -261,28 +270,29 @@ def _refuse_taken(location: Location, target: Target, contents: Contents) -> Non
                           "that name: move it elsewhere, then run this again")  # fmt: skip
 
 
-def _write(writer: Writer, documents: Documents, changed: set[str]) -> None:
+def _write(writer: Writer, documents: Documents, contents: Contents, changed: set[str]) -> None:
     """Write documents of a target in place of others, the group's own last, and leave to users what is theirs."""
     for key in sorted(documents, key=lambda key: key == ROOT):
-        if key in (ROOT, *(f"{output.name}/{ROOT}" for output in OUTPUTS)):
-            writer.change(key, partial(_with_theirs, documents[key], changed))
+        if key in (ROOT, *(f"{output.name}/{ROOT}" for output in contents.outputs)):
+            writer.change(key, partial(_with_theirs, documents[key], contents.outputs, changed))
         else:
             writer.create(key, documents[key])
 
 
-def _with_theirs(fresh: bytes, changed: set[str], old: bytes | None) -> bytes:
+def _with_theirs(fresh: bytes, outputs: Outputs, changed: set[str], old: bytes | None) -> bytes:
     """Return a fresh document with what users have put into the old one: attributes, and arrays that are not ours."""
     meta, before = json_object(fresh, ROOT), {}
     with suppress(ValueError):
         before = json_object(old or b"{}", ROOT)
-    ours = (MARK, "complete", "coordinates", *(["units"] if "inverse" in changed else []))
+    names = [output.name for output in outputs]
+    ours = (MARK, "complete", "coordinates", *(["units"] if names[0] in changed else []))
     meta["attributes"] = _merged(meta, before, ours)
     inner, theirs = _consolidated(meta), _consolidated(before)
     then = (read_mark(attributes_of(before)) or {}).get("names", ())
     for name, node in theirs.items():
-        if name in inner and name in MEMBERS:
+        if name in inner and name in names:
             inner[name]["attributes"] = _merged(inner[name], node, ours)
-        elif name.partition("/")[0] not in {*MEMBERS, *then, *inner}:
+        elif name.partition("/")[0] not in {LEDGER, *then, *inner}:
             inner[name] = node
     return json.dumps(meta, indent=2).encode()
 
@@ -326,11 +336,12 @@ def update(location: Location, target: Target, contents: Contents, writer: Write
             now = replace(now, ledger=f"tiles-{number}")
             Ledger(location, target).moved_to(location, now, writer).flush()
         documents = _documents(now, contents)
-        _write(writer, {ROOT: documents[ROOT]}, changed)
-        _write(writer, {key: documents[key] for key in damaged_keys(location, documents) if key != ROOT}, changed)
+        _write(writer, {ROOT: documents[ROOT]}, contents, changed)
+        damaged = [key for key in damaged_keys(location, documents) if key != ROOT]
+        _write(writer, {key: documents[key] for key in damaged}, contents, changed)
         gone = {*target.members} - {*now.members}
         for folder in [*sorted(gone), *([f"{LEDGER}/{target.ledger}"] if now.ledger != target.ledger else [])]:
-            _delete(location, writer, folder, {*MEMBERS, *gone})
+            _delete(location, writer, folder, {LEDGER, *gone})
     return now
 
 
@@ -367,7 +378,7 @@ def _attributes_in(document: bytes | None) -> dict[str, Any]:
     return {}
 
 
-def look(location: Location, tiling: Tiling, dtype: np.dtype[Any]) -> Seen:
+def look(location: Location, tiling: Tiling, outputs: Outputs, dtype: np.dtype[Any]) -> Seen:
     """Return what the store says of the chunks of each tile, and whether all of them are there.
 
     Raises
@@ -376,19 +387,19 @@ def look(location: Location, tiling: Tiling, dtype: np.dtype[Any]) -> Seen:
         If it cannot be read.
     """
     grids = {}
-    for output in OUTPUTS:
-        shape, chunk = (tuple(of[axis] for axis in tiling.axes(output.core)) for of in (tiling.shape, tiling.tile))
+    for output in outputs:
+        shape, chunk = tiling.shape_of(output.extent), tiling.chunk_of(output.extent)
         if 0 not in shape:  # else it has no chunks
-            grids[output.name] = ChunkGrid(shape, chunk, "c." if shape else "c", ".")
+            grids[output.name] = output.extent, ChunkGrid(shape, chunk, "c." if shape else "c", ".")
     with raised_as(OSError, f"the target {location.name} cannot be looked at"):
-        return look_at_target(location, grids, chunk_nbytes(tiling, dtype), tiling)
+        return look_at_target(location, grids, chunk_nbytes(tiling, outputs, dtype), tiling)
 
 
-def chunk_nbytes(tiling: Tiling, dtype: np.dtype[Any]) -> dict[str, int]:
+def chunk_nbytes(tiling: Tiling, outputs: Outputs, dtype: np.dtype[Any]) -> dict[str, int]:
     """Return the bytes of a stored chunk of each output, of inverses of a dtype."""
     return {
-        output.name: tiling.chunk_elements(core=output.core) * output.dtype(dtype).itemsize + CHECKSUM_NBYTES
-        for output in OUTPUTS
+        output.name: math.prod(tiling.chunk_of(output.extent)) * output.dtype(dtype).itemsize + CHECKSUM_NBYTES
+        for output in outputs
     }
 
 
@@ -399,15 +410,16 @@ def open_as_reader(location: Location) -> None:
     """
     try:
         root = location.read_json(ROOT) or {}
-        ours = {*MEMBERS, *(read_mark(attributes_of(root)) or {}).get("names", ())}
+        mark = read_mark(attributes_of(root)) or {}
+        ours, outputs = {*mark.get("names", ())}, {*mark.get("outputs", {}).values()}
         store = FilesStore(location.store(read_only=True))
         with unspecified():
-            if ours == {*MEMBERS}:  # then Xarray would read nothing that Zarr does not
+            if ours == {LEDGER, *outputs}:  # then Xarray would read nothing that Zarr does not
                 found: Any = zarr.open_group(store, mode="r", use_consolidated=True)
             else:
                 theirs = [name for name in _consolidated(root) if name not in ours]
                 found = _open_dataset(store, theirs)
-            missing = [output.name for output in OUTPUTS if output.name not in found]
+            missing = sorted(name for name in outputs if name not in found)
     except Exception as error:  # whatever Xarray and Zarr may raise
         text = f"{location.name} cannot be opened: {type(error).__name__}: {error}"
         raise DamagedTargetError(text) from harmless(error)
@@ -443,7 +455,7 @@ def set_complete(writer: Writer, generation: str, complete: bool) -> None:
 def remove_partial_chunks(location: Location, members: Iterable[str]) -> None:
     """Remove what killed workers left half written, in the members of a target."""
     if location.is_local:
-        members = {*MEMBERS, *members}
+        members = {*members}
         for folder, _, files in os.walk(location.url):
             paths = (os.path.join(folder, name) for name in files if PARTIAL.search(name))
             for path in paths:

@@ -17,7 +17,7 @@ import zarr
 from dask_batchinv.chunks.direct_reading import KeptChunk
 from dask_batchinv.chunks.sealed import Chunk, write_chunks
 from dask_batchinv.job.options import JobOptions
-from dask_batchinv.job.outputs import OUTPUTS
+from dask_batchinv.job.outputs import Output, Outputs
 from dask_batchinv.job.results import (
     Array,
     BadChunk,
@@ -32,13 +32,14 @@ from dask_batchinv.job.seen import mark_of_files
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import open_array
 from dask_batchinv.job.target.holder import holder_of
-from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.tiling import Extent, Tiling
+from dask_batchinv.job.worker.products import Products, products
 from dask_batchinv.job.worker.read_source import Reader, Stored
 from dask_batchinv.kernels import invert_block
 from dask_batchinv.kernels.device import device_for
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
-from dask_batchinv.stack import Device, result_dtype
+from dask_batchinv.stack import Device, computed_dtype
 
 #: Requests to stores at a time, for each thread of a worker.
 REQUESTS = 16
@@ -60,10 +61,22 @@ class TileTask:
     """Which region each tile has."""
     options: JobOptions
     """How to invert."""
+    dtype: np.dtype[Any]
+    """As what the inverses are stored."""
     together: int = 1
     """Tiles that are done at a time."""
     ahead: int = 0
     """How many times as many are read ahead, and written behind; none where all is on disks."""
+
+    @property
+    def outputs(self) -> Outputs:
+        """The arrays of the target."""
+        return self.options.outputs
+
+    @property
+    def names(self) -> list[str]:
+        """Their names."""
+        return [output.name for output in self.outputs]
 
     @property
     def reader(self) -> Reader:
@@ -132,7 +145,7 @@ def _do_overlapping(task: TileTask, spans: list[range]) -> list[TileResult[TileR
     behind: deque[tuple[_Made, Future[None], ExitStack]] = deque()
 
     def fetch(span: range) -> Any:
-        return task.source.fetch(array, task.tiling.region(span, core=True), pool)
+        return task.source.fetch(array, task.tiling.region(span, "matrix"), pool)
 
     def end_oldest() -> None:
         made, written, lent = behind.popleft()
@@ -179,7 +192,7 @@ class _Made:
     """The codes of each tile."""
     rcond: dict[int, Array]
     """Its condition numbers."""
-    chunks: dict[int, dict[str, tuple[str, Chunk]]]
+    chunks: dict[int, dict[Output, tuple[str, Chunk]]]
     """What is to be written, and its key, by tile and output; nothing for tiles that are empty."""
     bad: tuple[BadChunk, ...]
     """The chunks that they have a part of and that cannot be read."""
@@ -192,14 +205,14 @@ class _Made:
         try:
             write_chunks(
                 (
-                    (open_output(task.run, task.target, name), key, chunk)
+                    (open_output(task.run, task.target, output.name), key, chunk)
                     for chunks in self.chunks.values()
-                    for name, (key, chunk) in chunks.items()
+                    for output, (key, chunk) in chunks.items()
                 ),
                 synced=task.options.durable,
             )
         except FileNotFoundError as error:
-            lost = next((output.name for output in OUTPUTS if not (task.target / output.name).exists()), "an array")
+            lost = next((name for name in task.names if not (task.target / name).exists()), "an array")
             raise LostArrayError(f"{lost} of {task.target.name} was removed while the job ran") from error
 
     def results(self, task: TileTask, seconds: float) -> list[TileResult[TileRow]]:
@@ -212,11 +225,11 @@ class _Made:
         return TileRow.of(
             self.info[number],
             self.rcond[number],
-            {output.name: chunks[output.name][1].checksum if output.name in chunks else -1 for output in OUTPUTS},
+            {output.role: chunk.checksum for output, (_, chunk) in chunks.items()},
             self.device,
             task.reader.count_filled(number),
             self.sources[number],
-            mark_of_files(task.target, {name: key for name, (key, _) in chunks.items()}),
+            mark_of_files(task.target, {output.name: key for output, (key, _) in chunks.items()}),
         )
 
 
@@ -224,18 +237,18 @@ def _make(task: TileTask, span: range, lent: ExitStack, read: Callable[[ExitStac
     """Read and invert tiles, in memory that is `lent`, and seal the chunks of the results."""
     device = device_for(None, task.options.device)
     whole, results, sources, bad = _read_and_invert(task, span, device, lent, read)
-    parts = {output.name: _split(task.tiling, results[output.name], span, core=output.core) for output in OUTPUTS}
+    parts = {output.role: _split(task.tiling, results[output.role], span, output.extent) for output in task.outputs}
     made = _Made(span, device, sources, parts["info"], parts["rcond"], {number: {} for number in span}, bad)
-    for output in OUTPUTS:
+    for output in task.outputs:
         array = open_output(task.run, task.target, output.name)
         if not array.size:
             continue
         chunks = (
-            [whole] if whole and output.name == "inverse" else Chunk.of_each(array, parts[output.name].values(), lent)
+            [whole] if whole and output.extent == "matrix" else Chunk.of_each(array, parts[output.role].values(), lent)
         )
         for number, chunk in zip(span, chunks, strict=True):
             chunk.seal()
-            made.chunks[number][output.name] = task.tiling.chunk_key(number, core=output.core), chunk
+            made.chunks[number][output] = task.tiling.chunk_key(number, output.extent), chunk
     return made
 
 
@@ -250,11 +263,12 @@ def _read_and_invert(
     with ExitStack() as until_inverted:
         stored = read(until_inverted)
         codes, bad, numbers = stored.codes, stored.bad, stored.numbers
-        sources = {n: content_checksum(part) for n, part in _split(task.tiling, numbers, span, core=True).items()}
+        sources = {n: content_checksum(part) for n, part in _split(task.tiling, numbers, span, "matrix").items()}
         stack = np.moveaxis(task.source.decode(numbers), task.tiling.core, (-2, -1))
         del stored, numbers
-        dtype = result_dtype(stack.dtype)
-        is_chunk = task.tiling.core == (stack.ndim - 2, stack.ndim - 1) and stack.shape == task.tiling.tile
+        dtype, is_last = computed_dtype(stack.dtype, task.dtype), task.tiling.core == (stack.ndim - 2, stack.ndim - 1)
+        is_kept = task.options.keep == "inverse" and dtype == task.dtype
+        is_chunk = is_kept and is_last and stack.shape == task.tiling.tile
         whole = Chunk(stack.shape, dtype, lent) if is_chunk else None
         results = invert_block(
             stack,
@@ -265,14 +279,21 @@ def _read_and_invert(
             min_rcond=task.options.min_rcond,
             out=whole.values if whole else None,
         )
+        made = products(results, stack, task.options, task.dtype)
     if codes is not None:
-        results.inverse[codes != 0] = results.rcond[codes != 0] = np.nan
-        results.info[codes != 0] = codes[codes != 0]
-    named = results._asdict()
-    return whole, {
-        output.name: np.moveaxis(named[output.name], (-2, -1), task.tiling.core) if output.core else named[output.name]
-        for output in OUTPUTS
-    }, sources, bad  # fmt: skip
+        made["info"][codes != 0] = codes[codes != 0]
+        for role in made.keys() - {"info"}:
+            made[role][codes != 0] = np.nan
+    return whole, _as_stored(task, made), sources, bad
+
+
+def _as_stored(task: TileTask, made: Products) -> Products:
+    """Return what was made of a stack with its axes in the order stored."""
+    row, col = task.tiling.core
+    axes: dict[Extent, Any] = {
+        "matrix": ((-2, -1), (row, col)), "row": (-1, row - (col < row)), "number": ((), ())
+    }  # fmt: skip
+    return {output.role: np.moveaxis(made[output.role], *axes[output.extent]) for output in task.outputs}
 
 
 def _check_holder(task: TileTask) -> None:
@@ -281,12 +302,12 @@ def _check_holder(task: TileTask) -> None:
         raise LostTargetError(f"{task.target.name} was removed, replaced, or is another place on this worker")
 
 
-def _split(tiling: Tiling, values: Array, numbers: range, *, core: bool) -> dict[int, Array]:
-    """Return what each of several tiles has of an array with the core dimensions or without."""
+def _split(tiling: Tiling, values: Array, numbers: range, extent: Extent) -> dict[int, Array]:
+    """Return what each of several tiles has of an array."""
     if len(numbers) == 1:
         return {numbers.start: values}
     along = tiling.batch[-1]
-    width, before = tiling.tile[along], (slice(None),) * tiling.axes(core).index(along)
+    width, before = tiling.tile[along], (slice(None),) * tiling.axes(extent).index(along)
     starts = ((number, (number - numbers.start) * width) for number in numbers)
     return {number: values[(*before, slice(start, start + width))] for number, start in starts}
 

@@ -13,7 +13,7 @@ import numpy as np
 from crc32c import crc32c
 
 from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
-from dask_batchinv.job.outputs import OUTPUTS
+from dask_batchinv.job.outputs import Outputs, checksum_column
 from dask_batchinv.job.results import COLUMNS, Rows, TileResult
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, read_chunk
 from dask_batchinv.job.tiling import Tiling
@@ -41,8 +41,10 @@ class ReadBackTask:
     """Which they are."""
     ledger: str
     """The name of the array with their rows."""
+    outputs: Outputs
+    """The arrays of the target."""
     nbytes: dict[str, int] = field(hash=False)
-    """Bytes of a stored chunk of each output."""
+    """Bytes of a stored chunk of each, by its name."""
 
 
 def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]:
@@ -67,10 +69,10 @@ def rows_of_chunk(run: str, target: Location, ledger: str, chunk: int, n_tiles: 
 
 
 def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:
-    for output in OUTPUTS:
+    for output in task.outputs:
         nbytes = task.nbytes[output.name]
-        key = f"{output.name}/{task.tiling.chunk_key(number, core=output.core)}"
-        recorded = int(row[COLUMNS.index(output.checksum)])
+        key = f"{output.name}/{task.tiling.chunk_key(number, output.extent)}"
+        recorded = int(row[COLUMNS.index(checksum_column(output.role))])
         if recorded < 0:  # it is empty
             continue
         try:

@@ -44,13 +44,13 @@ class Reader:
 
         From what is `coming`, if it was called for before, and from what was `kept` when their neighbours were read.
         """
-        region = self.tiling.region(tiles, core=True)
+        region = self.tiling.region(tiles, "matrix")
         out = None if self.source.plain is None else self._room(tiles, region, lent)
         return Stored(self.source.read_stored(self.array, region, out, coming, kept))
 
     def read_in_parts(self, tiles: range, lent: ExitStack) -> Stored:
         """Read tiles chunk by chunk, so that what cannot be read costs no more than its own matrices."""
-        region = self.tiling.region(tiles, core=True)
+        region = self.tiling.region(tiles, "matrix")
         parts = read_in_parts(self.source, self.array, region, self._room(tiles, region, lent))
         return Stored(parts.stored, np.where(parts.unreadable, np.int32(Info.UNREADABLE), 0), tuple(parts.bad))
 
@@ -65,7 +65,7 @@ class Reader:
         """Return how many chunks of a tile were not there."""
         if self.missing == "error":
             return 0
-        return self.source.count_missing(self.array, self.tiling.region(number, core=True))
+        return self.source.count_missing(self.array, self.tiling.region(number, "matrix"))
 
 
 @dataclass(frozen=True)

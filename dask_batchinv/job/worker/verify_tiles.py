@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from dask_batchinv.job.options import Missing
-from dask_batchinv.job.outputs import OUTPUTS
+from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.results import LARGEST_RATIO, Array, TileResult, TileRow, as_results
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import checksum
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.invert_tiles import open_output
+from dask_batchinv.job.worker.products import Products, products
 from dask_batchinv.job.worker.read_source import Reader
-from dask_batchinv.kernels import invert_block, read_part
+from dask_batchinv.kernels import InverseEx, invert_block, read_part
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
-from dask_batchinv.stack import AssumeA, result_dtype
+from dask_batchinv.stack import computed_dtype
 from dask_batchinv.storage import DamagedChunkError, MissingChunkError
 
 #: The multiples of the golden ratio, taken modulo 1, are spread evenly.
@@ -41,12 +43,10 @@ class VerifyTask:
     """Its tiles."""
     source: Source | None
     """What it must be the inverse of."""
-    assume_a: AssumeA
-    """Structure of the matrices."""
-    lower: bool
-    """Whether symmetric ones were read from their lower triangles."""
-    min_rcond: float
-    """Below it a matrix counts as failed."""
+    options: JobOptions
+    """By which it was made."""
+    dtype: np.dtype[Any]
+    """As what the inverses are stored."""
     sample: float
     """The share of tiles that are compared with the source."""
 
@@ -58,9 +58,9 @@ class VerifiedTile:
     row: TileRow
     """Its account, from its outputs."""
     residuals: int
-    """Matrices multiplied with their inverse."""
+    """Matrices multiplied with their inverse, or inverted again."""
     largest_ratio: float
-    """The largest of `residual_ratios`."""
+    """The largest of `residual_ratios`, or of those of what is not an inverse."""
     refuted: str | None = None
     """What the source says against it."""
     missing: str | None = None
@@ -74,29 +74,37 @@ def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTi
 
 def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]]:
     region, parts, checksums = task.tiling.region(number), {}, {}
-    for output in OUTPUTS:
-        key = task.tiling.chunk_key(number, core=output.core)
+    for output in task.options.outputs:
+        key = task.tiling.chunk_key(number, output.extent)
         with _reading(f"{output.name}/{key} of the target"):
             array = open_output(task.run, task.target, output.name, read_only=True)
-            parts[output.name] = np.asarray(array[task.tiling.region(number, core=output.core)])
-        checksums[output.name] = checksum(array, key)
-    info, rcond = parts["info"].reshape(-1), parts["rcond"].reshape(-1)
-    n = task.tiling.n
-    inverse = np.moveaxis(parts["inverse"], task.tiling.core, (-2, -1)).reshape(info.size, n, n)
-    _check_account(inverse, info, rcond, region)
+            parts[output.role] = np.asarray(array[task.tiling.region(number, output.extent)])
+        checksums[output.role] = checksum(array, key)
+    found = {role: _as_computed(part, task.tiling, role) for role, part in parts.items()}
+    _check_account(found, region)
     ratios, refuted, missing = np.empty(0), None, None
-    if task.source is not None and n and _is_sampled(number, task.sample):
+    if task.source is not None and task.tiling.n and _is_sampled(number, task.sample):
         with _reading("the source"):
-            stack, missing = _read_source(task, task.source, number, (info == int(Info.UNREADABLE)).any())
-        stack = stack.reshape(info.size, n, n)
-        good = info == int(Info.GOOD)
-        ratios = residual_ratios(read_part(stack[good], task.assume_a, lower=task.lower), inverse[good])
+            in_parts = bool((found["info"] == int(Info.UNREADABLE)).any())
+            stack, missing = _read_source(task, task.source, number, in_parts)
         try:
-            _compare_with_source(task, stack, info, rcond, ratios, region)
+            ratios = _compare_with_source(task, stack.reshape(-1, *stack.shape[-2:]), found, region)
         except ValueError as error:
             refuted = str(error)
-    row = TileRow.of(info, rcond, checksums)
+    row = TileRow.of(found["info"], found["rcond"], checksums)
     return [TileResult(number, VerifiedTile(row, len(ratios), float(ratios.max(initial=0.0)), refuted, missing))]
+
+
+def _as_computed(part: Array, tiling: Tiling, role: str) -> Array:
+    """Return what a tile has of an output, an entry for each matrix."""
+    row, col = tiling.core
+    if role == "inverse":
+        moved = np.moveaxis(part, (row, col), (-2, -1))
+        return moved.reshape(math.prod(moved.shape[:-2]), tiling.n, tiling.n)
+    if role == "diagonal":
+        moved = np.moveaxis(part, row - (col < row), -1)
+        return moved.reshape(math.prod(moved.shape[:-1]), tiling.n)
+    return part.reshape(-1)
 
 
 @contextmanager
@@ -119,7 +127,7 @@ def _read_source(task: VerifyTask, source: Source, number: int, in_parts: bool) 
             with ExitStack() as lent:
                 block = source.decode(reader.read_in_parts(range(number, number + 1), lent).numbers.copy())
         else:
-            block = source.read_block(reader.array, task.tiling.region(number, core=True))
+            block = source.read_block(reader.array, task.tiling.region(number, "matrix"))
         return np.moveaxis(block, task.tiling.core, (-2, -1))
 
     try:
@@ -128,38 +136,80 @@ def _read_source(task: VerifyTask, source: Source, number: int, in_parts: bool) 
         return stack("fill"), str(error)
 
 
-def _compare_with_source(
-    task: VerifyTask, stack: Array, info: Array, rcond: Array, ratios: Array, region: tuple[slice, ...]
-) -> None:
-    """Raise ValueError where matrices are not as the target says of them: good, failed, or below the minimum."""
+def _compare_with_source(task: VerifyTask, stack: Array, found: Products, region: tuple[slice, ...]) -> Array:
+    """Return how far good results are from those of the source, in units of `LARGEST_RATIO`'s.
+
+    Raises
+    ------
+    ValueError
+        Where matrices are not as the target says of them: good, failed, or below the minimum.
+    """
+    info, options = found["info"], task.options
     good = info == int(Info.GOOD)
+    if found.keys() & {"diagonal", "logdet"}:
+        ratios = _ratios_to_products(task, stack[good], {role: part[good] for role, part in found.items()})
+    else:
+        ratios = np.zeros(good.sum())
+    if "inverse" in found:
+        matrices = read_part(stack[good], options.assume_a, lower=options.lower)
+        ratios = np.maximum(ratios, residual_ratios(matrices, found["inverse"][good]))
     large = np.zeros(len(info), bool)
     large[good] = ~(ratios <= LARGEST_RATIO)
     _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
-    _refuse(good & (rcond < task.min_rcond), region, f"good, but their rcond is below {task.min_rcond:g}")
+    least = options.min_rcond * (1 - np.finfo(found["rcond"].dtype).eps)  # it may have been rounded down
+    _refuse(good & (found["rcond"] < least), region, f"good, but their rcond is below {options.min_rcond:g}")
     failed = ~good & (info != int(Info.UNREADABLE))
     if not failed.any():
-        return
-    again = invert_block(
-        stack[failed], dtype=result_dtype(stack.dtype), assume_a=task.assume_a, lower=task.lower, device="cpu",
-        min_rcond=task.min_rcond,
-    )  # fmt: skip
+        return ratios
+    _, again = _made_again(task, stack[failed])
     differs = np.zeros(len(info), bool)
     # Another device may have found a zero where rounding leaves next to nothing.
-    nearly = (again.info == int(Info.GOOD)) & (again.rcond < np.finfo(again.rcond.dtype).eps)
-    kinds = (np.minimum(codes, 1) for codes in (again.info, info[failed]))  # every zero pivot is one kind
+    nearly = (again["info"] == int(Info.GOOD)) & (again["rcond"] < np.finfo(again["rcond"].dtype).eps)
+    kinds = (np.minimum(codes, 1) for codes in (again["info"], info[failed]))  # every zero pivot is one kind
     differs[failed] = np.not_equal(*kinds) & ~nearly
     _refuse(differs, region, "called failed, but are not, or for another reason")
+    return ratios
 
 
-def _check_account(inverse: Array, info: Array, rcond: Array, region: tuple[slice, ...]) -> None:
-    """Raise ValueError where inverse, info and rcond contradict each other."""
+def _made_again(task: VerifyTask, stack: Array) -> tuple[InverseEx, Products]:
+    """Return the results for matrices of the source, and the outputs that they give."""
+    options = task.options
+    results = invert_block(
+        stack, dtype=computed_dtype(stack.dtype, task.dtype), assume_a=options.assume_a, lower=options.lower,
+        device="cpu", min_rcond=options.min_rcond,
+    )  # fmt: skip
+    return results, products(results, stack, options, task.dtype)
+
+
+def _ratios_to_products(task: VerifyTask, stack: Array, found: Products) -> Array:
+    """Return how far outputs that are not inverses are from what they should be, by n, eps and condition numbers."""
+    results, again = _made_again(task, stack)
+    n, eps = task.tiling.n, np.finfo(task.dtype).eps
+    ratios = np.where(again["info"] == int(Info.GOOD), 0.0, np.inf)
+    with np.errstate(all="ignore"):
+        bound = n * eps / results.rcond.astype(float)
+        if "diagonal" in found:
+            norm = _norm1(results.inverse)
+            ratios = np.maximum(ratios, np.abs(found["diagonal"] - again["diagonal"]).max(axis=1) / norm / bound)
+        if "logdet" in found:
+            for role in ("logdet", "sign"):
+                rounding = eps * np.abs(again[role])
+                ratios = np.maximum(ratios, np.abs(found[role] - again[role]) / (bound + rounding))
+    return ratios
+
+
+def _check_account(found: Products, region: tuple[slice, ...]) -> None:
+    """Raise ValueError where the outputs of a tile contradict each other."""
+    info, rcond = found["info"], found["rcond"]
     if (info == int(Info.PENDING)).any():
         raise ValueError("some matrices were never computed")
     good = info == int(Info.GOOD)
-    _refuse(good & ~np.isfinite(inverse).all(axis=(1, 2)), region, "not finite, but info says good")
-    if inverse.shape[-1]:
-        _refuse(~good & ~np.isnan(inverse).all(axis=(1, 2)), region, "not NaN, but info says failed")
+    for role in found.keys() - {"info", "rcond"}:
+        numbers = found[role].reshape(len(info), math.prod(found[role].shape[1:]))
+        _refuse(good & ~np.isfinite(numbers).all(axis=1), region, f"good by their info, but their {role} is not finite")
+        if numbers.size:
+            known = role in ("logdet", "sign") and info > 0  # of singular matrices it is known
+            _refuse(~good & ~known & ~np.isnan(numbers).all(axis=1), region, f"failed, but their {role} is not NaN")
     # A little over 1 by rounding; NaN is neither.
     _refuse(good & ~((rcond >= 0) & (rcond < 1.1)), region, "good, but their rcond is not between 0 and 1")
     _refuse((info > 0) & (rcond != 0), region, "singular, but their rcond is not 0")
