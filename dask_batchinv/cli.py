@@ -103,6 +103,13 @@ _job_options = _options(
                  help="As what the results are stored. Default: as the matrices, if they are floating numbers."),
     click.option("--names", metavar="WHAT=NAME,...",
                  help="Other names for arrays of TARGET: inverse=precision,info=flag."),
+    click.option("--compress", metavar="CODEC", help="Compress chunks of TARGET: zstd, blosc, or zstd:9."),
+    click.option("--chunks", metavar="DIM=N,...",
+                 help="How long chunks of TARGET are along batch dimensions. Default: by --tile-size."),
+    click.option("--shards", metavar="DIM=N,...",
+                 help="Let many chunks stand in a shard, the unit of work then, so long along these dimensions."),
+    click.option("--zarr-format", type=click.Choice(["2", "3"]), default="3", show_default=True,
+                 help="With 2 TARGET has metadata of that format too, for programs that read nothing else."),
     click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
     click.option("--overwrite", is_flag=True,
                  help="Begin anew: replace a target of dask-batchinv, of this job or another, and nothing else ever. "
@@ -299,18 +306,31 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     target = _locate("target", arguments)
     if target.is_memory:
         raise RefusedError(f"the target {target.name} would end with this command: choose a path or a store")
-    arguments["names"] = _pairs(arguments["names"] or "")
+    arguments["zarr_format"] = int(arguments["zarr_format"])
+    arguments["names"] = _pairs("names", arguments["names"], "WHAT=NAME")
+    arguments["chunks"] = _lengths("chunks", arguments["chunks"]) or {}
+    arguments["shards"] = _lengths("shards", arguments["shards"])
     if arguments["dims"] is not None:
         arguments["dims"] = tuple(arguments["dims"].split(","))
     return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
 
 
-def _pairs(text: str) -> dict[str, str]:
-    """Return what --names says."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+def _pairs(option: str, text: str | None, form: str) -> dict[str, str]:
+    """Return what an option says that takes pairs."""
+    pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
     if bad := [what for what, mark, _ in pairs if not mark]:
-        raise RefusedError(f"--names takes WHAT=NAME,WHAT=NAME such as inverse=precision, got {bad[0]!r}")
+        raise RefusedError(f"--{option} takes {form},{form}, got {bad[0]!r}")
     return {what.strip(): name.strip() for what, _, name in pairs}
+
+
+def _lengths(option: str, text: str | None) -> dict[str, int] | None:
+    """Return lengths by dimension; None if the option was not given."""
+    if text is None:
+        return None
+    pairs = _pairs(option, text, "DIM=LENGTH")
+    if bad := [f"{dim}={size}" for dim, size in pairs.items() if not size.isdecimal()]:
+        raise RefusedError(f"--{option} takes DIM=LENGTH,DIM=LENGTH, got {bad[0]!r}")
+    return {dim: int(size) for dim, size in pairs.items()}
 
 
 def _options_of(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,15 @@ class Chunk:
         return self._stored
 
 
-def write_chunks(chunks: Iterable[tuple[zarr.Array[Any], str, Chunk]], *, synced: bool = False) -> None:
+class Sealed(Protocol):
+    """What can be written."""
+
+    @property
+    def stored(self) -> npt.NDArray[np.uint8]:
+        """What is stored."""
+
+
+def write_chunks(chunks: Iterable[tuple[zarr.Array[Any], str, Sealed]], *, synced: bool = False) -> None:
     """Write sealed chunks of arrays under their keys, where there is a store several at a time.
 
     On a disk no folder is made for them: one that is not there any more was removed with the target. With `synced`
@@ -86,7 +94,7 @@ def write_chunks(chunks: Iterable[tuple[zarr.Array[Any], str, Chunk]], *, synced
     async def write() -> None:
         room = asyncio.Semaphore(int(zarr.config.get("async.concurrency")))
 
-        async def one(path: zarr.storage.StorePath, chunk: Chunk) -> None:
+        async def one(path: zarr.storage.StorePath, chunk: Sealed) -> None:
             async with room:
                 await path.set(Buffer(chunk.stored))
 

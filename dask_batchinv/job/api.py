@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.run import run_job
@@ -58,6 +58,10 @@ def invert_store(
     logdet: bool = False,
     dtype: str | None = None,
     names: Mapping[str, str] | None = None,
+    compress: str | None = None,
+    chunks: Mapping[str, int] | None = None,
+    shards: Mapping[str, int] | None = None,
+    zarr_format: Literal[2, 3] = 3,
     overwrite: bool = False,
     trust_ledger: bool = False,
     durable: bool = False,
@@ -132,6 +136,18 @@ def invert_store(
         `inverse`. They are computed in the wider one of the two; what has no room in it overflows, ``info`` -2.
     names : mapping, optional
         Other names for arrays of the target, ``{"inverse": "precision"}``.
+    compress : str, optional
+        By what its chunks are compressed: "zstd" or "blosc" (Zstandard, bytes shuffled), or with a level, "zstd:9".
+        Inverses of measured numbers lose a tenth of their bytes at most.
+    chunks : mapping, optional
+        How long its chunks are along batch dimensions, ``{"y": 100, "x": 100}``; along others as `tile_size` has it.
+        Matrices are not cut.
+    shards : mapping, optional
+        Let many chunks stand in one shard, so long along these dimensions: a shard is the unit of work then, and the
+        chunks in it are as long as `chunks` says.
+    zarr_format : {3, 2}
+        With 2 the target has documents of format 2 as well, for programs that read nothing else. Its chunks then carry
+        no checksums of their own; the ledger has them all the same.
     overwrite : bool
         Replace a target of dask_batchinv, of another job or of this one, from the beginning. What is not a target of
         dask_batchinv is never replaced.
@@ -164,6 +180,7 @@ def invert_store(
         variable=variable, dims=dims, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
         missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, names=names or {},
+        compress=compress, chunks=chunks or {}, shards=shards, zarr_format=zarr_format,
         tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip
     cluster = ClusterOptions(

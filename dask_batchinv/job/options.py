@@ -50,6 +50,14 @@ class JobOptions:
     """Whether the logarithms of the determinants go there too."""
     dtype: str | None = None
     """As what the results are stored; by default as what is inverted."""
+    compress: str | None = None
+    """By what chunks of the target are compressed."""
+    chunks: Mapping[str, int] = field(default_factory=dict)
+    """How long they are, by dimension."""
+    shards: Mapping[str, int] | None = None
+    """How long shards are, in which they then stand; none by default."""
+    zarr_format: Literal[2, 3] = 3
+    """The lowest format of Zarr that can read the target."""
     names: Mapping[str, str] = field(default_factory=dict)
     """The names of arrays in the target, by what they are."""
     overwrite: bool = False

@@ -10,10 +10,10 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -143,25 +143,45 @@ def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
     return Seen(_never_unknown(sums), unsure, tells and (location.is_local or count > 0 or not len(sums)), count)
 
 
-def look_at_target(
-    location: Location, grids: dict[str, tuple[Extent, ChunkGrid]], nbytes: dict[str, int], tiling: Tiling
-) -> Seen:
-    """Return what the store of a target says of the chunks of each tile, by the names of the arrays.
+@dataclass(frozen=True)
+class Written:
+    """An array of a target."""
+
+    name: str
+    """Its name."""
+    extent: Extent
+    """Which dimensions it has."""
+    grid: ChunkGrid
+    """Where its stored chunks are."""
+    key: Callable[[int], str]
+    """The key of the chunk of a tile."""
+    most: int
+    """Bytes that a chunk has at most."""
+    is_exact: bool
+    """Whether it always has as many."""
+
+    def fits(self, nbytes: Any) -> Any:
+        """Tell whether a chunk, or each of an array of them, can have so many bytes."""
+        return nbytes == self.most if self.is_exact else (nbytes > 0) & (nbytes <= self.most)
+
+
+def look_at_target(location: Location, arrays: Iterable[Written], tiling: Tiling) -> Seen:
+    """Return what the store of a target says of the chunks of each tile.
 
     Nothing is called lost because a listing, which may be late, does not have it: it is asked for by its key.
     """
     sums, unsure = np.zeros(tiling.n_tiles, np.uint64), np.zeros(tiling.n_tiles, bool)
     whole = np.ones(tiling.n_tiles, bool)
-    for name, (extent, grid) in grids.items():
-        inside = location / name
+    for array in arrays:
+        inside = location / array.name
         found = np.zeros(tiling.n_tiles, bool)
-        for files, _ in _files(inside, grid, name):
-            for numbers, which in _tiles_of(files.places, grid, tiling, extent):
+        for files, _ in _files(inside, array.grid, array.name):
+            for numbers, which in _tiles_of(files.places, array.grid, tiling, array.extent):
                 np.add.at(sums, numbers, files.marks[which])
-                found[numbers] = files.sizes[which] == nbytes[name]
+                found[numbers] = array.fits(files.sizes[which])
         for number in map(int, np.flatnonzero(~found)):
             unsure[number] = True
-            whole[number] &= inside.nbytes(tiling.chunk_key(number, extent)) == nbytes[name]
+            whole[number] &= bool(array.fits(inside.nbytes(array.key(number)) or 0))
     return Seen(_never_unknown(sums), unsure, whole=whole)
 
 

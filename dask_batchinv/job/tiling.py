@@ -129,17 +129,17 @@ class Tiling(StackShape):
             number, position[axis] = divmod(number, count)
         return position
 
-    def chunk_key(self, number: int, extent: Extent) -> str:
-        """Return the key of a tile's chunk in an array.
+    def place(self, number: int, extent: Extent) -> tuple[int, ...]:
+        """Return where a tile's chunk is in the grid of those of an array.
 
         Examples
         --------
         >>> tiling = Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3))
-        >>> tiling.chunk_key(2, "matrix"), tiling.chunk_key(2, "number")
-        ('c.2.0.0', 'c.2')
+        >>> tiling.place(2, "matrix"), tiling.place(2, "number")
+        ((2, 0, 0), (2,))
         """
         position = self._position(number)
-        return ".".join(["c", *(str(position.get(axis, 0)) for axis in self.axes(extent))])
+        return tuple(position.get(axis, 0) for axis in self.axes(extent))
 
     def spans(self, numbers: Iterable[int], longest: int) -> Iterator[range]:
         """Yield `numbers`, which ascend, as ranges of tiles that lie side by side along the last axis.

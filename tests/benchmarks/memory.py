@@ -132,7 +132,7 @@ def read(path: str, threads: int, tile_nbytes: int) -> dict[str, int]:
         for turn in range(2):
             number = (thread + turn * threads) % plan.tiling.n_tiles
             kept[thread] = None
-            kept[thread] = job.source.read_block(array, plan.tiling.region(number, core=True))
+            kept[thread] = job.source.read_block(array, plan.tiling.region(number, "matrix"))
 
     workers = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
     for worker in workers:

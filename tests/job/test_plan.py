@@ -88,7 +88,7 @@ def test_every_matrix_is_in_exactly_one_tile_and_the_plan_fits(job):
         assert all(span.stop > span.start for span in region)
         assert all(span.start % size == 0 for span, size in zip(region, tiling.tile, strict=False))
         seen[region] += 1
-        assert tiling.region(number, core=True)[:-2] == region
+        assert tiling.region(number, "matrix")[:-2] == region
     assert (seen == 1).all()
     assert tiling.n_matrices == seen.size
     assert tiling.tile[-2:] == layout.shape[-2:]

@@ -168,7 +168,7 @@ def test_the_record_of_a_run_stays_small(tmp_path, source):
     results = [TileResult(number, None, "broken " * 1000) for number in range(2000)]
     totals = RunTotals(failed=results, damaged=results)
     plan = make_plan(
-        StackLayout((2000, 2, 2), (1, 2), (1, 2, 2), 8, 8, 12, False), Limits(None, 1, 0, 10), tile_nbytes=32
+        StackLayout((2000, 2, 2), (1, 2), (1, 2, 2), 8, 8, 44, 12, False), Limits(None, 1, 0, 10), tile_nbytes=32
     )
     record = totals.record(plan, ONE, prepare(source, tmp_path / "t", JobOptions()).source, []).to_json()
     assert len(json.dumps(record)) < 20_000

@@ -58,10 +58,10 @@ def test_reading_takes_what_is_planned(tmp_path, case, tile):
     job = prepare(tmp_path / "s", tmp_path / "t", JobOptions(tile_size=tile))
     plan = plan_for(job, Workers(1, 1, None))
     array = job.source.open()
-    job.source.read_block(array, plan.tiling.region(0, core=True))  # Zarr's own threads and caches
+    job.source.read_block(array, plan.tiling.region(0, "matrix"))  # Zarr's own threads and caches
     tracemalloc.start()
     try:
-        job.source.read_block(array, plan.tiling.region(1, core=True))
+        job.source.read_block(array, plan.tiling.region(1, "matrix"))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -44,8 +44,8 @@ def change(path, name, index, value):
     ("name", "index", "value", "problem"),
     [
         ("inverse", (13, 0, 0), 7.0, r"1 matrices are not the inverses.*first \(13,\)"),
-        ("inverse", (13, 0, 0), np.nan, r"not finite, but info says good; first \(13,\)"),
-        ("inverse", (11, 0, 0), 1.0, r"not NaN, but info says failed; first \(11,\)"),
+        ("inverse", (13, 0, 0), np.nan, r"good by their info, but their inverse is not finite; first \(13,\)"),
+        ("inverse", (11, 0, 0), 1.0, r"failed, but their inverse is not NaN; first \(11,\)"),
         ("info", (12,), -(2**31), "never computed"),
         ("rcond", (11,), 0.5, r"singular, but their rcond is not 0"),
         ("rcond", (12,), np.nan, r"good, but their rcond is not between 0 and 1; first \(12,\)"),

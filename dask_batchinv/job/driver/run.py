@@ -20,7 +20,7 @@ from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.plan.plan import Plan, Workers
-from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, refuse_overlap
+from dask_batchinv.job.plan.prepare import Job, contents_of, encoding_of, plan_for, refuse_overlap
 from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, RunRecord, RunTotals, ignore
@@ -173,7 +173,7 @@ class Run:
         return seen
 
     def _look_at_target(self) -> Seen:
-        return targets.look(self.job.target, self.plan.tiling, self.contents.outputs, self.contents.dtype)
+        return targets.look(self.job.target, self.contents)
 
     @cached_property
     def contents(self) -> Contents:
@@ -201,7 +201,7 @@ class Run:
                 target = targets.update(job.target, target, self.contents, writer)
             ledger = Ledger(job.target, target, writer=writer, durable=job.options.durable)
             if target.state is State.COMPLETE:  # until all has been looked at again
-                targets.set_complete(writer, target.generation, False)
+                targets.set_complete(writer, target, False)
         self._forget_unwanted(ledger)
         return lock, writer, target, ledger
 
@@ -230,9 +230,15 @@ class Run:
         found = self.looks.target = self.looks.target or self._look_at_target()
         suspects = np.flatnonzero(ledger.done & found.differs(ledger.column("target_seen")))
         matrices = int(ledger.column("matrices")[suspects].sum())
-        tiling, outputs = self.plan.tiling, job.options.outputs
-        nbytes = targets.chunk_nbytes(tiling, outputs, self.contents.dtype)
-        task = ReadBackTask(uuid.uuid4().hex, job.target, tiling, target.ledger, outputs, nbytes)
+        task = ReadBackTask(
+            uuid.uuid4().hex,
+            job.target,
+            self.plan.tiling,
+            target.ledger,
+            job.options.outputs,
+            target.encoding,
+            job.dtype,
+        )
         for result in self._results(read_back_tiles, task, self._spans(suspects), 1, lock):
             if not isinstance(result, Heartbeat):
                 if result.value is not None:
@@ -365,7 +371,7 @@ class Run:
         job = self.job
         return TileTask(
             uuid.uuid4().hex, job.source.for_workers(), job.target, holder, self.plan.tiling, job.options, job.dtype,
-            self.plan.together, self.plan.ahead,
+            encoding_of(job, self.plan.tiling), self.plan.together, self.plan.ahead,
         )  # fmt: skip
 
     def _flush(self, ledger: Ledger, attempts: int = 1) -> None:
@@ -395,7 +401,7 @@ class Run:
                 record_run(writer, self._record().to_json())
             if self._is_done(ledger):
                 targets.open_as_reader(location)
-                targets.set_complete(writer, target.generation, True)
+                targets.set_complete(writer, target, True)
 
     def _is_done(self, ledger: Ledger) -> bool:
         return bool(ledger.done.all()) and self.totals.stopped is None and not self.totals.failed

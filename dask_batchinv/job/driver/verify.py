@@ -61,7 +61,7 @@ def verify(
     made = target.fingerprint
     task = VerifyTask(
         uuid.uuid4().hex, location, tiling, opened and opened.for_workers(), _options_of(target),
-        np.dtype(made["stored as"]), sample,
+        np.dtype(made["stored as"]), target.encoding, sample,
     )  # fmt: skip
     try:
         targets.open_as_reader(location)
@@ -151,7 +151,7 @@ def _forget(location: Location, target: Target, numbers: list[int]) -> str | Non
             ledger = Ledger(location, target, writer=writer, durable=True)
             for number in numbers:
                 ledger.forget(number)
-            targets.set_complete(writer, target.generation, False)
+            targets.set_complete(writer, target, False)
             ledger.flush()
     except Exception as error:  # whatever a file system may raise
         return clean(f"what the source refutes could not be taken out of the ledger: {error}")

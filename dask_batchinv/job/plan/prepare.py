@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.documents import Contents, refuse_long
+from dask_batchinv.job.target.encoding import Encoding, parse_compress
 from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences, shrunk
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.versions import LAPACKS, versions
 from dask_batchinv.kernels import GENERATION, Kernel, choose_kernel
 from dask_batchinv.location import Location, Place
-from dask_batchinv.outcome import SourceError, TargetError
+from dask_batchinv.outcome import RefusedError, SourceError, TargetError
 from dask_batchinv.stack import computed_dtype
 from dask_batchinv.storage import METADATA_KEYS
 
@@ -77,6 +79,7 @@ def prepare(source: Place, target: Place, options: JobOptions, *, moved: bool = 
     location = targets.parse_location(target)
     opened = _open_source(source, options, location)
     _refuse_reserved_names(opened, options.outputs)
+    _check_encoding(opened, options)
     options.stored_dtype(opened.decoded_dtype)
     _refuse_long_attributes(opened)
     refuse_overlap(opened, location)
@@ -140,9 +143,38 @@ def contents_of(job: Job, tiling: Tiling, notes: list[str]) -> Contents:
             f"remove it from the source. {' '.join([*source.notes, *notes])}"
         )
     return Contents(
-        tiling, job.dtype, job.options.outputs, source.target_dims, coordinates, source.attributes,
-        source.group_attributes, job.options.assume_a,
+        tiling, job.dtype, job.options.outputs, encoding_of(job, tiling), source.target_dims, coordinates,
+        source.attributes, source.group_attributes, job.options.assume_a,
     )  # fmt: skip
+
+
+def encoding_of(job: Job, tiling: Tiling) -> Encoding:
+    """Return how the chunks of a target are stored."""
+    options, inner = job.options, None
+    if options.shards is not None:
+        sizes = zip(job.source.dims, tiling.tile, strict=True)
+        inner = tuple(min(size, options.chunks.get(dim, size)) for dim, size in sizes)
+    return Encoding(parse_compress(options.compress), inner, options.zarr_format)
+
+
+def _check_encoding(source: Source, options: JobOptions) -> None:
+    """Raise RefusedError if the chunks of the target cannot be stored as is wanted."""
+    parse_compress(options.compress)
+    if options.zarr_format not in (2, 3):
+        raise RefusedError(f"there is no Zarr format {options.zarr_format} here: take 3, or 2")
+    if options.zarr_format == 2 and options.shards is not None:
+        raise RefusedError("there are no shards in Zarr format 2: leave --shards out")
+    batch = [dim for axis, dim in enumerate(source.dims) if axis not in source.core]
+    for name, sizes in (("chunks", options.chunks), ("shards", options.shards or {})):
+        if unknown := sorted({*sizes} - {*batch}):
+            raise RefusedError(
+                f"--{name} takes lengths along {', '.join(batch) or 'no dimension'}, and not along "
+                f"{', '.join(unknown)}{': matrices are not cut' if {*unknown} & {*source.dims} else ''}"
+            )
+        if any(type(size) is not int or size < 1 for size in sizes.values()):
+            raise RefusedError(f"--{name} takes whole numbers from 1 on")
+    if cut := [dim for dim, size in (options.shards or {}).items() if size % options.chunks.get(dim, size)]:
+        raise RefusedError(f"shards have whole chunks: along {cut[0]} they do not")
 
 
 def _refuse_reserved_names(source: Source, outputs: Outputs) -> None:
@@ -203,10 +235,18 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "min_rcond": options.min_rcond,
         "outputs": {output.role: output.name for output in options.outputs},
         "stored as": stored.name,
+        "compress": parse_compress(options.compress) or "no",
+        "chunks": dict(options.chunks),
+        "shards": "no" if options.shards is None else dict(options.shards),
+        "zarr_format": options.zarr_format,
         "kernel": kernel.name,
         "generation of the kernel": GENERATION,
         **{f"version of {name}": here[name] for name in computing},
     }
+
+
+def _by_axis(source: Source, sizes: Mapping[str, int]) -> dict[int, int]:
+    return {source.dims.index(dim): size for dim, size in sizes.items()}
 
 
 def plan_for(job: Job, workers: Workers) -> Plan:
@@ -228,6 +268,9 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         itemsize_out=dtype.itemsize,
         nbytes_per_matrix=nbytes_per_matrix(outputs, source.n, job.dtype),
         nbytes_beside=nbytes_per_matrix(beside, source.n, job.dtype),
+        fixed=_by_axis(source, job.options.chunks if job.options.shards is None else job.options.shards),
+        multiples=_by_axis(source, {} if job.options.shards is None else job.options.chunks),
+        is_encoded=not encoding_of(job, Tiling(source.shape, source.core, source.shape)).is_plain,
         needs_copy=source.decoded_dtype != dtype or source.core != (len(source.shape) - 2, len(source.shape) - 1),
     )
     kernels = [job.kernel, *([choose_kernel(job.options.assume_a, "gpu")] if workers.gpus else [])]

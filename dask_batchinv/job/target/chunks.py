@@ -12,10 +12,14 @@ import zarr.abc.store
 import zarr.storage
 
 from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
+from dask_batchinv.job.source.bounded_decoding import open_bounded
+from dask_batchinv.job.source.metadata import Node, check_codecs, check_layout
 from dask_batchinv.location import Location
 from dask_batchinv.storage import StrictStore, innermost
 from dask_batchinv.text import harmless
 
+#: The codecs of arrays that are compressed or in shards.
+ENCODERS = frozenset(["blosc", "bytes", "crc32c", "sharding_indexed", "zstd"])
 #: The dtypes of arrays of ours.
 _ITEMSIZES = {"float32": 4, "float64": 8, "complex64": 8, "complex128": 16, "int32": 4, "int64": 8}
 
@@ -71,13 +75,24 @@ def open_array(location: Location, *, read_only: bool = False) -> zarr.Array[Any
     damaged = DamagedTargetError(
         f"the metadata of {location.name} are lost or damaged: run the command again that made the target"
     )
-    if meta is None or (nbytes := _chunk_nbytes(meta)) is None:
+    if meta is None:
         raise damaged
-    store = OwnStore(location.store(read_only=read_only), nbytes + CHECKSUM_NBYTES)
+    store = location.store(read_only=read_only)
     try:
-        return zarr.Array.from_dict(zarr.storage.StorePath(store), meta)
+        if (nbytes := _chunk_nbytes(meta)) is None:
+            return _open_encoded(location, meta, store)
+        return zarr.Array.from_dict(zarr.storage.StorePath(OwnStore(store, nbytes + CHECKSUM_NBYTES)), meta)
     except Exception as error:  # whatever Zarr makes of members that it does not expect
         raise damaged from harmless(error)
+
+
+def _open_encoded(location: Location, meta: dict[str, Any], store: zarr.abc.store.Store) -> zarr.Array[Any]:
+    """Open an array of ours that is compressed or in shards, as strictly as any source; SourceError if damaged."""
+    node = Node(location, 3, meta.get("node_type") == "array", meta, {})
+    node.expect(node.is_array and meta.get("data_type") in _ITEMSIZES, "an array of ours", meta.get("data_type"))
+    check_codecs(node, ENCODERS, "is none of those that we write")
+    check_layout(node, _ITEMSIZES[meta["data_type"]])
+    return open_bounded(StrictStore(store), meta)
 
 
 def _chunk_nbytes(meta: dict[str, Any]) -> int | None:

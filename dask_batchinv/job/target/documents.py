@@ -19,14 +19,15 @@ from zarr.codecs import ZstdCodec
 
 from dask_batchinv.attributes import of_inverse
 from dask_batchinv.job.outputs import LEDGER, Output, Outputs
-from dask_batchinv.job.target import ledger
+from dask_batchinv.job.target import format_2, ledger
 from dask_batchinv.job.target.at_once import for_each
+from dask_batchinv.job.target.encoding import Encoding
 from dask_batchinv.job.target.mark import Mark, attributes_of, marked
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import JSON_NBYTES, Location, json_object
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.stack import AssumeA
-from dask_batchinv.storage import array_options, unspecified
+from dask_batchinv.storage import METADATA_KEYS, unspecified
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,10 +39,8 @@ CHECKSUMS = "coordinates_crc32c"
 DIGESTS = "coordinates_sha256"
 #: Attributes by which Xarray keeps what is stored otherwise here.
 _OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
-#: The chunks of an array lie in one folder. With the usual "/" each chunk of the inverse would have two folders to
-#: itself: very small ones then took 1.8 times as long to write, and 3.5 times as long to read from a disk.
-_FLAT: Any = {"name": "default", "separator": "."}
-
+#: How the keys of metadata end, of either format.
+_METADATA = METADATA_KEYS
 #: What reading raises where there is no file.
 _NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -58,6 +57,8 @@ class Contents:
     """Its dtype."""
     outputs: Outputs
     """The arrays that are made."""
+    encoding: Encoding
+    """How their chunks are stored."""
     dims: tuple[str, ...]
     """Names of its dimensions."""
     coordinates: xr.Dataset | None
@@ -77,7 +78,8 @@ class Contents:
     @property
     def members(self) -> list[str]:
         """What a target has in it."""
-        return [*(output.name for output in self.outputs), LEDGER, *self.names]
+        of_format_2 = format_2.OF_GROUP if self.encoding.zarr_format == 2 else ()
+        return [*(output.name for output in self.outputs), LEDGER, *self.names, *of_format_2]
 
     def attributes_of(self, output: Output) -> dict[str, Any]:
         """Return the attributes of an output."""
@@ -100,14 +102,18 @@ def make_documents(contents: Contents, mark: Mark) -> Documents:
     _create_outputs(group, contents)
     if contents.coordinates is not None:
         _write_coordinates(store, contents.coordinates, dict(group.attrs))
-    of_coordinates = [key for key in kept if "/" in key and key.partition("/")[0] in contents.names]
-    checksums = {key: _checksum(kept[key].to_bytes()) for key in of_coordinates}
+    documents = {key: value.to_bytes() for key, value in kept.items()}
+    beside = format_2.documents_of(contents) if contents.encoding.zarr_format == 2 else {}
+    documents |= beside
+    of_coordinates = [key for key in documents if "/" in key and key.partition("/")[0] in contents.names]
+    checksums = {key: _checksum(documents[key]) for key in of_coordinates}
     own = {CHECKSUMS: checksums, DIGESTS: digests_of(contents)}
     ledger.create(group, mark["ledger"], contents.tiling.n_tiles, marked(False, mark) | own)
     with unspecified():
         zarr.consolidate_metadata(store)
-    refuse_long(max(len(value) for key, value in kept.items() if key.endswith(ROOT)))
-    return {key: value.to_bytes() for key, value in kept.items()}
+    documents = {key: value.to_bytes() for key, value in kept.items()} | beside
+    refuse_long(max(len(value) for key, value in documents.items() if key.endswith(_METADATA)))
+    return documents
 
 
 def refuse_long(nbytes: int) -> None:
@@ -127,16 +133,12 @@ def _checksum(content: bytes) -> list[int]:
 def _create_outputs(group: zarr.Group, contents: Contents) -> None:
     tiling = contents.tiling
     for output in contents.outputs:
-        own = output.dtype(contents.dtype)
         group.create_array(
             output.name,
             shape=tiling.shape_of(output.extent),
-            chunks=tiling.chunk_of(output.extent),
-            dtype=own,
             dimension_names=[contents.dims[axis] for axis in tiling.axes(output.extent)],
             attributes=contents.attributes_of(output),
-            chunk_key_encoding=_FLAT,
-            **array_options(own) | {"fill_value": output.fill},
+            **contents.encoding.options(tiling, output, contents.dtype),
         )
 
 
@@ -163,7 +165,7 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
 
     def is_right(key: str, found: bytes) -> bool:
         known = _checksum(found) == recorded[key] if key in recorded else found == expected[key]
-        return known or (key.endswith(ROOT) and _says_the_same(key, found, expected[key]))
+        return known or (key.endswith(_METADATA) and _says_the_same(key, found, expected[key]))
 
     def is_damaged(key: str, is_right: Callable[[str, bytes], bool]) -> bool:
         return _is_damaged(location, key, len(expected[key]) + JSON_NBYTES, is_right)
@@ -247,6 +249,8 @@ def _is_damaged(location: Location, key: str, limit: int, is_right: Callable[[st
 
 
 def _says_the_same(key: str, found: bytes, expected: bytes) -> bool:
+    if not key.endswith(ROOT):
+        return format_2.says_the_same(key, found, expected)
     (mine, inner), (theirs, others) = (_structure(json_object(text, key), key) for text in (expected, found))
     # Users may have consolidated what they have put beside ours.
     return bool(mine == theirs and all(others.get(name) == meta for name, meta in inner.items()))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
 from dask_batchinv.job.outputs import Outputs
+from dask_batchinv.job.target.encoding import Encoding
 from dask_batchinv.job.tiling import Tiling
 
 Fingerprint = dict[str, Any]
@@ -48,6 +49,8 @@ class Target:
     """What else than its metadata is in it."""
     outputs: Outputs = ()
     """The arrays that are made."""
+    encoding: Encoding = field(default_factory=Encoding)
+    """How their chunks are stored."""
     ledger: str = "tiles"
     """The name of the array with the rows of its ledger: another one where growth has given tiles other numbers."""
 

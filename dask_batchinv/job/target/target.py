@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import uuid
@@ -13,13 +12,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import zarr
 
-from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 from dask_batchinv.disk import PARTIAL
 from dask_batchinv.job.outputs import LEDGER, ROLES, Outputs, named
-from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_target
+from dask_batchinv.job.seen import ChunkGrid, Seen, Written, look_at_target
 from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import (
@@ -32,6 +29,8 @@ from dask_batchinv.job.target.documents import (
     make_documents,
     recorded_digests,
 )
+from dask_batchinv.job.target.encoding import Encoding, parse_compress
+from dask_batchinv.job.target.format_2 import ATTRIBUTES, CONSOLIDATED, OF_GROUP, with_complete
 from dask_batchinv.job.target.holder import LOCK
 from dask_batchinv.job.target.ledger import Ledger, chunk_shape
 from dask_batchinv.job.target.mark import FORMAT, Mark, attributes_of, marked, read_mark, with_attributes
@@ -44,7 +43,7 @@ from dask_batchinv.storage import MARK, FilesStore, unspecified
 from dask_batchinv.text import harmless
 
 #: The keys in the members of a target: metadata and chunks of outputs or coordinates, and what is in the ledger.
-_MEMBER_KEY = re.compile(r"zarr\.json|c(\.\d+)*|c(/\d+)*")
+_MEMBER_KEY = re.compile(r"zarr\.json|\.zarray|\.zattrs|c?(\.?\d+)*|c?(/?\d+)*")
 _ROWS = re.compile(r"tiles(-\d{1,9})?")
 _LEDGER_KEY = re.compile(r"(tiles(-\d+)?/)?zarr\.json|tiles(-\d+)?/c/\d+/\d+|runs\.json")
 
@@ -97,6 +96,7 @@ def _inspect(location: Location) -> Target:
         generation=_generation_in(mark),
         members=members,
         outputs=_outputs_in(mark),
+        encoding=_encoding_in(mark),
         ledger=_ledger_in(mark),
         **_tiling_in(mark),
     )
@@ -138,6 +138,14 @@ def _outputs_in(mark: Mark) -> Outputs:
     return named((role, _checked(name, str)) for role, name in names.items())
 
 
+def _encoding_in(mark: Mark) -> Encoding:
+    known: dict[str, Any] = _checked(mark["encoding"], dict)
+    inner, zarr_format = known.get("inner"), known.get("format")
+    if zarr_format not in (2, 3) or any(type(size) is not int or size < 1 for size in inner or ()):
+        raise ValueError("its mark is damaged: how its chunks are stored makes no sense")
+    return Encoding(parse_compress(known.get("compress")), None if inner is None else tuple(inner), zarr_format)
+
+
 def _tiling_in(mark: Mark) -> dict[str, Any]:
     """Return shape, tile and core dimensions by a mark; ValueError if no job makes such."""
     shape, tile, core = (tuple(_checked(size, int) for size in mark[name]) for name in ("shape", "tile", "core"))
@@ -174,7 +182,8 @@ def other_format(location: Location, target: Target) -> str:
 
 def refuse_links(location: Location, target: Target) -> None:
     """Raise TargetError if what must be a folder of a target is a link, or a file."""
-    for name in [*target.members, *(f"{LEDGER}/{target.ledger}{below}" for below in ("", "/c"))]:
+    folders = [name for name in target.members if name not in OF_GROUP]
+    for name in [*folders, *(f"{LEDGER}/{target.ledger}{below}" for below in ("", "/c"))]:
         path = os.path.join(location.url, name)
         if location.is_local and os.path.lexists(path):
             if (location / name).url != path:
@@ -217,6 +226,11 @@ def _mark_of(target: Target, contents: Contents) -> Mark:
         "fingerprint": target.fingerprint,
         "generation": target.generation,
         "outputs": {output.role: output.name for output in contents.outputs},
+        "encoding": {
+            "compress": contents.encoding.compress,
+            "inner": contents.encoding.inner,
+            "format": contents.encoding.zarr_format,
+        },
         "ledger": target.ledger,
         "shape": list(contents.tiling.shape),
         "tile": list(contents.tiling.tile),
@@ -238,7 +252,7 @@ def _clear(location: Location, old: Target, writer: Writer) -> None:
     if old.is_there:
         # A break from here on must not leave something that looks finished.
         mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "ledger": "tiles", "outputs": {}, "shape": [],
-                "tile": [], "core": [], "ready": False}  # fmt: skip
+                "encoding": {"format": 3}, "tile": [], "core": [], "ready": False}  # fmt: skip
         writer.change(ROOT, lambda root: with_attributes(root or b"{}", marked(False, mark | {"names": old.members})))
     # The mark last, so that a break leaves it in place.
     writer.delete_all(sorted((key for key in keys if key not in (LOCK, ROOT)), key=lambda key: key.startswith(LEDGER)))
@@ -249,7 +263,7 @@ def _is_ours(key: str, members: Iterable[str]) -> bool:
     """Tell whether a key is one that jobs write, or what one was half written to."""
     name, _, below = PARTIAL.sub("", key).partition("/")
     if not below:
-        return name in (ROOT, LOCK)
+        return name in (ROOT, LOCK) or (name in OF_GROUP and name in members)
     if name == LEDGER:
         return bool(_LEDGER_KEY.fullmatch(below))
     return name in members and bool(_MEMBER_KEY.fullmatch(below))
@@ -378,7 +392,7 @@ def _attributes_in(document: bytes | None) -> dict[str, Any]:
     return {}
 
 
-def look(location: Location, tiling: Tiling, outputs: Outputs, dtype: np.dtype[Any]) -> Seen:
+def look(location: Location, contents: Contents) -> Seen:
     """Return what the store says of the chunks of each tile, and whether all of them are there.
 
     Raises
@@ -386,21 +400,16 @@ def look(location: Location, tiling: Tiling, outputs: Outputs, dtype: np.dtype[A
     OSError
         If it cannot be read.
     """
-    grids = {}
-    for output in outputs:
+    tiling, encoding, arrays = contents.tiling, contents.encoding, []
+    for output in contents.outputs:
         shape, chunk = tiling.shape_of(output.extent), tiling.chunk_of(output.extent)
         if 0 not in shape:  # else it has no chunks
-            grids[output.name] = output.extent, ChunkGrid(shape, chunk, "c." if shape else "c", ".")
+            grid = ChunkGrid(shape, chunk, encoding.prefix(output.extent, tiling), ".")
+            bound = encoding.bound(tiling, output, contents.dtype)
+            key = partial(encoding.key, tiling, extent=output.extent)
+            arrays.append(Written(output.name, output.extent, grid, key, *bound))
     with raised_as(OSError, f"the target {location.name} cannot be looked at"):
-        return look_at_target(location, grids, chunk_nbytes(tiling, outputs, dtype), tiling)
-
-
-def chunk_nbytes(tiling: Tiling, outputs: Outputs, dtype: np.dtype[Any]) -> dict[str, int]:
-    """Return the bytes of a stored chunk of each output, of inverses of a dtype."""
-    return {
-        output.name: math.prod(tiling.chunk_of(output.extent)) * output.dtype(dtype).itemsize + CHECKSUM_NBYTES
-        for output in outputs
-    }
+        return look_at_target(location, arrays, tiling)
 
 
 def open_as_reader(location: Location) -> None:
@@ -411,7 +420,7 @@ def open_as_reader(location: Location) -> None:
     try:
         root = location.read_json(ROOT) or {}
         mark = read_mark(attributes_of(root)) or {}
-        ours, outputs = {*mark.get("names", ())}, {*mark.get("outputs", {}).values()}
+        ours, outputs = {*mark.get("names", ())} - {*OF_GROUP}, {*mark.get("outputs", {}).values()}
         store = FilesStore(location.store(read_only=True))
         with unspecified():
             if ours == {LEDGER, *outputs}:  # then Xarray would read nothing that Zarr does not
@@ -435,7 +444,7 @@ def _open_dataset(store: FilesStore, left_out: Sequence[str]) -> Any:
     )
 
 
-def set_complete(writer: Writer, generation: str, complete: bool) -> None:
+def set_complete(writer: Writer, target: Target, complete: bool) -> None:
     """Mark a target as complete, the last write of a job, or as incomplete again.
 
     Raises
@@ -445,10 +454,13 @@ def set_complete(writer: Writer, generation: str, complete: bool) -> None:
     """
 
     def changed(root: bytes | None) -> bytes:
-        if (read_mark(_attributes_in(root)) or {}).get("generation") != generation:
+        if (read_mark(_attributes_in(root)) or {}).get("generation") != target.generation:
             raise TakenOverError("the target was removed or replaced by another run")
         return with_attributes(root or b"", {"complete": int(complete)})
 
+    if target.encoding.zarr_format == 2:
+        for key in (ATTRIBUTES, CONSOLIDATED):
+            writer.change(key, lambda old, key=key: with_complete(key, old, complete))  # type: ignore[misc]
     writer.change(ROOT, changed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ from dask_batchinv.job.results import (
 from dask_batchinv.job.seen import mark_of_files
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import open_array
+from dask_batchinv.job.target.encoding import EncodedChunk, Encoding, encode
 from dask_batchinv.job.target.holder import holder_of
 from dask_batchinv.job.tiling import Extent, Tiling
 from dask_batchinv.job.worker.products import Products, products
@@ -63,6 +64,8 @@ class TileTask:
     """How to invert."""
     dtype: np.dtype[Any]
     """As what the inverses are stored."""
+    encoding: Encoding
+    """How chunks of the target are stored."""
     together: int = 1
     """Tiles that are done at a time."""
     ahead: int = 0
@@ -192,7 +195,7 @@ class _Made:
     """The codes of each tile."""
     rcond: dict[int, Array]
     """Its condition numbers."""
-    chunks: dict[int, dict[Output, tuple[str, Chunk]]]
+    chunks: dict[int, dict[Output, tuple[str, Chunk | EncodedChunk]]]
     """What is to be written, and its key, by tile and output; nothing for tiles that are empty."""
     bad: tuple[BadChunk, ...]
     """The chunks that they have a part of and that cannot be read."""
@@ -243,13 +246,27 @@ def _make(task: TileTask, span: range, lent: ExitStack, read: Callable[[ExitStac
         array = open_output(task.run, task.target, output.name)
         if not array.size:
             continue
-        chunks = (
-            [whole] if whole and output.extent == "matrix" else Chunk.of_each(array, parts[output.role].values(), lent)
-        )
-        for number, chunk in zip(span, chunks, strict=True):
-            chunk.seal()
-            made.chunks[number][output] = task.tiling.chunk_key(number, output.extent), chunk
+        values = parts[output.role].values()
+        for number, chunk in zip(span, _chunks_of(task, output, array, values, whole, lent), strict=True):
+            made.chunks[number][output] = task.encoding.key(task.tiling, number, output.extent), chunk
     return made
+
+
+def _chunks_of(
+    task: TileTask,
+    output: Output,
+    array: zarr.Array[Any],
+    values: Iterable[Array],
+    whole: Chunk | None,
+    lent: ExitStack,
+) -> Sequence[Chunk | EncodedChunk]:
+    """Return what is stored of an output for each tile."""
+    if not task.encoding.is_plain:
+        return [encode(part, task.encoding, task.tiling, output, task.dtype) for part in values]
+    chunks = [whole] if whole and output.extent == "matrix" else Chunk.of_each(array, values, lent)
+    for chunk in chunks:
+        chunk.seal()
+    return chunks
 
 
 def _read_and_invert(
@@ -267,7 +284,7 @@ def _read_and_invert(
         stack = np.moveaxis(task.source.decode(numbers), task.tiling.core, (-2, -1))
         del stored, numbers
         dtype, is_last = computed_dtype(stack.dtype, task.dtype), task.tiling.core == (stack.ndim - 2, stack.ndim - 1)
-        is_kept = task.options.keep == "inverse" and dtype == task.dtype
+        is_kept = task.options.keep == "inverse" and dtype == task.dtype and task.encoding.is_plain
         is_chunk = is_kept and is_last and stack.shape == task.tiling.tile
         whole = Chunk(stack.shape, dtype, lent) if is_chunk else None
         results = invert_block(

@@ -6,15 +6,15 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 
-from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 from dask_batchinv.job.outputs import Outputs, checksum_column
 from dask_batchinv.job.results import COLUMNS, Rows, TileResult
+from dask_batchinv.job.target.encoding import Encoding
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, read_chunk
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location
@@ -43,8 +43,10 @@ class ReadBackTask:
     """The name of the array with their rows."""
     outputs: Outputs
     """The arrays of the target."""
-    nbytes: dict[str, int] = field(hash=False)
-    """Bytes of a stored chunk of each, by its name."""
+    encoding: Encoding
+    """How their chunks are stored."""
+    dtype: np.dtype[Any]
+    """As what the inverses are stored."""
 
 
 def read_back_tiles(task: ReadBackTask, numbers: range) -> list[TileResult[int]]:
@@ -70,8 +72,8 @@ def rows_of_chunk(run: str, target: Location, ledger: str, chunk: int, n_tiles: 
 
 def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:
     for output in task.outputs:
-        nbytes = task.nbytes[output.name]
-        key = f"{output.name}/{task.tiling.chunk_key(number, output.extent)}"
+        nbytes, _ = task.encoding.bound(task.tiling, output, task.dtype)
+        key = f"{output.name}/{task.encoding.key(task.tiling, number, output.extent)}"
         recorded = int(row[COLUMNS.index(checksum_column(output.role))])
         if recorded < 0:  # it is empty
             continue
@@ -79,7 +81,7 @@ def _problem(task: ReadBackTask, number: int, row: Rows) -> str | None:
             content = _read(task.target, key, nbytes + 1)
         except Exception as error:  # whatever a file system may raise
             return clean(f"{key} cannot be read: {type(error).__name__}: {error}")
-        if _checksum(content) != recorded:
+        if task.encoding.checksum(content) != recorded:
             return f"{key} is not what was written"
     return None
 
@@ -113,10 +115,3 @@ def _read_file(path: str, limit: int) -> bytes:
         return b"".join(parts)
     finally:
         os.close(handle)
-
-
-def _checksum(content: bytes) -> int:
-    """Return the checksum of a chunk if that is also what the chunk itself says, else -1."""
-    data = np.frombuffer(content, np.uint8)
-    computed = crc32c(data[:-CHECKSUM_NBYTES].data)
-    return computed if computed == int.from_bytes(content[-CHECKSUM_NBYTES:], "little") else -1

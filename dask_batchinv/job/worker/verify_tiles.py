@@ -10,11 +10,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import zarr
 
 from dask_batchinv.job.options import JobOptions, Missing
+from dask_batchinv.job.outputs import Output
 from dask_batchinv.job.results import LARGEST_RATIO, Array, TileResult, TileRow, as_results
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import checksum
+from dask_batchinv.job.target.encoding import Encoding
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.invert_tiles import open_output
 from dask_batchinv.job.worker.products import Products, products
@@ -47,6 +50,8 @@ class VerifyTask:
     """By which it was made."""
     dtype: np.dtype[Any]
     """As what the inverses are stored."""
+    encoding: Encoding
+    """How its chunks are stored."""
     sample: float
     """The share of tiles that are compared with the source."""
 
@@ -75,11 +80,11 @@ def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTi
 def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]]:
     region, parts, checksums = task.tiling.region(number), {}, {}
     for output in task.options.outputs:
-        key = task.tiling.chunk_key(number, output.extent)
+        key = task.encoding.key(task.tiling, number, output.extent)
         with _reading(f"{output.name}/{key} of the target"):
             array = open_output(task.run, task.target, output.name, read_only=True)
             parts[output.role] = np.asarray(array[task.tiling.region(number, output.extent)])
-        checksums[output.role] = checksum(array, key)
+            checksums[output.role] = _checksum(task, array, output, key)
     found = {role: _as_computed(part, task.tiling, role) for role, part in parts.items()}
     _check_account(found, region)
     ratios, refuted, missing = np.empty(0), None, None
@@ -93,6 +98,14 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
             refuted = str(error)
     row = TileRow.of(found["info"], found["rcond"], checksums)
     return [TileResult(number, VerifiedTile(row, len(ratios), float(ratios.max(initial=0.0)), refuted, missing))]
+
+
+def _checksum(task: VerifyTask, array: zarr.Array[Any], output: Output, key: str) -> int:
+    """Return the checksum of a chunk that was read."""
+    if task.encoding.is_plain or not array.size:
+        return checksum(array, key)
+    most, _ = task.encoding.bound(task.tiling, output, task.dtype)
+    return task.encoding.checksum(task.target.read(f"{output.name}/{key}", most + 1))
 
 
 def _as_computed(part: Array, tiling: Tiling, role: str) -> Array:
