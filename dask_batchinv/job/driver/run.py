@@ -28,7 +28,7 @@ from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
 from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.documents import Contents
+from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target

@@ -16,7 +16,8 @@ from dask_batchinv.job.outputs import LEDGER, Outputs, nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.documents import Contents, refuse_long
+from dask_batchinv.job.target.contents import Contents
+from dask_batchinv.job.target.documents import refuse_long
 from dask_batchinv.job.target.encoding import Encoding, parse_compress
 from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences, shrunk
 from dask_batchinv.job.tiling import Tiling

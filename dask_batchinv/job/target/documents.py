@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,16 +16,13 @@ from crc32c import crc32c
 from zarr.abc.buffer import Buffer
 from zarr.codecs import ZstdCodec
 
-from dask_batchinv.attributes import of_inverse
-from dask_batchinv.job.outputs import LEDGER, Output, Outputs
+from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.target import format_2, ledger
 from dask_batchinv.job.target.at_once import for_each
-from dask_batchinv.job.target.encoding import Encoding
+from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.mark import Mark, attributes_of, marked
-from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import JSON_NBYTES, Location, json_object
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.stack import AssumeA
 from dask_batchinv.storage import METADATA_KEYS, unspecified
 
 if TYPE_CHECKING:
@@ -37,60 +33,12 @@ ROOT = "zarr.json"
 CHECKSUMS = "coordinates_crc32c"
 #: And the one for the digest of what each says, however that is encoded, and of the units of the inverse.
 DIGESTS = "coordinates_sha256"
-#: Attributes by which Xarray keeps what is stored otherwise here.
-_OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
 #: How the keys of metadata end, of either format.
 _METADATA = METADATA_KEYS
 #: What reading raises where there is no file.
 _NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 Documents = dict[str, bytes]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a target is created with."""
-
-    tiling: Tiling
-    """Shape and tiles of the inverse."""
-    dtype: np.dtype[Any]
-    """Its dtype."""
-    outputs: Outputs
-    """The arrays that are made."""
-    encoding: Encoding
-    """How their chunks are stored."""
-    dims: tuple[str, ...]
-    """Names of its dimensions."""
-    coordinates: xr.Dataset | None
-    """Coordinates, undecoded, in memory."""
-    attributes: dict[str, Any]
-    """Attributes of what is inverted."""
-    group_attributes: dict[str, Any]
-    """Attributes of the group that it is in."""
-    assume_a: AssumeA
-    """Structure of the matrices."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the coordinates."""
-        return [] if self.coordinates is None else sorted(map(str, self.coordinates.variables))
-
-    @property
-    def members(self) -> list[str]:
-        """What a target has in it."""
-        of_format_2 = format_2.OF_GROUP if self.encoding.zarr_format == 2 else ()
-        return [*(output.name for output in self.outputs), LEDGER, *self.names, *of_format_2]
-
-    def attributes_of(self, output: Output) -> dict[str, Any]:
-        """Return the attributes of an output."""
-        found = output.attributes(self.assume_a)
-        placing = {name: value for name, value in self.attributes.items() if name == "grid_mapping"}
-        if not output.is_of_inverse:
-            return found | placing
-        inherited = {name: value for name, value in of_inverse(self.attributes).items() if name not in _OF_XARRAY}
-        if output.extent != "matrix" and "long_name" in inherited:
-            inherited["long_name"] = f"{output.role} of the {inherited['long_name']}"
-        return found | inherited | ({"coordinates": " ".join(self.names)} if self.names else {})
 
 
 def make_documents(contents: Contents, mark: Mark) -> Documents:

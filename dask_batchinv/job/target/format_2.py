@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numcodecs  # type: ignore[import-untyped]
 import zarr
 import zarr.storage
 
+from dask_batchinv.job.target.contents import OF_FORMAT_2, Contents
 from dask_batchinv.location import json_object
 from dask_batchinv.storage import unspecified
 
-if TYPE_CHECKING:
-    from dask_batchinv.job.target.documents import Contents
-
-#: What the group itself has of them.
-GROUP, ATTRIBUTES, CONSOLIDATED = ".zgroup", ".zattrs", ".zmetadata"
-OF_GROUP = (GROUP, ATTRIBUTES, CONSOLIDATED)
+#: The documents of the group that have its attributes.
+_, ATTRIBUTES, CONSOLIDATED = OF_FORMAT_2
 _COMPRESSORS = {
     "zstd": lambda level: numcodecs.Zstd(level=level),
     "blosc": lambda level: numcodecs.Blosc(cname="zstd", clevel=level, shuffle=numcodecs.Blosc.SHUFFLE),

@@ -19,9 +19,9 @@ from dask_batchinv.job.outputs import LEDGER, ROLES, Outputs, named
 from dask_batchinv.job.seen import ChunkGrid, Seen, Written, look_at_target
 from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.chunks import DamagedTargetError
+from dask_batchinv.job.target.contents import OF_FORMAT_2, Contents
 from dask_batchinv.job.target.documents import (
     ROOT,
-    Contents,
     Documents,
     changed_names,
     damaged_keys,
@@ -30,7 +30,7 @@ from dask_batchinv.job.target.documents import (
     recorded_digests,
 )
 from dask_batchinv.job.target.encoding import Encoding, parse_compress
-from dask_batchinv.job.target.format_2 import ATTRIBUTES, CONSOLIDATED, OF_GROUP, with_complete
+from dask_batchinv.job.target.format_2 import ATTRIBUTES, CONSOLIDATED, with_complete
 from dask_batchinv.job.target.holder import LOCK
 from dask_batchinv.job.target.ledger import Ledger, chunk_shape
 from dask_batchinv.job.target.mark import FORMAT, Mark, attributes_of, marked, read_mark, with_attributes
@@ -182,7 +182,7 @@ def other_format(location: Location, target: Target) -> str:
 
 def refuse_links(location: Location, target: Target) -> None:
     """Raise TargetError if what must be a folder of a target is a link, or a file."""
-    folders = [name for name in target.members if name not in OF_GROUP]
+    folders = [name for name in target.members if name not in OF_FORMAT_2]
     for name in [*folders, *(f"{LEDGER}/{target.ledger}{below}" for below in ("", "/c"))]:
         path = os.path.join(location.url, name)
         if location.is_local and os.path.lexists(path):
@@ -263,7 +263,7 @@ def _is_ours(key: str, members: Iterable[str]) -> bool:
     """Tell whether a key is one that jobs write, or what one was half written to."""
     name, _, below = PARTIAL.sub("", key).partition("/")
     if not below:
-        return name in (ROOT, LOCK) or (name in OF_GROUP and name in members)
+        return name in (ROOT, LOCK) or (name in OF_FORMAT_2 and name in members)
     if name == LEDGER:
         return bool(_LEDGER_KEY.fullmatch(below))
     return name in members and bool(_MEMBER_KEY.fullmatch(below))
@@ -420,7 +420,7 @@ def open_as_reader(location: Location) -> None:
     try:
         root = location.read_json(ROOT) or {}
         mark = read_mark(attributes_of(root)) or {}
-        ours, outputs = {*mark.get("names", ())} - {*OF_GROUP}, {*mark.get("outputs", {}).values()}
+        ours, outputs = {*mark.get("names", ())} - {*OF_FORMAT_2}, {*mark.get("outputs", {}).values()}
         store = FilesStore(location.store(read_only=True))
         with unspecified():
             if ours == {LEDGER, *outputs}:  # then Xarray would read nothing that Zarr does not
