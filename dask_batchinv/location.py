@@ -311,6 +311,12 @@ class Location:
                 raise lost from error
         return _digest(content)
 
+    def copy_to(self, other: Location, key: str) -> None:
+        """Store what is under `key` in another place of the same store, which does that by itself where it can."""
+        fs, path = self._filesystem()
+        _, there = other._filesystem()
+        fs.cp_file(f"{path}/{key}", f"{there}/{key}")
+
     def delete(self, key: str) -> None:
         """Delete what is stored under `key`."""
         fs, path = self._filesystem()

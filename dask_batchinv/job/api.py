@@ -149,8 +149,9 @@ def invert_store(
         With 2 the target has documents of format 2 as well, for programs that read nothing else. Its chunks then carry
         no checksums of their own; the ledger has them all the same.
     overwrite : bool
-        Replace a target of dask_batchinv, of another job or of this one, from the beginning. What is not a target of
-        dask_batchinv is never replaced.
+        Replace a target of dask_batchinv, of another job or of this one, from the beginning. A finished one stays as it
+        is, for those who read it, until the new one, which is built beside it, takes its place: there must be room for
+        both. What is not a target of dask_batchinv is never replaced.
     trust_ledger : bool
         Do not read back what earlier runs have recorded, nor look whether it is still there.
     durable : bool

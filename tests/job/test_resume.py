@@ -231,8 +231,11 @@ def test_a_complete_target_whose_ledger_was_lost_is_done_again(done, client):
     assert verify_store(path, source=source, client=client).ok
 
 
-def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, client, monkeypatch):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, client, monkeypatch, in_place):
     source, path = done
+    if in_place:  # as on a mount
+        monkeypatch.setattr("dask_batchinv.job.plan.prepare.place_beside", lambda target: None)
 
     def die(self, keys):
         for key in [*keys][:3]:
@@ -242,7 +245,12 @@ def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, clie
     with monkeypatch.context() as patch:
         patch.setattr("dask_batchinv.location.Location.delete_all", die)
         with pytest.raises(KeyboardInterrupt):
-            invert_store(source, path, client=client, assume_a="diagonal", overwrite=True)
+            invert_store(source, path, client=client, assume_a="diagonal", overwrite=True, max_failed=None)
+    if not in_place:  # the new one is there already
+        assert account_of(path).complete
+        assert verify_store(path, source=source, client=client).ok
+        assert invert_store(source, path, client=client, assume_a="diagonal", max_failed=None).tiles_now == 0
+        return
     with pytest.raises(TargetError, match="no target"):
         account_of(path)
     with pytest.raises(TargetError, match="left when a target was being replaced: pass --overwrite again"):

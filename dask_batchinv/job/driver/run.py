@@ -20,7 +20,7 @@ from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.plan.plan import Plan, Workers
-from dask_batchinv.job.plan.prepare import Job, contents_of, encoding_of, plan_for, refuse_overlap
+from dask_batchinv.job.plan.prepare import Job, contents_of, encoding_of, plan_for, refuse_overlap, replacement
 from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, RunRecord, RunTotals, ignore
@@ -32,6 +32,7 @@ from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
+from dask_batchinv.job.target.swap import swap
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
@@ -63,7 +64,25 @@ READ_BACK_NBYTES = 2**26
 
 
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
-    """Run a prepared job to its end and return the report, whatever it says."""
+    """Run a prepared job to its end and return the report, whatever it says.
+
+    What replaces a finished target is built beside it, so that its readers lose nothing until all is done.
+    """
+    if (beside := replacement(job)) is None:
+        return _run(job, options, on_progress)
+    with locked(job.target) as lock:
+        report = _run(beside, options, on_progress)
+        notes = report.notes
+        if report.exit_code != 1:
+            left = swap(beside.target, job.target, job.found, lock)
+            notes += () if left is None else (left,)
+        else:
+            notes += (f"{job.target.name} is what it was: what is done so far lies beside it, and the same command, "
+                      "with --overwrite, goes on with that",)  # fmt: skip
+    return replace(report, target=job.target.name, notes=notes)
+
+
+def _run(job: Job, options: ClusterOptions, on_progress: OnProgress | None) -> JobReport:
     is_here = any(location.is_memory for location in (job.source.location, job.target))
     found, on_progress = options.resolved(is_here=is_here), on_progress or ignore
     nobody = Workers(0, 0, None)

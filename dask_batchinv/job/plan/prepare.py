@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.documents import refuse_long
 from dask_batchinv.job.target.encoding import Encoding, parse_compress
 from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences, shrunk
+from dask_batchinv.job.target.swap import place_beside
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.versions import LAPACKS, versions
 from dask_batchinv.kernels import GENERATION, Kernel, choose_kernel
@@ -106,6 +107,32 @@ def prepare(source: Place, target: Place, options: JobOptions, *, moved: bool = 
     if found.state is not State.ABSENT and not changed:
         targets.refuse_links(location, found)
     return Job(opened, location, options, kernel, fingerprint, found, action)
+
+
+def replacement(job: Job) -> Job | None:
+    """Return the job that builds what is to take the place of a finished target, beside it; None where none is.
+
+    It goes on where an interrupted one has ended, unless the source does not tell whether it has changed since.
+
+    Raises
+    ------
+    TargetError, SourceError
+        If something is there, or in the target, that is not ours.
+    """
+    if job.action != "create" or job.found.state not in (State.COMPLETE, State.OTHER_FORMAT):
+        return None
+    if (beside := place_beside(job.target)) is None:
+        return None
+    targets.refuse_links(job.target, job.found)
+    targets.refuse_foreign(job.target, job.found)
+    refuse_overlap(job.source, beside)
+    found = targets.inspect(beside)
+    goes_on = (
+        found.is_there and found.shape == job.source.shape and not differences(found.fingerprint, job.fingerprint)
+        and job.source.look(found.tiling).tells
+    )  # fmt: skip
+    action = decide(found.state, same_job=True, overwrite=not goes_on)
+    return replace(job, target=beside, found=found, action=action)
 
 
 def _open_source(source: Place, options: JobOptions, target: Location) -> Source:

@@ -244,11 +244,7 @@ def _clear(location: Location, old: Target, writer: Writer) -> None:
     """Remove an old target of ours, key by key, if nothing else is in it."""
     refuse_links(location, old)
     keys = location.keys()
-    if others := [key for key in keys if not _is_ours(key, old.members)]:
-        raise TargetError(
-            f"{location.name} contains what dask_batchinv did not put there ({', '.join(sorted(others)[:5])}): move "
-            "that first"
-        )
+    refuse_foreign(location, old, keys)
     if old.is_there:
         # A break from here on must not leave something that looks finished.
         mark = {"format": FORMAT, "fingerprint": {}, "generation": "", "ledger": "tiles", "outputs": {}, "shape": [],
@@ -257,6 +253,19 @@ def _clear(location: Location, old: Target, writer: Writer) -> None:
     # The mark last, so that a break leaves it in place.
     writer.delete_all(sorted((key for key in keys if key not in (LOCK, ROOT)), key=lambda key: key.startswith(LEDGER)))
     writer.delete_all([ROOT])
+
+
+def refuse_foreign(location: Location, old: Target, keys: Sequence[str] | None = None) -> None:
+    """Raise TargetError if there is something in a target that is to be replaced which is not ours."""
+    if others := foreign_keys(location.keys() if keys is None else keys, old):
+        raise TargetError(
+            f"{location.name} contains what dask_batchinv did not put there ({', '.join(others[:5])}): move that first"
+        )
+
+
+def foreign_keys(keys: Iterable[str], target: Target) -> list[str]:
+    """Return those keys in a target that are none of ours."""
+    return sorted(key for key in keys if not _is_ours(key, target.members))
 
 
 def _is_ours(key: str, members: Iterable[str]) -> bool:

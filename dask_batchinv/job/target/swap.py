@@ -1,0 +1,84 @@
+"""A target that replaces another is built beside it, and takes its place when it is complete: readers lose nothing."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+from dask_batchinv.disk import exchange
+from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.at_once import for_each
+from dask_batchinv.job.target.documents import ROOT
+from dask_batchinv.job.target.holder import LOCK
+from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock
+from dask_batchinv.job.target.state import State, Target
+from dask_batchinv.job.target.writer import Writer
+from dask_batchinv.location import Location, raised_as
+from dask_batchinv.urls import is_chain
+
+#: What the name of a target ends with that is to take another one's place.
+_ENDING = ".dask_batchinv-new"
+
+
+def place_beside(target: Location) -> Location | None:
+    """Return where a target is built that is to take this one's place; None if it must be built in its place."""
+    above, _, name = target.url.rstrip("/").rpartition("/")
+    if target.is_local:
+        # What is mounted cannot change places with anything.
+        possible = not os.path.ismount(target.url) and os.access(above or "/", os.W_OK)
+    else:
+        possible = not is_chain(target.url) and "?" not in target.url and above.count("/") >= 2 and bool(name)
+    return replace(target, url=f"{above}/.{name}{_ENDING}") if possible else None
+
+
+def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None:
+    """Let a complete target take the place of another one, whose lock is held.
+
+    On a disk they change places in one step. Where there are no folders that could, keys are copied one by one within
+    the store, and meanwhile the target says that it is not complete.
+
+    Returns
+    -------
+    str or None
+        What had to be left beside, and why.
+
+    Raises
+    ------
+    OSError
+        If that fails; both are there still, and it can be done again.
+    """
+    with raised_as(OSError, f"{new.name} could not take the place of {target.name}", "; run the command again"):
+        with locked(new):
+            lock.confirm()
+            if not target.is_local:
+                _copy(new, target, old, lock)
+                return None
+            exchange(new.url, target.url)
+            left = _remove(new, old)
+        remove_stale_lock(target)  # which was that of the new one
+        return left
+
+
+def _remove(location: Location, old: Target) -> str | None:
+    """Remove a target that was replaced; return what to say if there is something in it that is not ours."""
+    keys = location.keys()
+    if others := targets.foreign_keys(keys, old):
+        return f"{location.name} has what was replaced, because of {', '.join(others[:3])} in it, which is not ours"
+    location.delete_all(keys)
+    with suppress(OSError):
+        os.rmdir(location.url)
+    return None
+
+
+def _copy(new: Location, target: Location, old: Target, lock: Lock) -> None:
+    if old.state is State.COMPLETE:
+        targets.set_complete(Writer(target, lock), old, False)
+    mine, theirs = new.keys(), target.keys()
+    keys = [key for key in mine if key != LOCK]
+    for_each(target, lambda key: new.copy_to(target, key), [key for key in keys if key != ROOT])
+    gone = [key for key in theirs if key not in {*keys, LOCK}]
+    target.delete_all([key for key in gone if not targets.foreign_keys([key], old)])
+    lock.confirm()
+    new.copy_to(target, ROOT)
+    new.delete_all(keys)
