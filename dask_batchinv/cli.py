@@ -79,6 +79,8 @@ _job_options = _options(
     click.option("--variable", metavar="NAME", help="The stack in a group (Xarray dataset) that has several arrays."),
     click.option("--dims", metavar="ROW,COL",
                  help="Names of the core dimensions. Default: the last two, where no others could be meant."),
+    click.option("--mask", metavar="NAME",
+                 help="Leave matrices out where this array of the group is not 0; with ~NAME where it is 0."),
     click.option("--assume-a", type=click.Choice([*get_args(AssumeA), *SHORT_WORDS]), default="general",
                  show_default=True, help="What is known of the matrices."),
     click.option("--lower", is_flag=True,

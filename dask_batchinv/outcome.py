@@ -33,6 +33,8 @@ class Info(IntEnum):
     BELOW_MIN_RCOND = -3
     #: Only in targets: a chunk of the source could not be read.
     UNREADABLE = -4
+    #: Only in targets: left out by a mask, which is no failure.
+    MASKED = -5
     #: Only in an unfinished target: nobody has come to this matrix yet.
     PENDING = -(2**31)
 
@@ -89,7 +91,7 @@ def failures_of(assume_a: AssumeA) -> tuple[Failure, ...]:
 
 
 def describe_codes(assume_a: AssumeA) -> str:
-    """Return all codes of ``info`` in words.
+    """Return all codes of ``info`` in a target in words.
 
     Examples
     --------
@@ -97,6 +99,7 @@ def describe_codes(assume_a: AssumeA) -> str:
     '0 inverted: no pivot was exactly zero; k > 0 singular (pivot k is exactly zero);'
     """
     codes = [(f"{f.code:d}" if f.code else "k > 0", f.explanation.format(k="k")) for f in failures_of(assume_a)]
+    codes.append((f"{Info.MASKED:d}", "left out by the mask"))
     return "; ".join(["0 inverted: no pivot was exactly zero", *(f"{code} {words}" for code, words in codes)])
 
 

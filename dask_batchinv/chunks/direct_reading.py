@@ -172,8 +172,9 @@ class DirectReader:
         return True
 
 
-def _moved(region: Region, origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(span.start - at, span.stop - at) for span, at in zip(region, origin, strict=True))
+def _moved(region: Region, origin: Sequence[int]) -> tuple[Any, ...]:
+    # Of an array without dimensions, too, this makes a view.
+    return *(slice(span.start - at, span.stop - at) for span, at in zip(region, origin, strict=True)), ...
 
 
 def _fill(handle: int, buffers: list[memoryview], nbytes: int) -> None:

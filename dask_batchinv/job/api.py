@@ -37,6 +37,7 @@ def invert_store(
     target_options: Mapping[str, Any] | None = None,
     variable: str | None = None,
     dims: Sequence[str] | None = None,
+    mask: str | None = None,
     assume_a: AssumeAWord = "general",
     lower: bool = False,
     min_rcond: float = 0.0,
@@ -93,6 +94,10 @@ def invert_store(
         Name of the stack in a group that has several.
     dims : (row, column), optional
         Names of the core dimensions; by default the last two, where nothing else could be meant.
+    mask : str, optional
+        Name of an array in the group that is not 0, or missing, where a matrix is to be left out, as in NumPy's masked
+        arrays; with a ``~`` before it, ``"~valid"``, where it is 0 or missing. Its dimensions are among those of the
+        stack. Such matrices get ``info`` -5 and NaN, and are no failures. What is not stored of it is its fill value.
     assume_a, lower, device
         As in `dask_batchinv.inverse`.
     min_rcond : float
@@ -178,7 +183,7 @@ def invert_store(
     """
     check_optimized()
     options = JobOptions(
-        variable=variable, dims=dims, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
+        variable=variable, dims=dims, mask=mask, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
         missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, names=names or {},
         compress=compress, chunks=chunks or {}, shards=shards, zarr_format=zarr_format,

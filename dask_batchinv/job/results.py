@@ -31,8 +31,8 @@ LARGEST_RATIO = 30.0
 SEEN = ("source_seen", "target_seen")
 #: What a row of the ledger says of its tile, in int64; only `TileRow` and `smallest_of` know how.
 COLUMNS = (
-    "generation", "matrices", *FAILURE_KINDS, "ill_conditioned", "smallest_rcond_bits", "milliseconds", "attempts",
-    "device", "filled",
+    "generation", "matrices", *FAILURE_KINDS, "masked", "ill_conditioned", "smallest_rcond_bits", "milliseconds",
+    "attempts", "device", "filled",
     *map(checksum_column, ROLES),
     "source_checksum", *SEEN,
 )  # fmt: skip
@@ -97,6 +97,8 @@ class TileRow:
     """How many there are."""
     failed: dict[str, int]
     """How many of them have no inverse, by kind."""
+    masked: int
+    """How many are left out by a mask."""
     ill_conditioned: int
     """Good ones with rcond below the machine epsilon."""
     smallest_rcond: float
@@ -125,8 +127,9 @@ class TileRow:
     ) -> TileRow:
         """Return the account of matrices with these codes and condition numbers."""
         failed = dict.fromkeys(FAILURE_KINDS, 0)
-        known = rcond
+        known, masked = rcond, 0
         if info.any():  # else there is nothing to look for
+            masked = int(np.count_nonzero(info == int(Info.MASKED)))
             failed = {failure.kind: int(failure.includes(info).sum()) for failure in failures_of("general")}
             known = rcond[info == int(Info.GOOD)]
         smallest = float(known.min()) if known.size else np.nan
@@ -134,6 +137,7 @@ class TileRow:
         return cls(
             matrices=info.size,
             failed=failed,
+            masked=masked,
             ill_conditioned=0 if smallest >= eps else int((known < eps).sum()),
             smallest_rcond=smallest,
             checksums=checksums,
@@ -143,11 +147,17 @@ class TileRow:
             written=written,
         )
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many matrices there are, and of each kind that is no inverse."""
+        return {"matrices": self.matrices, **self.failed, "masked": self.masked}
+
     def encode(self, milliseconds: int, attempts: int) -> list[int]:
         """Return the row of the ledger, but for its first column and the last ones, `SEEN`."""
         smallest = int(np.float64(self.smallest_rcond).view(np.int64))
         return [
-            self.matrices, *(self.failed[kind] for kind in FAILURE_KINDS), self.ill_conditioned, smallest,
+            self.matrices, *(self.failed[kind] for kind in FAILURE_KINDS), self.masked, self.ill_conditioned,
+            smallest,
             milliseconds, attempts, DEVICES.index(self.device), self.filled,
             *(self.checksums.get(role, -1) for role in ROLES), self.source_checksum,
         ]  # fmt: skip
@@ -159,6 +169,7 @@ class TileRow:
         return cls(
             matrices=values["matrices"],
             failed={kind: values[kind] for kind in FAILURE_KINDS},
+            masked=values["masked"],
             ill_conditioned=values["ill_conditioned"],
             smallest_rcond=float(np.int64(values["smallest_rcond_bits"]).view(np.float64)),
             checksums={role: values[checksum_column(role)] for role in ROLES},

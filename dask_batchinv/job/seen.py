@@ -111,6 +111,11 @@ class Seen:
     whole: Flags = field(default_factory=lambda: np.zeros(0, bool))
     """Of a target: whether every chunk of a tile is there, as long as it must be."""
 
+    def also(self, other: Seen) -> Seen:
+        """Return what is known of tiles that are made of two arrays."""
+        marks = _never_unknown(self.marks.view(np.uint64) + other.marks.view(np.uint64))
+        return Seen(marks, self.unsure | other.unsure, self.tells and other.tells, self.count)
+
     @property
     def recorded(self) -> Numbers:
         """What to record of each tile."""
@@ -122,9 +127,12 @@ class Seen:
         return differs
 
 
-def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
+def look_at_source(
+    location: Location, grid: ChunkGrid, tiling: Tiling, axes: tuple[int, ...], start: tuple[int, ...]
+) -> Seen:
     """Return what the store of a source says of what each tile is read from.
 
+    The array has these `axes` of the stack, which begins at `start` in it.
     One request for a thousand chunks; of a web server, which lists nothing, one for each.
 
     Raises
@@ -136,7 +144,7 @@ def look_at_source(location: Location, grid: ChunkGrid, tiling: Tiling) -> Seen:
     tells, count = True, 0
     for files, all_tell in _files(location, grid, ""):
         tells, count = tells and all_tell, count + len(files.places)
-        for numbers, which in _tiles_of(files.places, grid, tiling, "matrix"):
+        for numbers, which in _tiles_of(files.places, grid, tiling, axes, start):
             np.add.at(sums, numbers, files.marks[which])
             np.logical_or.at(unsure, numbers, files.unsure[which])
     # A listing with nothing in it may be that of a server which lists nothing.
@@ -176,7 +184,7 @@ def look_at_target(location: Location, arrays: Iterable[Written], tiling: Tiling
         inside = location / array.name
         found = np.zeros(tiling.n_tiles, bool)
         for files, _ in _files(inside, array.grid, array.name):
-            for numbers, which in _tiles_of(files.places, array.grid, tiling, array.extent):
+            for numbers, which in _tiles_of(files.places, array.grid, tiling, tiling.axes(array.extent)):
                 np.add.at(sums, numbers, files.marks[which])
                 found[numbers] = array.fits(files.sizes[which])
         for number in map(int, np.flatnonzero(~found)):
@@ -236,15 +244,18 @@ def _is_young(says: Known, now: int) -> bool:
 
 
 def _tiles_of(
-    places: Numbers, grid: ChunkGrid, tiling: Tiling, extent: Extent
+    places: Numbers, grid: ChunkGrid, tiling: Tiling, axes: tuple[int, ...], origin: tuple[int, ...] = ()
 ) -> Iterator[tuple[Numbers, npt.NDArray[np.intp]]]:
     """Yield numbers of tiles that chunks are in, and which chunks those are: one is in several if they are smaller."""
-    axes = tiling.axes(extent)
-    columns = [axes.index(axis) for axis in tiling.batch]
     tile = np.array([tiling.tile[axis] for axis in tiling.batch], np.int64)
-    chunk, shape = (np.array([of[column] for column in columns], np.int64) for of in (grid.chunk, grid.shape))
-    start = places[:, columns] * chunk
-    first, last = start // tile, (np.minimum(start + chunk, shape) - 1) // tile
+    shape = np.array([tiling.shape[axis] for axis in tiling.batch], np.int64)
+    start, chunk = np.zeros((len(places), len(shape)), np.int64), shape.copy()  # as along axes that it does not have
+    for place, axis in enumerate(tiling.batch):
+        if axis in axes:
+            column = axes.index(axis)
+            chunk[place] = grid.chunk[column]
+            start[:, place] = places[:, column] * chunk[place] - (origin[column] if origin else 0)
+    first, last = np.maximum(start, 0) // tile, (np.minimum(start + chunk, shape) - 1) // tile
     strides = np.array([math.prod(tiling.grid[axis + 1 :]) for axis in range(len(tile))], np.int64)
     for offset in itertools.product(*map(range, (last - first).max(axis=0, initial=0) + 1)):
         which = np.flatnonzero((first + offset <= last).all(axis=1))

@@ -153,7 +153,7 @@ def test_decoding_takes_the_memory_that_is_planned(dtype, packing):
     finally:
         tracemalloc.stop()
     layout = StackLayout(
-        a.shape, (1, 2), a.shape, a.itemsize, 8, 12, needs_copy=False, itemsize_decoded=decoded.itemsize
+        a.shape, (1, 2), a.shape, a.itemsize, 8, 12, 12, needs_copy=False, itemsize_decoded=decoded.itemsize
     )
     limits = Limits(memory=None, threads=1, scratch=0, read_concurrency=None)
     assert a.nbytes + peak <= project_memory(layout, limits, a.shape) - IDLE_WORKER_NBYTES

@@ -332,12 +332,7 @@ class Run:
 
     def _forget_unwanted(self, ledger: Ledger) -> None:
         """Forget tiles in which chunks were filled, or left out, where that is an error now."""
-        unwanted = np.zeros(len(ledger.done), bool)
-        if self.job.options.missing == "error":
-            unwanted |= ledger.column("filled") > 0
-        if self.job.options.bad_chunks == "error":
-            unwanted |= ledger.column("unreadable") > 0
-        for number in np.flatnonzero(ledger.done & unwanted):
+        for number in np.flatnonzero(ledger.done & ledger.unwanted(self.job.options)):
             ledger.forget(int(number))
 
     def _results(

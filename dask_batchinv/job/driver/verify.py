@@ -15,7 +15,6 @@ import numpy as np
 from dask_batchinv.job.driver.cluster_options import ClusterOptions, own_task
 from dask_batchinv.job.driver.executor import Executor, InProcess
 from dask_batchinv.job.driver.placing import is_small, threads_here
-from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.prepare import fingerprint_of
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, ignore
 from dask_batchinv.job.report.tiles import FailedTile
@@ -27,7 +26,7 @@ from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import visibly_damaged_keys
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.lock import locked
-from dask_batchinv.job.target.state import State, Target, differences, shrunk
+from dask_batchinv.job.target.state import State, Target, differences, options_of, shrunk
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.verify_tiles import VerifiedTile, VerifyTask, verify_tiles
 from dask_batchinv.location import Location, Place
@@ -60,7 +59,7 @@ def verify(
     ledger, found, problems = Ledger(location, target), _Found(), []
     made = target.fingerprint
     task = VerifyTask(
-        uuid.uuid4().hex, location, tiling, opened and opened.for_workers(), _options_of(target),
+        uuid.uuid4().hex, location, tiling, opened and opened.for_workers(), options_of(target),
         np.dtype(made["stored as"]), target.encoding, sample,
     )  # fmt: skip
     try:
@@ -90,18 +89,10 @@ def verify(
         problems=tuple(problems),
         matrices=sum(row.matrices for row in rows),
         failed={kind: sum(row.failed[kind] for row in rows) for kind in FAILURE_KINDS},
+        masked=sum(row.masked for row in rows),
         residuals=sum(tile.residuals for tile in found.verified),
         largest_ratio=max((tile.largest_ratio for tile in found.verified), default=0.0),
     )
-
-
-def _options_of(target: Target) -> JobOptions:
-    """Return the options by which a target was made."""
-    made, outputs = target.fingerprint, {output.role: output.name for output in target.outputs}
-    return JobOptions(
-        assume_a=made["assume_a"], lower=made["lower"], min_rcond=made["min_rcond"], dtype=made["stored as"],
-        keep="diagonal" if "diagonal" in outputs else "inverse", logdet="logdet" in outputs, names=outputs,
-    )  # fmt: skip
 
 
 @contextmanager
@@ -160,7 +151,7 @@ def _forget(location: Location, target: Target, numbers: list[int]) -> str | Non
 
 def _same_source(path: Place, target: Target) -> Source:
     fingerprint = target.fingerprint
-    source = open_source(path, fingerprint["variable"], fingerprint["dims"])
+    source = open_source(path, fingerprint["variable"], fingerprint["dims"], options_of(target).mask)
     found = fingerprint_of(source)
     if changed := differences({name: fingerprint.get(name) for name in found}, found):
         raise TargetError(
@@ -177,7 +168,7 @@ def _unlike_ledger(row: TileRow, recorded: TileRow) -> str | None:
     for role, found in row.checksums.items():
         if recorded.checksums[role] != found:
             return f"{role} is not what was written"
-    for name, found in {"matrices": row.matrices, **row.failed}.items():
-        if (known := {"matrices": recorded.matrices, **recorded.failed}[name]) != found:
+    for name, found in row.counts.items():
+        if (known := recorded.counts[name]) != found:
             return f"{found} {name}, but the ledger says {known}"
     return None

@@ -60,6 +60,8 @@ class StackLayout(StackShape):
     """Bytes alive at once for an element of a chunk that is being decoded; 0 for twice `itemsize_in`."""
     direct_nbytes: int | None = None
     """Bytes that a chunk has at most as it is stored, if it is decoded to where it is wanted; None if Zarr reads."""
+    mask_nbytes: int = 0
+    """Bytes that chunks of a mask take which are decoded at a time; 0 if there is none."""
     fixed: Mapping[int, int] = field(default_factory=dict)
     """How long tiles are along axes, where the user says so."""
     multiples: Mapping[int, int] = field(default_factory=dict)
@@ -296,10 +298,11 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...], a
     decoding = read + elements * (DECODING_COPIES * layout.itemsize_decoded + DECODING_MASKS)
     stack = elements * layout.itemsize_decoded or read
     inverting = stack + copied + (result if layout.needs_copy else 0) + limits.scratch
-    per_matrix = (layout.nbytes_beside + MASKS_NBYTES) * elements // max(1, layout.n**2)
+    own = layout.nbytes_beside + MASKS_NBYTES * (2 if layout.mask_nbytes else 1)
+    per_matrix = own * elements // max(1, layout.n**2)
     writing = copied + ENCODING_COPIES * result * layout.is_encoded
     moments = reading + units * CHUNK_NBYTES, decoding if layout.itemsize_decoded else 0, inverting, writing
-    task = kept + max(moments) + per_matrix
+    task = kept + max(moments) + per_matrix + layout.mask_nbytes
     return IDLE_WORKER_NBYTES + limits.compile_nbytes + limits.threads * task
 
 

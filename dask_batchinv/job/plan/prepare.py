@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import zarr
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import LEDGER, Outputs, nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
+from dask_batchinv.job.source.mask import Mask
 from dask_batchinv.job.source.source import Source, open_source
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
@@ -138,7 +140,7 @@ def replacement(job: Job) -> Job | None:
 def _open_source(source: Place, options: JobOptions, target: Location) -> Source:
     """Open a source; where it does not say which dimensions are the core ones, a target that is there does."""
     try:
-        return open_source(source, options.variable, options.dims)
+        return open_source(source, options.variable, options.dims, options.mask)
     except SourceError as error:
         dims = None
         if options.dims is None:
@@ -147,7 +149,7 @@ def _open_source(source: Place, options: JobOptions, target: Location) -> Source
         if dims is None:
             raise
         with suppress(SourceError):
-            return open_source(source, options.variable, dims)
+            return open_source(source, options.variable, dims, options.mask)
         raise error
 
 
@@ -258,6 +260,7 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "source": source.location.name,
         "variable": source.variable,
         **fingerprint_of(source),
+        "mask": options.mask or "none",
         "assume_a": options.assume_a,
         "lower": options.lower,
         "min_rcond": options.min_rcond,
@@ -271,6 +274,14 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "generation of the kernel": GENERATION,
         **{f"version of {name}": here[name] for name in computing},
     }
+
+
+def _mask_nbytes(mask: Mask | None) -> int:
+    """Return what chunks of a mask take that are decoded at a time."""
+    if mask is None:
+        return 0
+    count = min(math.prod(mask.chunk_grid.counts), int(zarr.config.get("async.concurrency")))
+    return count * math.prod(mask.read_unit) * mask.itemsize_held
 
 
 def _by_axis(source: Source, sizes: Mapping[str, int]) -> dict[int, int]:
@@ -292,6 +303,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         if source.plain is None
         else source.plain.longest_nbytes(in_store=not source.location.is_local),
         waits=not (source.location.is_local and job.target.is_local),
+        mask_nbytes=_mask_nbytes(source.mask),
         itemsize_decoded=source.decoded_dtype.itemsize if source.packing else 0,
         itemsize_out=dtype.itemsize,
         nbytes_per_matrix=nbytes_per_matrix(outputs, source.n, job.dtype),

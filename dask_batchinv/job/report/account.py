@@ -40,6 +40,8 @@ class Account:
     """Matrices accounted for."""
     failed: dict[str, int]
     """Matrices without an inverse, by kind."""
+    masked: int
+    """Matrices that a mask leaves out; they count as done."""
     first_failed: dict[str, list[Index]]
     """The first of them by their indices in the whole stack, by kind; all of them are in ``info``."""
     ill_conditioned: int
@@ -84,6 +86,7 @@ class Account:
             f"matrices         {self.matrices_done:,} of {self.matrices:,}",
             f"without inverse  {', '.join(kinds) or 'none'}",
         ]
+        lines += [f"left out         {self.masked:,} by the mask"] if self.masked else []
         return "\n".join(map(clean, lines))
 
 
@@ -113,6 +116,7 @@ def make_account(
         matrices=tiling.n_matrices,
         matrices_done=ledger.total("matrices"),
         failed=ledger.failed,
+        masked=ledger.total("masked"),
         first_failed=_first_failed(target, tiling, ledger),
         ill_conditioned=ledger.total("ill_conditioned"),
         smallest_rcond=ledger.smallest_rcond,

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dask_batchinv.job.options import JobOptions, Missing
+from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, prepare
 from dask_batchinv.job.report.account import Account, make_account
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.state import State, Target
+from dask_batchinv.job.target.state import State, Target, options_of
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import TargetError
@@ -99,9 +99,9 @@ def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any]
     ledger, made = Ledger(location, target), target.fingerprint
     account = make_account(location, made, target.tiling, ledger, complete=target.state is State.COMPLETE)
     try:
-        options = JobOptions(
-            variable=made["variable"], dims=made["dims"], assume_a=made["assume_a"], lower=made["lower"],
-            min_rcond=made["min_rcond"], missing="fill" if ledger.total("filled") else "error",
+        options = options_of(
+            target, missing="fill" if ledger.total("filled") else "error",
+            bad_chunks="nan" if ledger.total("unreadable") and account.complete else "error",
             device="gpu" if made["kernel"].startswith("cuda") else "auto",
         )  # fmt: skip
         then = made["source"].removesuffix(f"/{made['variable']}")
@@ -136,7 +136,7 @@ def check_job(job: Job, ledger: Ledger | None = None) -> Freshness:
             up_to_date=False, tiles=now.n_tiles, tiles_missing=now.n_tiles, tiles_changed=0, tiles_unknown=0,
             shape=job.source.shape, reasons=(why,),
         )  # fmt: skip
-    recorded, done = _recorded(target, ledger or Ledger(location, target), now, job.options.missing)
+    recorded, done = _recorded(target, ledger or Ledger(location, target), now, job.options)
     seen = job.source.look(now)
     differs = done & seen.differs(recorded)
     unknown = int((differs & (recorded == UNKNOWN)).sum()) if seen.tells else int(done.sum())
@@ -160,14 +160,14 @@ def check_job(job: Job, ledger: Ledger | None = None) -> Freshness:
     )  # fmt: skip
 
 
-def _recorded(target: Target, ledger: Ledger, now: Tiling, missing: Missing) -> tuple[Numbers, Flags]:
+def _recorded(target: Target, ledger: Ledger, now: Tiling, options: JobOptions) -> tuple[Numbers, Flags]:
     """Return what is recorded of the source of each tile, as they are now, and which tiles are done and count."""
     recorded, done = np.full(now.n_tiles, UNKNOWN, np.int64), np.zeros(now.n_tiles, bool)
     old = target.tiling
     if old.n_tiles:
         numbers = old.numbers_in(now)
         counts = ledger.done & (old.matrices() == now.matrices()[numbers])
-        done[numbers] = counts if missing == "fill" else counts & (ledger.column("filled") == 0)
+        done[numbers] = counts & ~ledger.unwanted(options)
         recorded[numbers] = ledger.column("source_seen")
     return recorded, done
 

@@ -49,11 +49,8 @@ class JobReport(RunRecord, Account):
             f"{self._outcome()}: {self.source} -> {self.target}",
             f"matrices         {self.matrices_done:,}{share}, {self.n_failed:,} without an inverse",
             *(f"  {line}" for line in self.failures()),
+            *self._others(),
         ]
-        if self.smallest_rcond is not None:
-            lines.append(
-                f"smallest rcond   {self.smallest_rcond:.3g}, {self.ill_conditioned:,} below the machine epsilon"
-            )
         lines.append(f"tiles            {self.tiles_done:,} of {self.tiles:,}, {self.tiles_now:,} in this run, "
                      f"{self.retries:,} tried again")  # fmt: skip
         if self.tiles_proven or self.damaged_tiles:
@@ -79,6 +76,15 @@ class JobReport(RunRecord, Account):
         lines += [f"note             {event}" for event in self.worker_events[:NAMED]]
         lines += [*self._cost(), *(f"note             {note}" for note in self.notes)]
         return "\n".join(map(clean, lines))
+
+    def _others(self) -> list[str]:
+        """Return the lines about matrices that did not fail."""
+        lines = [f"left out         {self.masked:,} by the mask"] if self.masked else []
+        if self.smallest_rcond is not None:
+            lines.append(
+                f"smallest rcond   {self.smallest_rcond:.3g}, {self.ill_conditioned:,} below the machine epsilon"
+            )
+        return lines
 
     def _outcome(self) -> str:
         if self.exit_code == 1:

@@ -30,6 +30,8 @@ class VerifyReport:
     """Matrices checked."""
     failed: dict[str, int]
     """Matrices without an inverse among them, by kind."""
+    masked: int
+    """Matrices among them that a mask leaves out."""
     residuals: int
     """Matrices multiplied with their inverse."""
     largest_ratio: float

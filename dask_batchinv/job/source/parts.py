@@ -43,7 +43,7 @@ def read_in_parts(source: Source, array: zarr.Array[Any], region: Region, out: A
     Exception
         Whatever was raised that says nothing of a chunk, but of its store.
     """
-    spans = [range(*span.indices(size)) for span, size in zip(region, source.shape, strict=True)]
+    spans = [range(span.start, span.stop) for span in source.there(region)]
     batch = [axis for axis in range(out.ndim) if axis not in source.core]
     parts = Parts(out, np.zeros([out.shape[axis] for axis in batch], bool))
     for place in _places(spans, write_unit(array)):
@@ -96,7 +96,7 @@ def _read(
     """Read a part of a region; if the chunk is the cause that this cannot be done, return it."""
     region = tuple(slice(span.start, span.stop) for span in part)
     try:
-        parts.stored[_there(part, spans, range(len(part)))] = source.read_stored(array, region)
+        parts.stored[_there(part, spans, range(len(part)))] = source.read_there(array, region)
     except Exception as error:
         if not _is_of_chunk(error, array, key):
             raise

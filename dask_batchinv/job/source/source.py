@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-import zarr
 
 from dask_batchinv.attributes import PLACING
-from dask_batchinv.chunks.bounded_store import BoundedStore
-from dask_batchinv.chunks.direct_reading import DirectReader, Fetched, KeptChunk
-from dask_batchinv.chunks.plain import PlainChunks, plain_chunks
-from dask_batchinv.job.options import Missing
-from dask_batchinv.job.seen import ChunkGrid, Seen, look_at_source
-from dask_batchinv.job.source.bounded_decoding import open_bounded
+from dask_batchinv.job.seen import Seen
 from dask_batchinv.job.source.coordinate import Coordinate
 from dask_batchinv.job.source.coordinates import Found, find
 from dask_batchinv.job.source.coordinates import read as read_coordinates
-from dask_batchinv.job.source.decoding import Packing, decode, decoded_dtype, read_packing
-from dask_batchinv.job.source.held import itemsize_held
-from dask_batchinv.job.source.metadata import (
-    Node,
-    allowed_codecs,
-    check_codecs,
-    check_layout,
-    checked_dtype,
-    chunk_grid_of,
-    data_codecs,
-    facts_of,
-    is_checksummed,
-    read_node,
-    stored_names,
-    wholly_decoded,
-)
+from dask_batchinv.job.source.mask import Mask, open_mask
+from dask_batchinv.job.source.metadata import Node, read_node, stored_names
+from dask_batchinv.job.source.stored_array import StoredArray
 from dask_batchinv.job.source.variable import find_stack
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
-from dask_batchinv.location import Location, Place, raised_as
+from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import SourceError
-from dask_batchinv.storage import StrictStore, write_unit
 from dask_batchinv.text import clean, harmless
 
 if TYPE_CHECKING:
@@ -56,30 +33,16 @@ if TYPE_CHECKING:
 _TEXT_LENGTH = 1500
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, kw_only=True)
+class Source(StoredArray):
     """A stack in a store, as its metadata describe it."""
 
-    location: Location
-    """Where the array is."""
     root: Location
     """What the user named: the array itself, or a group above it."""
     group: Location | None
     """The group (Xarray dataset) that it is a variable of."""
     variable: str | None
     """Its name there."""
-    zarr_format: Literal[2, 3]
-    """Zarr format of the array."""
-    shape: tuple[int, ...]
-    """Shape, in the order stored."""
-    dtype: np.dtype[Any]
-    """dtype as stored, byte order included."""
-    read_unit: tuple[int, ...]
-    """Shape of what must be decoded whole: a chunk (of a shard, where there are shards)."""
-    itemsize_held: int
-    """Bytes alive at once for an element of it while it is decoded."""
-    sharded: bool
-    """Whether chunks stand together in shards, which Zarr reads many chunks at a time."""
     dims: tuple[str, ...]
     """Dimension names; made up where the source has none."""
     core: tuple[int, int]
@@ -92,22 +55,12 @@ class Source:
     """What changes places in the inverse."""
     labels: str
     """SHA-256 of the labels of rows and columns; empty where there are none."""
+    mask: Mask | None = None
+    """By which matrices are left out."""
     attributes: dict[str, Any] = field(compare=False)
     """Those of the array."""
     group_attributes: dict[str, Any] = field(compare=False)
     """Those of the group."""
-    packing: Packing = field(compare=False)
-    """By which its numbers are decoded."""
-    decoded_dtype: np.dtype[Any]
-    """dtype of the numbers, once decoded."""
-    plain: PlainChunks | None = field(hash=False)
-    """How its chunks are stored, where that is so plain that they are read without Zarr."""
-    chunk_grid: ChunkGrid
-    """Where its stored chunks are."""
-    checksummed: bool
-    """Whether its chunks carry a checksum, so that damage is noticed."""
-    facts: dict[str, str] = field(hash=False)
-    """What its metadata say that decides on its numbers, but for the shape: see `facts_of`."""
     left_out: tuple[str, ...] = field(default=(), compare=False)
     """Names of arrays beside it that are left out, because they are broken or not safe to read."""
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -118,105 +71,10 @@ class Source:
         """Rows of one matrix."""
         return self.shape[self.core[0]]
 
-    def open(self, missing: Missing = "error") -> zarr.Array[Any]:
-        """Open the array for reading.
-
-        Parameters
-        ----------
-        missing : {"error", "fill"}
-            What a chunk that is not in the store means: `MissingChunkError`, or the fill value.
-        """
-        node = self._checked_node()
-        store = self.location.store(read_only=True)
-        if missing == "error":
-            store = StrictStore(store)
-        # It may have grown meanwhile: that is for a later run.
-        return open_bounded(store, node.meta | {"shape": list(self.shape)})
-
     def look(self, tiling: Tiling) -> Seen:
-        """Return what the store says of what each tile is read from; SourceError if it says nothing."""
-        with raised_as(SourceError, f"the source {self.location.name} cannot be looked at"):
-            return look_at_source(self.location, self.chunk_grid, tiling)
-
-    def shape_now(self) -> tuple[int, ...]:
-        """Return the shape that it has now.
-
-        Raises
-        ------
-        SourceError
-            If it has become another array, or smaller.
-        """
-        return self._checked_node().shape
-
-    def _checked_node(self) -> Node:
-        """Read its metadata again; what is opened must be what was checked, also on a worker hours later."""
-        node = read_node(self.location, self.zarr_format)
-        if node is None or facts_of(node) != self.facts:
-            raise SourceError(f"the metadata of {self.location.name} have changed since the job began: start it again")
-        if any(now < then for now, then in zip(node.shape, self.shape, strict=True)):
-            raise SourceError(f"{self.location.name} has become smaller since the job began: start it again")
-        return node
-
-    def read_stored(
-        self,
-        array: zarr.Array[Any],
-        region: tuple[slice, ...],
-        out: npt.NDArray[Any] | None = None,
-        coming: Future[Any] | Fetched | None = None,
-        kept: KeptChunk | None = None,
-    ) -> npt.NDArray[Any]:
-        """Read a region of the array, which was opened for reading, as it is stored.
-
-        Into `out` where Zarr does not read it; from what is `coming`, if `fetch` was called for it before; and from
-        what was `kept` when its neighbour was read.
-        """
-        if isinstance(coming, Future):
-            stored: npt.NDArray[Any] = coming.result()
-            return stored
-        if (reader := self._reader(array)) is None:
-            return np.asarray(array[region])
-        return reader.read(self._of_all_axes(region), out, coming, kept)
-
-    def fetch(self, array: zarr.Array[Any], region: tuple[slice, ...], pool: Executor) -> Future[Any] | Fetched | None:
-        """Begin to read a region ahead, with the threads of a pool; None where there is nothing to wait for."""
-        reader = self._reader(array)
-        if reader is None:
-            return pool.submit(self.read_stored, array, region)
-        return None if reader.store.is_local else reader.fetch(self._of_all_axes(region), pool)
-
-    def _reader(self, array: zarr.Array[Any]) -> DirectReader | None:
-        store = array.store
-        return DirectReader(array, self.plain, store) if self.plain and isinstance(store, BoundedStore) else None
-
-    def _of_all_axes(self, region: tuple[slice, ...]) -> tuple[slice, ...]:
-        return (*region, *map(slice, self.shape[len(region) :]))
-
-    def read_block(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """Read a region of the array, which was opened for reading, and decode its numbers."""
-        return self.decode(self.read_stored(array, region))
-
-    def decode(self, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the numbers that a block stands for which was read of it."""
-        return decode(block, self.packing)
-
-    def count_missing(self, array: zarr.Array[Any], region: tuple[slice, ...]) -> int:
-        """Return how many chunks of a region are not in the store, of an array that was opened with "fill".
-
-        Shards are counted where there are some. Of chunks that were read just now it is known; others are looked for.
-
-        Raises
-        ------
-        ChunkSizeError
-            If one is damaged, not missing.
-        """
-        store = array.store
-        assert isinstance(store, BoundedStore)
-        spans = (slice(*span.indices(size)) for span, size in zip(region, self.shape, strict=True))
-        units = (
-            range(span.start // unit, -(-span.stop // unit)) if span.stop > span.start else range(0)
-            for span, unit in zip(spans, write_unit(array), strict=True)
-        )
-        return store.count_missing(map(array.metadata.encode_chunk_key, itertools.product(*units)))
+        """Return what the store says of what each tile is made from."""
+        seen = super().look(tiling)
+        return seen if self.mask is None else seen.also(self.mask.look(tiling))
 
     def target_names(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names that coordinates of the source have in the target."""
@@ -258,7 +116,9 @@ class Source:
         return found
 
 
-def open_source(path: Place, variable: str | None = None, dims: Sequence[str] | None = None) -> Source:
+def open_source(
+    path: Place, variable: str | None = None, dims: Sequence[str] | None = None, mask: str | None = None
+) -> Source:
     """Read the metadata of a source and check that it is a stack of matrices.
 
     Parameters
@@ -269,6 +129,8 @@ def open_source(path: Place, variable: str | None = None, dims: Sequence[str] | 
         Name of the array in a group; may be left out where only one array is a stack.
     dims : (row, column), optional
         Names of the core dimensions; by default the last two.
+    mask : str, optional
+        Name of an array beside it that is not 0 where a matrix is left out; with a ``~`` before it, 0.
 
     Raises
     ------
@@ -277,7 +139,7 @@ def open_source(path: Place, variable: str | None = None, dims: Sequence[str] | 
         of those that are safe and have an inverse.
     """
     try:
-        return _open_source(path, variable, dims)
+        return _open_source(path, variable, dims, mask)
     except Exception as error:  # whatever a file system may raise
         if isinstance(error, SourceError) and len(str(error)) <= _TEXT_LENGTH:
             raise
@@ -288,58 +150,47 @@ def open_source(path: Place, variable: str | None = None, dims: Sequence[str] | 
         raise SourceError(_shortened(clean(text))) from harmless(error)
 
 
-def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None) -> Source:
+def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None, mask: str | None) -> Source:
     root = Location.parse(path)
     node, variable = find_stack(root, variable, dims)
     inner, _, name = (variable or "").rpartition("/")
     group = None if variable is None else root / inner if inner else root
-    location = node.location
-    dtype = checked_dtype(node)
-    check_codecs(node, allowed_codecs(node), f"{location.name} is not among those that are safe to run")
-    check_layout(node, dtype.itemsize)
-    stored_names(node)
-    array = open_bounded(location.store(read_only=True), node.meta)
-    stored, names = _name_dims(node, array.ndim, group)
+    location, found = node.location, StoredArray.of(node)
+    shape = found.shape
+    stored, names = _name_dims(node, len(shape), group)
     if dims is not None:
-        _check_square(location, names, _axes(names, stored, dims), array.shape)
-    sizes = dict(zip(names, array.shape, strict=True))
+        _check_square(location, names, _axes(names, stored, dims), shape)
+    sizes = dict(zip(names, shape, strict=True))
     beside = Found() if group is None else find(root, inner, node, sizes, name)
-    packing = read_packing(node, array)
-    decoded = decoded_dtype(dtype, packing)
     labels = {dim: beside.labels(dim) for dim in _deciding(names, stored, sizes, dims)}
     core = _axes(names, stored, _default_dims(node, names, sizes, labels) if dims is None else dims)
-    _check_square(location, names, core, array.shape)
+    _check_square(location, names, core, shape)
     row, col = (labels.get(names[axis]) for axis in core)
     # One name given twice means one set of labels.
     twice = stored[core[0]] == stored[core[1]]
     return Source(
-        location=location,
+        **vars(found),
         root=root,
         group=group,
         variable=variable,
-        zarr_format=node.zarr_format,
-        shape=tuple(array.shape),
-        dtype=dtype,
-        read_unit=write_unit(array) if wholly_decoded(node) else tuple(array.chunks),
-        itemsize_held=itemsize_held(dtype, data_codecs(node), sharded=array.shards is not None),
-        sharded=array.shards is not None,
         dims=names,
         core=core,
         coordinate_names=tuple(beside.coordinates),
         coordinates=tuple(beside.coordinates.values()),
         exchange=Exchange.NOTHING if twice else exchange(row, col),
         labels=_digest_of_labels(row, col),
+        mask=None if mask is None else _open_mask(group, mask, sizes, core),
         attributes=node.attributes,
         group_attributes={} if group is None else _attributes_of(group),
-        packing=packing,
-        decoded_dtype=decoded,
-        checksummed=is_checksummed(node),
-        plain=plain_chunks(node.meta),
-        chunk_grid=chunk_grid_of(node),
-        facts=facts_of(node),
         left_out=tuple(sorted(beside.left_out)),
         notes=beside.notes(),
     )
+
+
+def _open_mask(group: Location | None, mask: str, sizes: dict[str, int], core: tuple[int, int]) -> Mask:
+    if group is None:
+        raise SourceError("a mask stands beside the stack in a group: name the group, and the stack with --variable")
+    return open_mask(group, mask, sizes, core)
 
 
 def _shortened(text: str) -> str:

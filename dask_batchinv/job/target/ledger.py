@@ -18,6 +18,7 @@ import zarr
 from crc32c import crc32c
 
 from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES, Chunk
+from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.results import COLUMNS, DEVICES, Rows, TileResult, TileRow, smallest_of
 from dask_batchinv.job.seen import UNKNOWN
@@ -150,6 +151,15 @@ class Ledger:
         """Which tiles are done, by number."""
         done: npt.NDArray[np.bool_] = self.column("generation") == self._tag
         return done
+
+    def unwanted(self, options: JobOptions) -> npt.NDArray[np.bool_]:
+        """Return of which tiles chunks were filled, or left out, where that is an error now."""
+        unwanted = np.zeros(len(self._rows), bool)
+        if options.missing == "error":
+            unwanted |= self.column("filled") > 0
+        if options.bad_chunks == "error":
+            unwanted |= self.column("unreadable") > 0
+        return unwanted
 
     def column(self, name: str) -> Rows:
         """Return one column, by tile number."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from dask_batchinv.job.outputs import Outputs
+from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.outputs import Keep, Outputs
 from dask_batchinv.job.target.encoding import Encoding
 from dask_batchinv.job.tiling import Tiling
 
@@ -63,6 +64,18 @@ class Target:
     def is_there(self) -> bool:
         """Whether there is a ledger to be read."""
         return self.state in (State.BEGUN, State.COMPLETE)
+
+
+def options_of(target: Target, **others: Any) -> JobOptions:
+    """Return the options by which a target was made, and `others`, which it does not tell."""
+    made, names = target.fingerprint, {output.role: output.name for output in target.outputs}
+    known: dict[str, Any] = {
+        name: made[name] for name in ("variable", "dims", "assume_a", "lower", "min_rcond", "chunks", "zarr_format")
+    }
+    for name, nothing in {"mask": "none", "compress": "no", "shards": "no"}.items():
+        known[name] = None if made[name] == nothing else made[name]
+    keep: Keep = "diagonal" if "diagonal" in names else "inverse"
+    return JobOptions(**known | others, dtype=made["stored as"], keep=keep, logdet="logdet" in names, names=names)
 
 
 def decide(state: State, *, same_job: bool, overwrite: bool) -> Action:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dask_batchinv.job.options import Missing
-from dask_batchinv.job.results import TileResult, TileRow, as_results, content_checksum
+from dask_batchinv.job.results import TileResult, TileRow, as_results
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK
 from dask_batchinv.job.tiling import Tiling
@@ -46,6 +46,7 @@ def _compare(task: CompareTask, number: int) -> list[TileResult[bool]]:
         return [TileResult(number, False)]
     reader = Reader(task.run, task.source, task.missing, task.tiling)
     with ExitStack() as lent:
-        numbers = reader.read(range(number, number + 1), lent).numbers
-        same = content_checksum(numbers) == row.source_checksum and reader.count_filled(number) == row.filled
+        tile = range(number, number + 1)
+        found = reader.checksums(reader.read(tile, lent), tile)[number]
+        same = found == row.source_checksum and reader.count_filled(number) == row.filled
     return [TileResult(number, same)]

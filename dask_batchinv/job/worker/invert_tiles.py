@@ -18,16 +18,7 @@ from dask_batchinv.chunks.direct_reading import KeptChunk
 from dask_batchinv.chunks.sealed import Chunk, write_chunks
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import Output, Outputs
-from dask_batchinv.job.results import (
-    Array,
-    BadChunk,
-    LostArrayError,
-    LostTargetError,
-    TileResult,
-    TileRow,
-    as_results,
-    content_checksum,
-)
+from dask_batchinv.job.results import Array, BadChunk, LostArrayError, LostTargetError, TileResult, TileRow, as_results
 from dask_batchinv.job.seen import mark_of_files
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import open_array
@@ -35,8 +26,8 @@ from dask_batchinv.job.target.encoding import EncodedChunk, Encoding, encode
 from dask_batchinv.job.target.holder import holder_of
 from dask_batchinv.job.tiling import Extent, Tiling
 from dask_batchinv.job.worker.products import Products, products
-from dask_batchinv.job.worker.read_source import Reader, Stored
-from dask_batchinv.kernels import invert_block
+from dask_batchinv.job.worker.read_source import Reader, Stored, split
+from dask_batchinv.kernels import InverseEx, invert_block
 from dask_batchinv.kernels.device import device_for
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
@@ -240,7 +231,7 @@ def _make(task: TileTask, span: range, lent: ExitStack, read: Callable[[ExitStac
     """Read and invert tiles, in memory that is `lent`, and seal the chunks of the results."""
     device = device_for(None, task.options.device)
     whole, results, sources, bad = _read_and_invert(task, span, device, lent, read)
-    parts = {output.role: _split(task.tiling, results[output.role], span, output.extent) for output in task.outputs}
+    parts = {output.role: split(task.tiling, results[output.role], span, output.extent) for output in task.outputs}
     made = _Made(span, device, sources, parts["info"], parts["rcond"], {number: {} for number in span}, bad)
     for output in task.outputs:
         array = open_output(task.run, task.target, output.name)
@@ -280,28 +271,34 @@ def _read_and_invert(
     with ExitStack() as until_inverted:
         stored = read(until_inverted)
         codes, bad, numbers = stored.codes, stored.bad, stored.numbers
-        sources = {n: content_checksum(part) for n, part in _split(task.tiling, numbers, span, "matrix").items()}
+        sources = task.reader.checksums(stored, span)
         stack = np.moveaxis(task.source.decode(numbers), task.tiling.core, (-2, -1))
         del stored, numbers
         dtype, is_last = computed_dtype(stack.dtype, task.dtype), task.tiling.core == (stack.ndim - 2, stack.ndim - 1)
         is_kept = task.options.keep == "inverse" and dtype == task.dtype and task.encoding.is_plain
         is_chunk = is_kept and is_last and stack.shape == task.tiling.tile
         whole = Chunk(stack.shape, dtype, lent) if is_chunk else None
-        results = invert_block(
-            stack,
-            dtype=dtype,
-            assume_a=task.options.assume_a,
-            lower=task.options.lower,
-            device=device,
-            min_rcond=task.options.min_rcond,
-            out=whole.values if whole else None,
-        )
+        out = whole.values if whole else None
+        if codes is not None and codes.size and codes.all():  # nothing is left to invert
+            results = _without_inverses(stack.shape, dtype, out)
+        else:
+            results = invert_block(
+                stack, dtype=dtype, assume_a=task.options.assume_a, lower=task.options.lower, device=device,
+                min_rcond=task.options.min_rcond, out=out,
+            )  # fmt: skip
         made = products(results, stack, task.options, task.dtype)
     if codes is not None:
         made["info"][codes != 0] = codes[codes != 0]
         for role in made.keys() - {"info"}:
             made[role][codes != 0] = np.nan
     return whole, _as_stored(task, made), sources, bad
+
+
+def _without_inverses(shape: tuple[int, ...], dtype: np.dtype[Any], out: Array | None) -> InverseEx:
+    inverse = np.empty(shape, dtype) if out is None else out
+    inverse[...] = np.nan
+    rcond = np.full(shape[:-2], np.nan, np.finfo(dtype).dtype)
+    return InverseEx(inverse, np.full(shape[:-2], int(Info.NOT_FINITE), np.int32), rcond)
 
 
 def _as_stored(task: TileTask, made: Products) -> Products:
@@ -317,16 +314,6 @@ def _check_holder(task: TileTask) -> None:
     """Hold back a worker that was cut off for so long that its target was taken over meanwhile, or sees another one."""
     if holder_of(task.target) != task.holder:
         raise LostTargetError(f"{task.target.name} was removed, replaced, or is another place on this worker")
-
-
-def _split(tiling: Tiling, values: Array, numbers: range, extent: Extent) -> dict[int, Array]:
-    """Return what each of several tiles has of an array."""
-    if len(numbers) == 1:
-        return {numbers.start: values}
-    along = tiling.batch[-1]
-    width, before = tiling.tile[along], (slice(None),) * tiling.axes(extent).index(along)
-    starts = ((number, (number - numbers.start) * width) for number in numbers)
-    return {number: values[(*before, slice(start, start + width))] for number, start in starts}
 
 
 @lru_cache(maxsize=24)

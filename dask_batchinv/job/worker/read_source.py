@@ -14,10 +14,11 @@ import zarr
 from dask_batchinv.buffers import BUFFERS
 from dask_batchinv.chunks.direct_reading import KeptChunk
 from dask_batchinv.job.options import Missing
-from dask_batchinv.job.results import Array, BadChunk
+from dask_batchinv.job.results import Array, BadChunk, content_checksum
+from dask_batchinv.job.source.mask import Mask
 from dask_batchinv.job.source.parts import read_in_parts
 from dask_batchinv.job.source.source import Source
-from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.tiling import Extent, Tiling
 from dask_batchinv.outcome import Info
 
 
@@ -46,19 +47,51 @@ class Reader:
         """
         region = self.tiling.region(tiles, "matrix")
         out = None if self.source.plain is None else self._room(tiles, region, lent)
-        return Stored(self.source.read_stored(self.array, region, out, coming, kept))
+        codes = self._mask(region)
+        if coming is None and codes is not None and codes.all():  # then it does not matter what is there
+            return Stored(np.broadcast_to(self.source.dtype.type(0), self._shape(region)), codes)
+        return Stored(self.source.read_stored(self.array, region, out, coming, kept), codes)
 
     def read_in_parts(self, tiles: range, lent: ExitStack) -> Stored:
         """Read tiles chunk by chunk, so that what cannot be read costs no more than its own matrices."""
         region = self.tiling.region(tiles, "matrix")
         parts = read_in_parts(self.source, self.array, region, self._room(tiles, region, lent))
-        return Stored(parts.stored, np.where(parts.unreadable, np.int32(Info.UNREADABLE), 0), tuple(parts.bad))
+        codes, masked = np.where(parts.unreadable, np.int32(Info.UNREADABLE), 0), self._mask(region)
+        if masked is not None:
+            codes = np.where(masked != 0, masked, codes)
+        return Stored(parts.stored, codes, tuple(parts.bad))
+
+    def checksums(self, stored: Stored, tiles: range) -> dict[int, int]:
+        """Return numbers for what tiles are made from: what is stored, and which of it is left out."""
+        numbers = split(self.tiling, stored.numbers, tiles, "matrix")
+        if self.source.mask is None:
+            return {number: content_checksum(part) for number, part in numbers.items()}
+        assert stored.codes is not None
+        codes = split(self.tiling, stored.codes, tiles, "number")
+        # Where all is left out, nothing is read.
+        return {
+            number: content_checksum(codes[number]) ^ (0 if codes[number].all() else content_checksum(part))
+            for number, part in numbers.items()
+        }
+
+    def _mask(self, region: tuple[slice, ...]) -> Array | None:
+        """Return the ``info`` of matrices that a mask leaves out; None if there is no mask."""
+        if (mask := self.source.mask) is None:
+            return None
+        masked = mask.read(open_mask_once(self.run, mask), self.source, region)
+        shape = self._shape(region)
+        batch = [shape[axis] for axis in self.tiling.batch]
+        masked = np.broadcast_to(masked.squeeze(self.tiling.core), batch)
+        return np.where(masked, np.int32(Info.MASKED), np.int32(0))
+
+    def _shape(self, region: tuple[slice, ...]) -> list[int]:
+        return [len(range(*span.indices(size))) for span, size in zip(region, self.tiling.shape, strict=True)]
 
     def _room(self, tiles: range, region: tuple[slice, ...], lent: ExitStack) -> Array:
         # As much for a tile that is cut off by the end of the stack, so that the same memory does for all.
         dtype, longest = self.source.dtype, len(tiles) * math.prod(self.tiling.tile)
         numbers = lent.enter_context(BUFFERS.borrow(longest * dtype.itemsize)).view(dtype)
-        shape = [len(range(*span.indices(size))) for span, size in zip(region, self.tiling.shape, strict=True)]
+        shape = self._shape(region)
         return numbers[: math.prod(shape)].reshape(shape)
 
     def count_filled(self, number: int) -> int:
@@ -78,6 +111,23 @@ class Stored:
     """The ``info`` of those matrices that are not inverted, whatever is in them; 0 of all others."""
     bad: tuple[BadChunk, ...] = ()
     """The chunks that cannot be read."""
+
+
+def split(tiling: Tiling, values: Array, numbers: range, extent: Extent) -> dict[int, Array]:
+    """Return what each of several tiles has of an array."""
+    if len(numbers) == 1:
+        return {numbers.start: values}
+    along = tiling.batch[-1]
+    width, before = tiling.tile[along], (slice(None),) * tiling.axes(extent).index(along)
+    starts = ((number, (number - numbers.start) * width) for number in numbers)
+    return {number: values[(*before, slice(start, start + width))] for number, start in starts}
+
+
+@lru_cache(maxsize=8)
+def open_mask_once(run: str, mask: Mask) -> zarr.Array[Any]:
+    """Return a mask, kept open for a run."""
+    # Who writes masks hardly ever stores chunks that are all 0, so that those which are not there mean nothing.
+    return mask.open("fill")
 
 
 @lru_cache(maxsize=8)

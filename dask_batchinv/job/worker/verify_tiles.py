@@ -91,8 +91,10 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
     if task.source is not None and task.tiling.n and _is_sampled(number, task.sample):
         with _reading("the source"):
             in_parts = bool((found["info"] == int(Info.UNREADABLE)).any())
-            stack, missing = _read_source(task, task.source, number, in_parts)
+            stack, codes, missing = _read_source(task, task.source, number, in_parts)
         try:
+            masked = np.zeros(len(found["info"]), bool) if codes is None else codes.reshape(-1) == int(Info.MASKED)
+            _refuse((found["info"] == int(Info.MASKED)) != masked, region, "not masked as the source has it")
             ratios = _compare_with_source(task, stack.reshape(-1, *stack.shape[-2:]), found, region)
         except ValueError as error:
             refuted = str(error)
@@ -131,22 +133,22 @@ def _reading(what: str) -> Iterator[None]:
         raise DamagedChunkError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read_source(task: VerifyTask, source: Source, number: int, in_parts: bool) -> tuple[Array, str | None]:
-    """Return a tile of the source, and which chunk is filled because it was not there."""
+def _read_source(
+    task: VerifyTask, source: Source, number: int, in_parts: bool
+) -> tuple[Array, Array | None, str | None]:
+    """Return a tile of the source, what is known of it already, and which chunk is filled because it was not there."""
 
-    def stack(missing: Missing) -> Array:
-        reader = Reader(task.run, source, missing, task.tiling)
-        if in_parts:
-            with ExitStack() as lent:
-                block = source.decode(reader.read_in_parts(range(number, number + 1), lent).numbers.copy())
-        else:
-            block = source.read_block(reader.array, task.tiling.region(number, "matrix"))
-        return np.moveaxis(block, task.tiling.core, (-2, -1))
+    def stack(missing: Missing) -> tuple[Array, Array | None]:
+        reader, tile = Reader(task.run, source, missing, task.tiling), range(number, number + 1)
+        with ExitStack() as lent:
+            stored = reader.read_in_parts(tile, lent) if in_parts else reader.read(tile, lent)
+            block = np.array(source.decode(stored.numbers))
+        return np.moveaxis(block, task.tiling.core, (-2, -1)), stored.codes
 
     try:
-        return stack("error"), None
+        return *stack("error"), None
     except MissingChunkError as error:
-        return stack("fill"), str(error)
+        return *stack("fill"), str(error)
 
 
 def _compare_with_source(task: VerifyTask, stack: Array, found: Products, region: tuple[slice, ...]) -> Array:
@@ -171,7 +173,7 @@ def _compare_with_source(task: VerifyTask, stack: Array, found: Products, region
     _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
     least = options.min_rcond * (1 - np.finfo(found["rcond"].dtype).eps)  # it may have been rounded down
     _refuse(good & (found["rcond"] < least), region, f"good, but their rcond is below {options.min_rcond:g}")
-    failed = ~good & (info != int(Info.UNREADABLE))
+    failed = ~good & (info != int(Info.UNREADABLE)) & (info != int(Info.MASKED))
     if not failed.any():
         return ratios
     _, again = _made_again(task, stack[failed])
