@@ -79,6 +79,9 @@ _job_options = _options(
     click.option("--variable", metavar="NAME", help="The stack in a group (Xarray dataset) that has several arrays."),
     click.option("--dims", metavar="ROW,COL",
                  help="Names of the core dimensions. Default: the last two, where no others could be meant."),
+    click.option("--select", metavar="DIM=LABEL", multiple=True,
+                 help="Invert a part: time=2026-01-02, or from a label to another, y=0..99 or time=2026-01-01.., by "
+                      "numbers where there are no labels. May be given several times."),
     click.option("--mask", metavar="NAME",
                  help="Leave matrices out where this array of the group is not 0; with ~NAME where it is 0."),
     click.option("--assume-a", type=click.Choice([*get_args(AssumeA), *SHORT_WORDS]), default="general",
@@ -309,12 +312,21 @@ def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
     if target.is_memory:
         raise RefusedError(f"the target {target.name} would end with this command: choose a path or a store")
     arguments["zarr_format"] = int(arguments["zarr_format"])
+    arguments["select"] = _selection(arguments["select"])
     arguments["names"] = _pairs("names", arguments["names"], "WHAT=NAME")
     arguments["chunks"] = _lengths("chunks", arguments["chunks"]) or {}
     arguments["shards"] = _lengths("shards", arguments["shards"])
     if arguments["dims"] is not None:
         arguments["dims"] = tuple(arguments["dims"].split(","))
     return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
+
+
+def _selection(texts: tuple[str, ...]) -> dict[str, str]:
+    """Return what --select says."""
+    pairs = [text.partition("=") for text in texts]
+    if bad := [dim for dim, mark, _ in pairs if not mark or not dim]:
+        raise RefusedError(f"--select takes DIM=LABEL or DIM=FIRST..LAST, got {bad[0]!r}")
+    return {dim: label for dim, _, label in pairs}
 
 
 def _pairs(option: str, text: str | None, form: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dask_batchinv.job.plan.prepare import prepare
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
 from dask_batchinv.job.report.run_record import OnProgress, ignore
 from dask_batchinv.job.report.verify_report import VerifyReport
+from dask_batchinv.job.source.selection import as_text
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import RefusedError, SourceError, TargetError
@@ -37,6 +38,7 @@ def invert_store(
     target_options: Mapping[str, Any] | None = None,
     variable: str | None = None,
     dims: Sequence[str] | None = None,
+    select: Mapping[str, Any] | None = None,
     mask: str | None = None,
     assume_a: AssumeAWord = "general",
     lower: bool = False,
@@ -94,6 +96,9 @@ def invert_store(
         Name of the stack in a group that has several.
     dims : (row, column), optional
         Names of the core dimensions; by default the last two, where nothing else could be meant.
+    select : mapping, optional
+        Invert a part of the stack: labels of batch dimensions, or slices of them, as Xarray's ``sel`` takes them,
+        ``{"time": "2026-01-02", "y": slice(0, 99)}``; of dimensions without labels numbers. No dimension goes.
     mask : str, optional
         Name of an array in the group that is not 0, or missing, where a matrix is to be left out, as in NumPy's masked
         arrays; with a ``~`` before it, ``"~valid"``, where it is 0 or missing. Its dimensions are among those of the
@@ -183,7 +188,8 @@ def invert_store(
     """
     check_optimized()
     options = JobOptions(
-        variable=variable, dims=dims, mask=mask, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
+        variable=variable, dims=dims, select=as_text(select), mask=mask, lower=lower, min_rcond=min_rcond,
+        max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
         missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, names=names or {},
         compress=compress, chunks=chunks or {}, shards=shards, zarr_format=zarr_format,

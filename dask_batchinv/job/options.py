@@ -28,6 +28,8 @@ class JobOptions:
     """Name of the stack in a group."""
     dims: Sequence[str] | None = None
     """Names of the core dimensions."""
+    select: Mapping[str, str] = field(default_factory=dict)
+    """Which part of the stack, by dimension."""
     mask: str | None = None
     """Name of the array by which matrices are left out."""
     assume_a: AssumeA = "general"

@@ -151,7 +151,8 @@ def _forget(location: Location, target: Target, numbers: list[int]) -> str | Non
 
 def _same_source(path: Place, target: Target) -> Source:
     fingerprint = target.fingerprint
-    source = open_source(path, fingerprint["variable"], fingerprint["dims"], options_of(target).mask)
+    options = options_of(target)
+    source = open_source(path, options.variable, options.dims, options.mask, options.select)
     found = fingerprint_of(source)
     if changed := differences({name: fingerprint.get(name) for name in found}, found):
         raise TargetError(

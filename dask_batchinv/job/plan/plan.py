@@ -60,6 +60,8 @@ class StackLayout(StackShape):
     """Bytes alive at once for an element of a chunk that is being decoded; 0 for twice `itemsize_in`."""
     direct_nbytes: int | None = None
     """Bytes that a chunk has at most as it is stored, if it is decoded to where it is wanted; None if Zarr reads."""
+    start: tuple[int, ...] = ()
+    """Where in its array the stack begins; empty for its beginning."""
     mask_nbytes: int = 0
     """Bytes that chunks of a mask take which are decoded at a time; 0 if there is none."""
     fixed: Mapping[int, int] = field(default_factory=dict)
@@ -70,6 +72,11 @@ class StackLayout(StackShape):
     """Whether chunks of the target are not stored as they are made."""
     waits: bool = False
     """Whether source or target are in a store that makes us wait, so that much is read and written at a time."""
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """How far into a read unit the stack begins, along each axis."""
+        return tuple(at % unit for at, unit in zip(self.start or (0,) * len(self.shape), self.read_unit, strict=True))
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,8 @@ def _count_per_unit(layout: StackLayout, tiling: Tiling) -> int:
     # Tiles are counted on from one row to the next: units begin at their multiples only if rows hold whole ones.
     is_one = is_one and (math.prod(tiling.grid[: cut[0]]) <= 1 or tiling.grid[cut[0]] % max(1, parts[cut[0]]) == 0)
     whole = all(layout.read_unit[axis] >= layout.shape[axis] for axis in layout.core)
-    return max(1, parts[cut[0]]) if layout.direct_nbytes is not None and whole and is_one else 1
+    direct = layout.direct_nbytes is not None and not any(layout.begins)
+    return max(1, parts[cut[0]]) if direct and whole and is_one else 1
 
 
 def _look_ahead(layout: StackLayout, limits: Limits, tile: tuple[int, ...], usable: float) -> tuple[int, int]:
@@ -277,8 +285,8 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...], a
     elements = math.prod(tile)
     source, result = elements * layout.itemsize_in, elements * layout.itemsize_out
     units = math.prod(
-        min(cuts(size, unit) + bool(size % unit and unit % size), cuts(whole, unit))
-        for size, unit, whole in zip(tile, layout.read_unit, layout.shape, strict=True)
+        min(cuts(size, unit) + bool(begin or (size % unit and unit % size)), cuts(begin + whole, unit))
+        for size, unit, whole, begin in zip(tile, layout.read_unit, layout.shape, layout.begins, strict=True)
     )
     unit = math.prod(layout.read_unit)
     # What is inverted to where it is written needs no copy in the order stored.
@@ -316,7 +324,8 @@ def _cuts_units(layout: StackLayout, tile: tuple[int, ...]) -> bool:
     """Tell whether a read unit does not lie in one piece in a tile, but must be copied there, or a part of it."""
     pairs = list(zip(tile, layout.read_unit, layout.shape, strict=True))
     return (
-        pairs[0][2] % pairs[0][1] != 0
+        any(layout.begins)
+        or pairs[0][2] % pairs[0][1] != 0
         or pairs[0][0] % pairs[0][1] != 0
         or any(not size == unit == whole for size, unit, whole in pairs[1:])
     )
@@ -360,12 +369,28 @@ def _read_amplification(layout: StackLayout, tile: tuple[int, ...]) -> float:
     """Return how many times the average read unit is decoded."""
     times = 1.0
     for axis in layout.batch:
-        size, unit, step = layout.shape[axis], layout.read_unit[axis], tile[axis]
+        size, unit, step, begin = layout.shape[axis], layout.read_unit[axis], tile[axis], layout.begins[axis]
         if size:
-            # Every tile but those that begin where a read unit does cuts one.
-            cut = cuts(size, step) - cuts(size, math.lcm(step, unit))
-            times *= 1 + cut / cuts(size, unit)
+            # Every tile but the first cuts one, unless it begins where a read unit does.
+            cut = cuts(size, step) - 1 - _count_on_bounds(cuts(size, step), step, unit, begin)
+            times *= 1 + cut / cuts(begin + size, unit)
     return times
+
+
+def _count_on_bounds(count: int, step: int, unit: int, begin: int) -> int:
+    """Return how many of the numbers ``begin + k step`` are multiples of `unit`, for 0 < k < count.
+
+    Examples
+    --------
+    >>> _count_on_bounds(10, step=4, unit=6, begin=0), _count_on_bounds(10, step=4, unit=6, begin=2)
+    (3, 3)
+    """
+    common = math.gcd(step, unit)
+    if begin % common:
+        return 0
+    period = unit // common
+    first = -begin // common * pow(step // common, -1, period) % period
+    return (count - 1) // period if first == 0 else max(0, (count - 1 - first) // period + 1)
 
 
 def _does_not_fit(layout: StackLayout, limits: Limits, tile: tuple[int, ...], need: int) -> str:

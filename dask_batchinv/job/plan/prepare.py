@@ -140,7 +140,7 @@ def replacement(job: Job) -> Job | None:
 def _open_source(source: Place, options: JobOptions, target: Location) -> Source:
     """Open a source; where it does not say which dimensions are the core ones, a target that is there does."""
     try:
-        return open_source(source, options.variable, options.dims, options.mask)
+        return open_source(source, options.variable, options.dims, options.mask, options.select)
     except SourceError as error:
         dims = None
         if options.dims is None:
@@ -149,7 +149,7 @@ def _open_source(source: Place, options: JobOptions, target: Location) -> Source
         if dims is None:
             raise
         with suppress(SourceError):
-            return open_source(source, options.variable, dims, options.mask)
+            return open_source(source, options.variable, dims, options.mask, options.select)
         raise error
 
 
@@ -260,6 +260,7 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "source": source.location.name,
         "variable": source.variable,
         **fingerprint_of(source),
+        "select": dict(options.select),
         "mask": options.mask or "none",
         "assume_a": options.assume_a,
         "lower": options.lower,
@@ -296,6 +297,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
     layout = StackLayout(
         shape=source.shape,
         core=source.core,
+        start=source.start,
         read_unit=source.read_unit,
         itemsize_in=source.dtype.itemsize,
         itemsize_held=source.itemsize_held,

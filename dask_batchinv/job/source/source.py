@@ -18,6 +18,7 @@ from dask_batchinv.job.source.coordinates import Found, find
 from dask_batchinv.job.source.coordinates import read as read_coordinates
 from dask_batchinv.job.source.mask import Mask, open_mask
 from dask_batchinv.job.source.metadata import Node, read_node, stored_names
+from dask_batchinv.job.source.selection import Selection, find_window
 from dask_batchinv.job.source.stored_array import StoredArray
 from dask_batchinv.job.source.variable import find_stack
 from dask_batchinv.job.tiling import Tiling
@@ -55,6 +56,8 @@ class Source(StoredArray):
     """What changes places in the inverse."""
     labels: str
     """SHA-256 of the labels of rows and columns; empty where there are none."""
+    window: dict[str, range] = field(default_factory=dict, compare=False)
+    """What of its dimensions was selected."""
     mask: Mask | None = None
     """By which matrices are left out."""
     attributes: dict[str, Any] = field(compare=False)
@@ -111,13 +114,19 @@ class Source(StoredArray):
             return None
         row, col = core = tuple(self.dims[axis] for axis in self.core)
         found = read_coordinates(self.coordinates, needed=core, notes=notes)
+        spans = {dim: slice(span.start, span.stop) for dim, span in self.window.items() if dim in found.dims}
+        found = found.isel(spans)
         if self.exchange is Exchange.LABELS:
             found = found.rename({row: col, col: row})
         return found
 
 
 def open_source(
-    path: Place, variable: str | None = None, dims: Sequence[str] | None = None, mask: str | None = None
+    path: Place,
+    variable: str | None = None,
+    dims: Sequence[str] | None = None,
+    mask: str | None = None,
+    select: Selection | None = None,
 ) -> Source:
     """Read the metadata of a source and check that it is a stack of matrices.
 
@@ -131,6 +140,8 @@ def open_source(
         Names of the core dimensions; by default the last two.
     mask : str, optional
         Name of an array beside it that is not 0 where a matrix is left out; with a ``~`` before it, 0.
+    select : mapping, optional
+        Which part of it, as `as_text` writes it.
 
     Raises
     ------
@@ -139,7 +150,7 @@ def open_source(
         of those that are safe and have an inverse.
     """
     try:
-        return _open_source(path, variable, dims, mask)
+        return _open_source(path, variable, dims, mask, select or {})
     except Exception as error:  # whatever a file system may raise
         if isinstance(error, SourceError) and len(str(error)) <= _TEXT_LENGTH:
             raise
@@ -150,7 +161,9 @@ def open_source(
         raise SourceError(_shortened(clean(text))) from harmless(error)
 
 
-def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None, mask: str | None) -> Source:
+def _open_source(
+    path: Place, variable: str | None, dims: Sequence[str] | None, mask: str | None, select: Selection
+) -> Source:
     root = Location.parse(path)
     node, variable = find_stack(root, variable, dims)
     inner, _, name = (variable or "").rpartition("/")
@@ -166,10 +179,16 @@ def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None, 
     core = _axes(names, stored, _default_dims(node, names, sizes, labels) if dims is None else dims)
     _check_square(location, names, core, shape)
     row, col = (labels.get(names[axis]) for axis in core)
+    batch = [name for axis, name in enumerate(names) if axis not in core]
+    window = find_window(select, sizes, batch, beside.labels)
+    masked = None if mask is None else _open_mask(group, mask, sizes, core)
+    if masked is not None:
+        masked = masked.part({masked.axes.index(names.index(dim)): span for dim, span in window.items()
+                              if names.index(dim) in masked.axes})  # fmt: skip
     # One name given twice means one set of labels.
     twice = stored[core[0]] == stored[core[1]]
     return Source(
-        **vars(found),
+        **vars(found.part({names.index(dim): span for dim, span in window.items()})),
         root=root,
         group=group,
         variable=variable,
@@ -179,7 +198,8 @@ def _open_source(path: Place, variable: str | None, dims: Sequence[str] | None, 
         coordinates=tuple(beside.coordinates.values()),
         exchange=Exchange.NOTHING if twice else exchange(row, col),
         labels=_digest_of_labels(row, col),
-        mask=None if mask is None else _open_mask(group, mask, sizes, core),
+        window=window,
+        mask=masked,
         attributes=node.attributes,
         group_attributes={} if group is None else _attributes_of(group),
         left_out=tuple(sorted(beside.left_out)),

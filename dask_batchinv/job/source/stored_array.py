@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -110,6 +110,11 @@ class StoredArray:
             "facts": facts_of(node),
         }
         return cls(**known | more)
+
+    def part(self, window: Mapping[int, range]) -> Self:
+        """Return a window on it, by axis."""
+        spans = [window.get(axis, range(size)) for axis, size in enumerate(self.stored_shape)]
+        return replace(self, start=tuple(span.start for span in spans), shape=tuple(map(len, spans)))
 
     def open(self, missing: Missing = "error") -> zarr.Array[Any]:
         """Open the array for reading.

@@ -69,9 +69,8 @@ class Target:
 def options_of(target: Target, **others: Any) -> JobOptions:
     """Return the options by which a target was made, and `others`, which it does not tell."""
     made, names = target.fingerprint, {output.role: output.name for output in target.outputs}
-    known: dict[str, Any] = {
-        name: made[name] for name in ("variable", "dims", "assume_a", "lower", "min_rcond", "chunks", "zarr_format")
-    }
+    as_is = ("variable", "dims", "select", "assume_a", "lower", "min_rcond", "chunks", "zarr_format")
+    known: dict[str, Any] = {name: made[name] for name in as_is}
     for name, nothing in {"mask": "none", "compress": "no", "shards": "no"}.items():
         known[name] = None if made[name] == nothing else made[name]
     keep: Keep = "diagonal" if "diagonal" in names else "inverse"
