@@ -15,6 +15,9 @@ from dask_batchinv.job.report.job_report import JobFailedError, JobReport
 from dask_batchinv.job.report.run_record import OnProgress, ignore
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.source.selection import as_text
+from dask_batchinv.job.source.source import Source
+from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.state import options_of
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import RefusedError, SourceError, TargetError
@@ -36,6 +39,7 @@ def invert_store(
     *,
     source_options: Mapping[str, Any] | None = None,
     target_options: Mapping[str, Any] | None = None,
+    token: str | None = None,
     variable: str | None = None,
     dims: Sequence[str] | None = None,
     select: Mapping[str, Any] | None = None,
@@ -80,10 +84,11 @@ def invert_store(
 
     Parameters
     ----------
-    source : str, path, UPath, fsspec mapping, zarr.Array, zarr.Group or zarr store
+    source : str, path, UPath, fsspec mapping, zarr.Array, zarr.Group, zarr store, dask.array.Array or Xarray object
         A Zarr array ``(*, n, n)``, or a group with `variable` in it; format 2 or 3, a path or an fsspec URL, or what
         stands for one. Packed numbers (``scale_factor``, ``_FillValue``, …) are decoded as Xarray decodes them, missing
-        ones to NaN.
+        ones to NaN. A Dask array, a DataArray or a Dataset is computed tile by tile, and stored nowhere: so stacks in
+        any format that Xarray opens are inverted. Where memory is planned, what computing it takes is not known.
     target : as `source`
         A Zarr group to create, or to continue: ``inverse`` ``(*, n, n)``, ``info`` and ``rcond`` ``(*,)``, with
         the dimension names, coordinates and attributes that `Dataset.linalg.inv` would give. `xarray.open_zarr` opens
@@ -92,6 +97,9 @@ def invert_store(
         What the file systems of fsspec are given (``storage_options``), such as credentials, ``anon`` or
         ``endpoint_url``. Workers get them, and they are never shown. By default credentials come from the environment,
         as the file system expects them.
+    token : str, optional
+        By what a lazy source is known, so that the job goes on with the same one; by default Dask's own name of it,
+        which for what is random, or made by functions without a name, is another one in each process.
     variable : str, optional
         Name of the stack in a group that has several.
     dims : (row, column), optional
@@ -199,8 +207,8 @@ def invert_store(
         client, scheduler, scheduler_file, wait_for_workers, wait, only_workers, workers, threads_per_worker,
         memory_limit, insecure=insecure, device=device, restart_stalled=restart_stalled,
     )  # fmt: skip
-    places = _located(source, source_options, SourceError), _located(target, target_options, TargetError)
-    report = run_job(prepare(places[0], places[1], options), cluster, on_progress)
+    made_from = _source(source, source_options, options, token)
+    report = run_job(prepare(made_from, _located(target, target_options, TargetError), options), cluster, on_progress)
     if report.exit_code:
         raise JobFailedError(report)
     return report
@@ -266,8 +274,20 @@ def verify_store(
         memory_limit, insecure=insecure,
     )  # fmt: skip
     there = _located(target, target_options, TargetError)
-    made_from = None if source is None else _located(source, source_options, SourceError)
+    options = JobOptions() if source is None else options_of(targets.existing(there)[1])
+    made_from = None if source is None else _source(source, source_options, options, None)
     return verify(there, made_from, cluster, sample, on_progress or ignore)
+
+
+def _source(
+    place: AnyPlace, given: Mapping[str, Any] | None, options: JobOptions, token: str | None
+) -> Location | Source:
+    """Return where a source is, or what it is computed from."""
+    if type(place).__module__.partition(".")[0] not in ("dask", "xarray"):
+        return _located(place, given, SourceError)
+    from dask_batchinv.job.source.lazy import open_lazy  # with it Dask's arrays are imported
+
+    return open_lazy(place, options, token)
 
 
 def _located(place: AnyPlace, options: Mapping[str, Any] | None, refusal: type[RefusedError]) -> Location:

@@ -181,6 +181,8 @@ def meet_workers(
     ClusterError
         If no worker is of use, or none answers.
     """
+    if source is not None and source.is_lazy:  # workers get it with their tiles
+        source = None
     for location in (target, *([source.location] if source else [])):
         if location.is_memory and set(_ask_all(client, only, os.getpid)[0].values()) != {os.getpid()}:
             raise ClusterError(

@@ -21,7 +21,7 @@ from distributed.client import CancelledError
 from distributed.comm import CommClosedError
 
 from dask_batchinv.job.driver.demand import MOST_WAITING, Demand
-from dask_batchinv.job.driver.executor import ClusterLostError, Work
+from dask_batchinv.job.driver.executor import ClusterLostError, Work, task_for
 from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
 from dask_batchinv.job.driver.roster import Roster
 from dask_batchinv.job.events import HEARTBEAT, Heartbeat, WorkerEvent
@@ -175,7 +175,7 @@ class _InFlight:
     def _submit(self, span: range, address: str) -> None:
         future = self._client.submit(
             self._work,
-            self._task,
+            task_for(self._task, span),
             span,
             pure=False,
             key=f"{self._prefix}-{span.start}-{span.stop}-{uuid.uuid4().hex}",

@@ -42,6 +42,11 @@ class Executor(Protocol):
         """
 
 
+def task_for(task: Any, span: range) -> Any:
+    """Return what a worker needs of a task to do a span."""
+    return task.for_span(span) if hasattr(task, "for_span") else task
+
+
 class Serial:
     """Runs tiles one after the other in this process: what other executors do, without what makes it hard."""
 
@@ -56,7 +61,7 @@ class Serial:
             span = retries.next_ready(now=float("inf"))  # without waiting
             if span is None:
                 break
-            for result in retries.on_results(span, work(task, span), now=0.0):
+            for result in retries.on_results(span, work(task_for(task, span), span), now=0.0):
                 yield result
                 if result.stops:
                     retries.drain()
@@ -88,7 +93,7 @@ class InProcess:
                 while len(running) < PER_THREAD * self._threads:
                     if (span := retries.next_ready(time.monotonic())) is None:
                         break
-                    running[pool.submit(work, task, span)] = span
+                    running[pool.submit(work, task_for(task, span), span)] = span
                 if not running:  # what failed waits to be tried again
                     time.sleep(min(HEARTBEAT_SECONDS, max(0.0, (retries.ready_at or 0.0) - time.monotonic())))
                 for future in wait(running, HEARTBEAT_SECONDS, FIRST_COMPLETED).done:

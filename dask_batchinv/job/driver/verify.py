@@ -48,7 +48,11 @@ class _Found:
 
 
 def verify(
-    path: Place, source: Place | None, cluster: ClusterOptions, sample: float = 1.0, on_progress: OnProgress = ignore
+    path: Place,
+    source: Place | Source | None,
+    cluster: ClusterOptions,
+    sample: float = 1.0,
+    on_progress: OnProgress = ignore,
 ) -> VerifyReport:
     """Do what `verify_store` promises."""
     if not 0 <= sample <= 1:
@@ -149,10 +153,14 @@ def _forget(location: Location, target: Target, numbers: list[int]) -> str | Non
     return None
 
 
-def _same_source(path: Place, target: Target) -> Source:
+def _same_source(path: Place | Source, target: Target) -> Source:
     fingerprint = target.fingerprint
     options = options_of(target)
-    source = open_source(path, options.variable, options.dims, options.mask, options.select)
+    source = (
+        path
+        if isinstance(path, Source)
+        else open_source(path, options.variable, options.dims, options.mask, options.select)
+    )
     found = fingerprint_of(source)
     if changed := differences({name: fingerprint.get(name) for name in found}, found):
         raise TargetError(

@@ -65,7 +65,7 @@ class Job:
         return computed_dtype(self.source.decoded_dtype, self.dtype)
 
 
-def prepare(source: Place, target: Place, options: JobOptions, *, moved: bool = False) -> Job:
+def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved: bool = False) -> Job:
     """Open source and target, metadata only, and refuse what is not safe.
 
     Parameters
@@ -81,7 +81,7 @@ def prepare(source: Place, target: Place, options: JobOptions, *, moved: bool = 
         With what to change; nothing was written.
     """
     location = targets.parse_location(target)
-    opened = _open_source(source, options, location)
+    opened = source if isinstance(source, Source) else _open_source(source, options, location)
     _refuse_reserved_names(opened, options.outputs)
     _check_encoding(opened, options)
     options.stored_dtype(opened.decoded_dtype)
@@ -304,7 +304,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         direct_nbytes=None
         if source.plain is None
         else source.plain.longest_nbytes(in_store=not source.location.is_local),
-        waits=not (source.location.is_local and job.target.is_local),
+        waits=not ((source.location.is_local or source.is_lazy) and job.target.is_local),
         mask_nbytes=_mask_nbytes(source.mask),
         itemsize_decoded=source.decoded_dtype.itemsize if source.packing else 0,
         itemsize_out=dtype.itemsize,

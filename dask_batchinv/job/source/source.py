@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import zarr
 
 from dask_batchinv.attributes import PLACING
+from dask_batchinv.job.options import Missing
 from dask_batchinv.job.seen import Seen
 from dask_batchinv.job.source.coordinate import Coordinate
 from dask_batchinv.job.source.coordinates import Found, find
@@ -74,6 +77,17 @@ class Source(StoredArray):
         """Rows of one matrix."""
         return self.shape[self.core[0]]
 
+    #: Whether it is computed, not stored.
+    is_lazy: ClassVar[bool] = False
+
+    def part_for(self, tiling: Tiling, numbers: range) -> Source:
+        """Return it with what some tiles need, and nothing else."""
+        return self
+
+    def open_once(self, run: str, missing: Missing) -> zarr.Array[Any]:
+        """Return the array, kept open for a run."""
+        return _open_once(run, self, missing)
+
     def look(self, tiling: Tiling) -> Seen:
         """Return what the store says of what each tile is made from."""
         seen = super().look(tiling)
@@ -119,6 +133,11 @@ class Source(StoredArray):
         if self.exchange is Exchange.LABELS:
             found = found.rename({row: col, col: row})
         return found
+
+
+@lru_cache(maxsize=8)
+def _open_once(run: str, source: Source, missing: Missing) -> zarr.Array[Any]:
+    return source.open(missing)
 
 
 def open_source(
@@ -197,7 +216,7 @@ def _open_source(
         coordinate_names=tuple(beside.coordinates),
         coordinates=tuple(beside.coordinates.values()),
         exchange=Exchange.NOTHING if twice else exchange(row, col),
-        labels=_digest_of_labels(row, col),
+        labels=digest_of_labels(row, col),
         window=window,
         mask=masked,
         attributes=node.attributes,
@@ -267,7 +286,8 @@ def _deciding(
     return [dim for dim, size in sizes.items() if lengths.count(size) > 1]
 
 
-def _digest_of_labels(row: Index | None, col: Index | None) -> str:
+def digest_of_labels(row: Index | None, col: Index | None) -> str:
+    """Return what the labels of rows and columns are known by; nothing where there are none."""
     if row is None and col is None:
         return ""
     texts = [None if labels is None else list(map(str, labels)) for labels in (row, col)]

@@ -62,6 +62,10 @@ class TileTask:
     ahead: int = 0
     """How many times as many are read ahead, and written behind; none where all is on disks."""
 
+    def for_span(self, span: range) -> TileTask:
+        """Return it with what some tiles need, where they are computed."""
+        return replace(self, source=self.source.part_for(self.tiling, span))
+
     @property
     def outputs(self) -> Outputs:
         """The arrays of the target."""
@@ -102,6 +106,8 @@ def _do_alone(task: TileTask, number: int, kept: KeptChunk | None) -> list[TileR
     try:
         return do_span(task, span, kept)
     except Exception:
+        if task.source.is_lazy:
+            raise
         start = time.perf_counter()
         with ExitStack() as lent:
             made = _make(task, span, lent, partial(task.reader.read_in_parts, span))

@@ -38,7 +38,7 @@ class Reader:
     @property
     def array(self) -> zarr.Array[Any]:
         """The source, opened for reading."""
-        return open_source_once(self.run, self.source, self.missing)
+        return self.source.open_once(self.run, self.missing)
 
     def read(self, tiles: range, lent: ExitStack, coming: Any = None, kept: KeptChunk | None = None) -> Stored:
         """Read tiles as they are stored: plain ones to memory that is `lent`.
@@ -128,9 +128,3 @@ def open_mask_once(run: str, mask: Mask) -> zarr.Array[Any]:
     """Return a mask, kept open for a run."""
     # Who writes masks hardly ever stores chunks that are all 0, so that those which are not there mean nothing.
     return mask.open("fill")
-
-
-@lru_cache(maxsize=8)
-def open_source_once(run: str, source: Source, missing: Missing) -> zarr.Array[Any]:
-    """Return the source, kept open for a run."""
-    return source.open(missing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,10 @@ class VerifyTask:
     """How its chunks are stored."""
     sample: float
     """The share of tiles that are compared with the source."""
+
+    def for_span(self, span: range) -> VerifyTask:
+        """Return it with what some tiles need, where they are computed."""
+        return self if self.source is None else replace(self, source=self.source.part_for(self.tiling, span))
 
 
 @dataclass(frozen=True)
