@@ -20,6 +20,7 @@ from dask_batchinv._version import __version__
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.placing import plan_for_unlike, plan_locally
 from dask_batchinv.job.driver.run import run_job
+from dask_batchinv.job.form import Packed
 from dask_batchinv.job.options import BadChunks, JobOptions, Missing
 from dask_batchinv.job.outputs import Keep
 from dask_batchinv.job.plan.plan import Plan
@@ -79,6 +80,10 @@ _job_options = _options(
     click.option("--variable", metavar="NAME", help="The stack in a group (Xarray dataset) that has several arrays."),
     click.option("--dims", metavar="ROW,COL",
                  help="Names of the core dimensions. Default: the last two, where no others could be meant."),
+    click.option("--packed", type=click.Choice(get_args(Packed)),
+                 help="The last dimension, or --dims NAME, has a triangle of each matrix: n(n+1)/2 numbers."),
+    click.option("--complex-dim", metavar="NAME", help="The dimension of length 2 with real and imaginary parts."),
+    click.option("--imag", metavar="NAME", help="The array with the imaginary parts of --variable."),
     click.option("--select", metavar="DIM=LABEL", multiple=True,
                  help="Invert a part: time=2026-01-02, or from a label to another, y=0..99 or time=2026-01-01.., by "
                       "numbers where there are no labels. May be given several times."),

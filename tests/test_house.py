@@ -23,7 +23,7 @@ FLOORS = [
     ["kernels", "unfinished", "places"],
     ["out"],
     ["options"],
-    ["containers", "job.allowed", "job.tiling"],
+    ["containers", "job.allowed", "job.tiling", "job.form"],
     ["array", "job.events", "job.versions", "job.outputs"],
     ["job.options"],
     ["job.seen", "job.results"],

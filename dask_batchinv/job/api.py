@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.run import run_job
+from dask_batchinv.job.form import Packed
 from dask_batchinv.job.options import BadChunks, JobOptions, Missing
 from dask_batchinv.job.outputs import Keep
 from dask_batchinv.job.plan.prepare import prepare
@@ -42,6 +43,9 @@ def invert_store(
     token: str | None = None,
     variable: str | None = None,
     dims: Sequence[str] | None = None,
+    packed: Packed | None = None,
+    complex_dim: str | None = None,
+    imag: str | None = None,
     select: Mapping[str, Any] | None = None,
     mask: str | None = None,
     assume_a: AssumeAWord = "general",
@@ -104,6 +108,15 @@ def invert_store(
         Name of the stack in a group that has several.
     dims : (row, column), optional
         Names of the core dimensions; by default the last two, where nothing else could be meant.
+    packed : {"lower by rows", "lower by columns", "upper by rows", "upper by columns"}, optional
+        The last dimension of the source, or that named by ``dims=(name,)``, has the n (n + 1) / 2 numbers of a triangle
+        of each matrix, in this order. The other one is the same, or its conjugate for "hermitian" and "positive
+        definite", or 0 for triangular matrices.
+    complex_dim : str, optional
+        A dimension of length two has the real and the imaginary parts. (Records with fields r and i are taken for
+        complex numbers by themselves.)
+    imag : str, optional
+        Name of the array that has the imaginary parts of `variable`.
     select : mapping, optional
         Invert a part of the stack: labels of batch dimensions, or slices of them, as Xarray's ``sel`` takes them,
         ``{"time": "2026-01-02", "y": slice(0, 99)}``; of dimensions without labels numbers. No dimension goes.
@@ -196,8 +209,8 @@ def invert_store(
     """
     check_optimized()
     options = JobOptions(
-        variable=variable, dims=dims, select=as_text(select), mask=mask, lower=lower, min_rcond=min_rcond,
-        max_failed=max_failed, device=device,
+        variable=variable, dims=dims, packed=packed, complex_dim=complex_dim, imag=imag, select=as_text(select),
+        mask=mask, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
         missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, names=names or {},
         compress=compress, chunks=chunks or {}, shards=shards, zarr_format=zarr_format,

@@ -11,6 +11,7 @@ import numpy as np
 from dask.utils import parse_bytes
 
 from dask_batchinv.job.allowed import Allowed, MaxFailed
+from dask_batchinv.job.form import FormOptions, Packed
 from dask_batchinv.job.outputs import Keep, Outputs, outputs_of
 from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import RefusedError
@@ -28,6 +29,12 @@ class JobOptions:
     """Name of the stack in a group."""
     dims: Sequence[str] | None = None
     """Names of the core dimensions."""
+    packed: Packed | None = None
+    """Which triangle of the matrices is there, if it is but one."""
+    complex_dim: str | None = None
+    """The dimension of real and imaginary parts."""
+    imag: str | None = None
+    """The name of the array of imaginary parts."""
     select: Mapping[str, str] = field(default_factory=dict)
     """Which part of the stack, by dimension."""
     mask: str | None = None
@@ -79,6 +86,8 @@ class JobOptions:
             parse_choice("missing", self.missing, Missing)
             parse_choice("bad_chunks", self.bad_chunks, BadChunks)
             parse_choice("keep", self.keep, Keep)
+            if self.packed is not None:
+                parse_choice("packed", self.packed, Packed)
             parse_device(self.device)
         except ValueError as error:
             raise RefusedError(str(error)) from error
@@ -88,6 +97,11 @@ class JobOptions:
         outputs_of(self.keep, logdet=self.logdet, names=self.names)
         if self.tile_nbytes <= 0:
             raise RefusedError(f"tile_size must be more than 0 bytes, got {self.tile_size}")
+
+    @property
+    def form(self) -> FormOptions:
+        """How the numbers of matrices stand."""
+        return FormOptions(self.packed, self.complex_dim, self.imag)
 
     @property
     def outputs(self) -> Outputs:

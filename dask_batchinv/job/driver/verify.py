@@ -20,7 +20,8 @@ from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, i
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.results import TileResult, TileRow
-from dask_batchinv.job.source.source import Source, open_source
+from dask_batchinv.job.source.formed import open_any
+from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import visibly_damaged_keys
@@ -156,11 +157,7 @@ def _forget(location: Location, target: Target, numbers: list[int]) -> str | Non
 def _same_source(path: Place | Source, target: Target) -> Source:
     fingerprint = target.fingerprint
     options = options_of(target)
-    source = (
-        path
-        if isinstance(path, Source)
-        else open_source(path, options.variable, options.dims, options.mask, options.select)
-    )
+    source = path if isinstance(path, Source) else open_any(path, options)
     found = fingerprint_of(source)
     if changed := differences({name: fingerprint.get(name) for name in found}, found):
         raise TargetError(

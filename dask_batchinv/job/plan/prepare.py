@@ -15,8 +15,9 @@ import zarr
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import LEDGER, Outputs, nbytes_per_matrix
 from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make_plan
+from dask_batchinv.job.source.formed import open_any
 from dask_batchinv.job.source.mask import Mask
-from dask_batchinv.job.source.source import Source, open_source
+from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.documents import refuse_long
@@ -140,16 +141,16 @@ def replacement(job: Job) -> Job | None:
 def _open_source(source: Place, options: JobOptions, target: Location) -> Source:
     """Open a source; where it does not say which dimensions are the core ones, a target that is there does."""
     try:
-        return open_source(source, options.variable, options.dims, options.mask, options.select)
+        return open_any(source, options)
     except SourceError as error:
         dims = None
-        if options.dims is None:
+        if options.dims is None and options.form.is_usual:
             with suppress(Exception):  # whatever is there: it is looked at later
                 dims = targets.inspect(target).fingerprint.get("dims")
         if dims is None:
             raise
         with suppress(SourceError):
-            return open_source(source, options.variable, dims, options.mask, options.select)
+            return open_any(source, replace(options, dims=dims))
         raise error
 
 
@@ -243,7 +244,7 @@ def fingerprint_of(source: Source) -> Fingerprint:
     return {
         "n": source.n,
         "dtype": source.dtype.name,
-        "packing": json.dumps(source.packing, sort_keys=True, default=str),
+        "packing": json.dumps(source.packings, sort_keys=True, default=str),
         "dimensions": list(source.dims),
         "dims": [source.dims[axis] for axis in source.core],
         "exchanged": source.exchange.value,
@@ -260,6 +261,10 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "source": source.location.name,
         "variable": source.variable,
         **fingerprint_of(source),
+        "packed": options.packed or "no",
+        "packed_dims": None if options.packed is None or options.dims is None else list(options.dims),
+        "complex_dim": options.complex_dim or "no",
+        "imag": options.imag or "no",
         "select": dict(options.select),
         "mask": options.mask or "none",
         "assume_a": options.assume_a,

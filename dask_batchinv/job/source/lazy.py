@@ -124,6 +124,10 @@ def open_lazy(place: Any, options: JobOptions, token: str | None) -> LazySource:
     SourceError
         If it is no stack of square matrices, or none that can be computed on workers.
     """
+    if not options.form.is_usual:
+        raise SourceError(
+            "put the matrices of a lazy array together with Dask or Xarray: (*, n, n) is what is inverted"
+        )
     if options.mask is not None or options.select:
         raise SourceError(
             "of a lazy array, select with .sel, and leave matrices out with .where: pass no mask or select"

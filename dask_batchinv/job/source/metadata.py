@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
+import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -88,12 +91,51 @@ def read_node(location: Location, zarr_format: Literal[2, 3] | None = None) -> N
         node = Node(location, 2, False, meta, location.read_json(".zattrs") or {})
     else:
         return None
+    if (fields := _fields_of(meta)) is not None:
+        node = replace(node, meta=_as_complex(meta, fields))
     found = meta.get("zarr_format")
     node.expect(type(found) is int and found == node.zarr_format, f"zarr_format {node.zarr_format}", found)
     if node.zarr_format == 3:
         node.expect(meta.get("node_type") in ("array", "group"), "node_type array or group", meta.get("node_type"))
     node.expect(isinstance(node.attributes, dict), "attributes in an object", node.attributes)
     return node
+
+
+#: What real and imaginary parts are called as fields of a record.
+_FIELDS = ({"r", "i"}, {"re", "im"}, {"real", "imag"}, {"real", "imaginary"})
+_COMPLEX = {"float32": "complex64", "float64": "complex128", "<f4": "<c8", "<f8": "<c16", ">f4": ">c8", ">f8": ">c16"}
+
+
+def _fields_of(meta: dict[str, Any]) -> list[Any] | None:
+    """Return the fields of an array of records that are complex numbers, in the order of their bytes; else None."""
+    declared = meta.get("dtype", meta.get("data_type"))
+    if isinstance(declared, dict):
+        declared = (declared.get("configuration") or {}).get("fields")
+    if (
+        not isinstance(declared, list)
+        or len(declared) != 2
+        or not all(
+            isinstance(field, list) and len(field) == 2 and all(isinstance(part, str) for part in field)
+            for field in declared
+        )
+    ):
+        return None
+    (first, kind), (second, other) = declared
+    pairs = [{first.lower(), second.lower()} == names for names in _FIELDS]
+    is_complex = any(pairs) and kind == other in _COMPLEX and first.lower().startswith("r")
+    return declared if is_complex else None
+
+
+def _as_complex(meta: dict[str, Any], fields: list[Any]) -> dict[str, Any]:
+    """Return metadata by which records of a real and an imaginary part are complex numbers, whose bytes they are."""
+    key, kind = ("dtype" if "dtype" in meta else "data_type"), fields[0][1]
+    fill: Any = [0.0, 0.0]
+    with suppress(ValueError, TypeError):  # in base64, as Zarr writes that of a record
+        order = ">" if kind.startswith(">") else "<"
+        width = "f" if kind.endswith(("4", "32")) else "d"
+        fill = [*struct.unpack(f"{order}2{width}", base64.b64decode(meta["fill_value"], validate=True))]
+    fill = ["NaN" if part != part else part for part in fill]  # NaN alone is not itself
+    return meta | {key: _COMPLEX[kind], "fill_value": fill}
 
 
 #: What the metadata of an array say of its numbers, and where each stands in a store, by format: a name for people,

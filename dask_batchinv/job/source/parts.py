@@ -14,7 +14,7 @@ import zarr
 
 from dask_batchinv.chunks.bounded_store import BoundedStore
 from dask_batchinv.job.results import BadChunk, is_final
-from dask_batchinv.job.source.source import Source
+from dask_batchinv.job.source.stored_array import StoredArray
 from dask_batchinv.storage import DamagedChunkError, write_unit
 from dask_batchinv.text import clean
 
@@ -35,8 +35,12 @@ class Parts:
     """The chunks that cannot be read."""
 
 
-def read_in_parts(source: Source, array: zarr.Array[Any], region: Region, out: Array) -> Parts:
-    """Read a region of a source, which was opened for reading, into `out`, chunk by chunk.
+def read_in_parts(
+    source: StoredArray, array: zarr.Array[Any], region: Region, out: Array, batch: Sequence[int]
+) -> Parts:
+    """Read a region of an array, which was opened for reading, into `out`, chunk by chunk.
+
+    Its axes `batch` are those of different matrices.
 
     Raises
     ------
@@ -44,7 +48,6 @@ def read_in_parts(source: Source, array: zarr.Array[Any], region: Region, out: A
         Whatever was raised that says nothing of a chunk, but of its store.
     """
     spans = [range(span.start, span.stop) for span in source.there(region)]
-    batch = [axis for axis in range(out.ndim) if axis not in source.core]
     parts = Parts(out, np.zeros([out.shape[axis] for axis in batch], bool))
     for place in _places(spans, write_unit(array)):
         key = array.metadata.encode_chunk_key(place)
@@ -79,7 +82,7 @@ def _common(spans: Sequence[range], place: Place, unit: Sequence[int]) -> list[r
     ]
 
 
-def _inside(at: Place, place: Place, source: Source, array: zarr.Array[Any]) -> Place:
+def _inside(at: Place, place: Place, source: StoredArray, array: zarr.Array[Any]) -> Place:
     """Return where a chunk is in its shard."""
     counts = (whole // part for whole, part in zip(write_unit(array), source.read_unit, strict=True))
     return tuple(a - p * count for a, p, count in zip(at, place, counts, strict=True))
@@ -91,7 +94,7 @@ def _there(part: Sequence[range], spans: Sequence[range], axes: Sequence[int]) -
 
 
 def _read(
-    source: Source, array: zarr.Array[Any], key: str, part: Sequence[range], spans: Sequence[range], parts: Parts
+    source: StoredArray, array: zarr.Array[Any], key: str, part: Sequence[range], spans: Sequence[range], parts: Parts
 ) -> BadChunk | None:
     """Read a part of a region; if the chunk is the cause that this cannot be done, return it."""
     region = tuple(slice(span.start, span.stop) for span in part)

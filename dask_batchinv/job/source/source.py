@@ -11,9 +11,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 
 from dask_batchinv.attributes import PLACING
+from dask_batchinv.job.form import rows_of
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.seen import Seen
 from dask_batchinv.job.source.coordinate import Coordinate
@@ -21,8 +23,9 @@ from dask_batchinv.job.source.coordinates import Found, find
 from dask_batchinv.job.source.coordinates import read as read_coordinates
 from dask_batchinv.job.source.mask import Mask, open_mask
 from dask_batchinv.job.source.metadata import Node, read_node, stored_names
+from dask_batchinv.job.source.parts import Parts, read_in_parts
 from dask_batchinv.job.source.selection import Selection, find_window
-from dask_batchinv.job.source.stored_array import StoredArray
+from dask_batchinv.job.source.stored_array import Region, StoredArray
 from dask_batchinv.job.source.variable import find_stack
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, Index, default_dims, exchange, named, told_apart
@@ -87,6 +90,16 @@ class Source(StoredArray):
     def open_once(self, run: str, missing: Missing) -> zarr.Array[Any]:
         """Return the array, kept open for a run."""
         return _open_once(run, self, missing)
+
+    @property
+    def packings(self) -> list[Any]:
+        """By what its numbers are decoded."""
+        return [self.packing]
+
+    def read_in_parts(self, array: zarr.Array[Any], region: Region, out: npt.NDArray[Any]) -> Parts:
+        """Read a region of the array, which was opened for reading, chunk by chunk."""
+        batch = [axis for axis in range(len(self.shape)) if axis not in self.core]
+        return read_in_parts(self, array, region, out, batch)
 
     def look(self, tiling: Tiling) -> Seen:
         """Return what the store says of what each tile is made from."""
@@ -189,7 +202,7 @@ def _open_source(
     group = None if variable is None else root / inner if inner else root
     location, found = node.location, StoredArray.of(node)
     shape = found.shape
-    stored, names = _name_dims(node, len(shape), group)
+    stored, names = name_dims(node, len(shape), group)
     if dims is not None:
         _check_square(location, names, _axes(names, stored, dims), shape)
     sizes = dict(zip(names, shape, strict=True))
@@ -200,7 +213,7 @@ def _open_source(
     row, col = (labels.get(names[axis]) for axis in core)
     batch = [name for axis, name in enumerate(names) if axis not in core]
     window = find_window(select, sizes, batch, beside.labels)
-    masked = None if mask is None else _open_mask(group, mask, sizes, core)
+    masked = None if mask is None else mask_beside(group, mask, sizes, core)
     if masked is not None:
         masked = masked.part({masked.axes.index(names.index(dim)): span for dim, span in window.items()
                               if names.index(dim) in masked.axes})  # fmt: skip
@@ -220,13 +233,14 @@ def _open_source(
         window=window,
         mask=masked,
         attributes=node.attributes,
-        group_attributes={} if group is None else _attributes_of(group),
+        group_attributes={} if group is None else group_attributes_of(group),
         left_out=tuple(sorted(beside.left_out)),
         notes=beside.notes(),
     )
 
 
-def _open_mask(group: Location | None, mask: str, sizes: dict[str, int], core: tuple[int, int]) -> Mask:
+def mask_beside(group: Location | None, mask: str, sizes: dict[str, int], core: tuple[int, int]) -> Mask:
+    """Return the mask that is named in the group of a stack; SourceError if it is in none."""
     if group is None:
         raise SourceError("a mask stands beside the stack in a group: name the group, and the stack with --variable")
     return open_mask(group, mask, sizes, core)
@@ -236,7 +250,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]} ..."
 
 
-def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of all dimensions as stored, made up where there are none, and told apart."""
     if ndim < 2:
         raise SourceError(f"expected a stack of matrices with at least two dimensions, got shape {node.shape}")
@@ -251,7 +265,8 @@ def _name_dims(node: Node, ndim: int, group: Location | None) -> tuple[tuple[str
     return stored, tuple(map(str, told_apart(stored, taken)))
 
 
-def _attributes_of(group: Location) -> dict[str, Any]:
+def group_attributes_of(group: Location) -> dict[str, Any]:
+    """Return the attributes of a group that are those of its inverses, too."""
     node = read_node(group)
     # What Xarray names there is found as coordinates.
     return {} if node is None else {name: value for name, value in node.attributes.items() if name not in PLACING}
@@ -272,8 +287,13 @@ def _check_square(location: Location, names: tuple[str, ...], core: tuple[int, i
     if shape[core[0]] != shape[core[1]]:
         raise SourceError(
             f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {location.name} are not equally long: "
-            f"shape {shape}. Name others with --dims row,column"
+            f"shape {shape}. Name others with --dims row,column{_hint(shape[-1])}"
         )
+
+
+def _hint(length: int) -> str:
+    n = rows_of(length)
+    return "" if n is None or n < 2 else f"; if these are packed triangles of {n} x {n} matrices, say so with --packed"
 
 
 def _deciding(

@@ -66,12 +66,18 @@ class Target:
         return self.state in (State.BEGUN, State.COMPLETE)
 
 
+#: What a fingerprint says of what was not asked for.
+_NOTHING = {"mask": "none", **dict.fromkeys(("compress", "shards", "packed", "complex_dim", "imag"), "no")}
+
+
 def options_of(target: Target, **others: Any) -> JobOptions:
     """Return the options by which a target was made, and `others`, which it does not tell."""
     made, names = target.fingerprint, {output.role: output.name for output in target.outputs}
     as_is = ("variable", "dims", "select", "assume_a", "lower", "min_rcond", "chunks", "zarr_format")
     known: dict[str, Any] = {name: made[name] for name in as_is}
-    for name, nothing in {"mask": "none", "compress": "no", "shards": "no"}.items():
+    if made["packed"] != "no":  # rows and columns have no names there
+        known["dims"] = made["packed_dims"]
+    for name, nothing in _NOTHING.items():
         known[name] = None if made[name] == nothing else made[name]
     keep: Keep = "diagonal" if "diagonal" in names else "inverse"
     return JobOptions(**known | others, dtype=made["stored as"], keep=keep, logdet="logdet" in names, names=names)

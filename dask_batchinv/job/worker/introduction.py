@@ -52,7 +52,7 @@ def introduce(introduction: Introduction) -> str | None:
         return f"it has other versions: {different}"
     source, target = introduction.source, introduction.target
     try:
-        if source is not None and source.open().shape != source.shape:
+        if source is not None and source.open().shape != source.stored_shape:
             return f"{source.location.name} is another array there"
         if introduction.holder is not None and holder_of(target) != introduction.holder:
             return f"{target.name} is another place there: what this job has written to it is not to be seen"

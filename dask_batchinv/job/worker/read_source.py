@@ -16,7 +16,6 @@ from dask_batchinv.chunks.direct_reading import KeptChunk
 from dask_batchinv.job.options import Missing
 from dask_batchinv.job.results import Array, BadChunk, content_checksum
 from dask_batchinv.job.source.mask import Mask
-from dask_batchinv.job.source.parts import read_in_parts
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.tiling import Extent, Tiling
 from dask_batchinv.outcome import Info
@@ -55,7 +54,7 @@ class Reader:
     def read_in_parts(self, tiles: range, lent: ExitStack) -> Stored:
         """Read tiles chunk by chunk, so that what cannot be read costs no more than its own matrices."""
         region = self.tiling.region(tiles, "matrix")
-        parts = read_in_parts(self.source, self.array, region, self._room(tiles, region, lent))
+        parts = self.source.read_in_parts(self.array, region, self._room(tiles, region, lent))
         codes, masked = np.where(parts.unreadable, np.int32(Info.UNREADABLE), 0), self._mask(region)
         if masked is not None:
             codes = np.where(masked != 0, masked, codes)
