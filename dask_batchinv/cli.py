@@ -111,6 +111,8 @@ _job_options = _options(
                  help="Also put there log|det| of each matrix, and the sign of its determinant."),
     click.option("--dtype", type=click.Choice(KEPT),
                  help="As what the results are stored. Default: as the matrices, if they are floating numbers."),
+    click.option("--like-source", is_flag=True,
+                 help="With --packed, --complex-dim or --imag: store inverses in that form, too."),
     click.option("--names", metavar="WHAT=NAME,...",
                  help="Other names for arrays of TARGET: inverse=precision,info=flag."),
     click.option("--compress", metavar="CODEC", help="Compress chunks of TARGET: zstd, blosc, or zstd:9."),

@@ -68,6 +68,7 @@ def invert_store(
     keep: Keep = "inverse",
     logdet: bool = False,
     dtype: str | None = None,
+    like_source: bool = False,
     names: Mapping[str, str] | None = None,
     compress: str | None = None,
     chunks: Mapping[str, int] | None = None,
@@ -165,6 +166,8 @@ def invert_store(
     dtype : str, optional
         As what the results are stored: "float32", "float64", "complex64" or "complex128", by default that of
         `inverse`. They are computed in the wider one of the two; what has no room in it overflows, ``info`` -2.
+    like_source : bool
+        With `packed`, `complex_dim` or `imag`: store the inverses in that form, too, the imaginary parts in ``imag``.
     names : mapping, optional
         Other names for arrays of the target, ``{"inverse": "precision"}``.
     compress : str, optional
@@ -212,7 +215,8 @@ def invert_store(
         variable=variable, dims=dims, packed=packed, complex_dim=complex_dim, imag=imag, select=as_text(select),
         mask=mask, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
-        missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, names=names or {},
+        missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, like_source=like_source,
+        names=names or {},
         compress=compress, chunks=chunks or {}, shards=shards, zarr_format=zarr_format,
         tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
     )  # fmt: skip

@@ -69,6 +69,8 @@ class JobOptions:
     """How long shards are, in which they then stand; none by default."""
     zarr_format: Literal[2, 3] = 3
     """The lowest format of Zarr that can read the target."""
+    like_source: bool = False
+    """Whether inverses are stored in the form in which the matrices are."""
     names: Mapping[str, str] = field(default_factory=dict)
     """The names of arrays in the target, by what they are."""
     overwrite: bool = False
@@ -94,7 +96,9 @@ class JobOptions:
         Allowed.parse(self.max_failed)
         if self.dtype is not None and self.dtype not in KEPT:
             raise RefusedError(f"results can be stored as {', '.join(KEPT)}, not as {self.dtype}")
-        outputs_of(self.keep, logdet=self.logdet, names=self.names)
+        if self.like_source and (self.form.is_usual or self.keep != "inverse"):
+            raise RefusedError("inverses like the source are for packed, complex_dim or imag, and for whole inverses")
+        outputs_of(self.keep, logdet=self.logdet, names=self.names, like=self.form if self.like_source else None)
         if self.tile_nbytes <= 0:
             raise RefusedError(f"tile_size must be more than 0 bytes, got {self.tile_size}")
 
@@ -106,7 +110,7 @@ class JobOptions:
     @property
     def outputs(self) -> Outputs:
         """The arrays of the target."""
-        return outputs_of(self.keep, logdet=self.logdet, names=self.names)
+        return outputs_of(self.keep, logdet=self.logdet, names=self.names, like=self.form if self.like_source else None)
 
     def stored_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return as what the inverses of matrices of a dtype are stored.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dask_batchinv.job.form import FormOptions
 from dask_batchinv.job.tiling import Extent
 from dask_batchinv.outcome import Info, RefusedError, describe_codes
 from dask_batchinv.stack import AssumeA, real_dtype
@@ -54,6 +55,7 @@ def _same(dtype: DType) -> DType:
 #: All that there can be.
 OUTPUTS = (
     Output("inverse", "matrix", _same, np.nan, "matrix inverse", is_of_inverse=True),
+    Output("imag", "matrix", real_dtype, np.nan, "imaginary part of the matrix inverse", is_of_inverse=True),
     Output("diagonal", "row", _same, np.nan, "diagonal of the matrix inverse", is_of_inverse=True),
     Output("logdet", "number", real_dtype, np.nan, "logarithm of the absolute value of the determinant", "1"),
     Output("sign", "number", _same, np.nan, "sign of the determinant, or its phase where it is complex", "1"),
@@ -70,24 +72,37 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,99}")
 Outputs = tuple[Output, ...]
 
 
-def outputs_of(keep: Keep, *, logdet: bool, names: Mapping[str, str]) -> Outputs:
-    """Return the outputs of a job, under the names that they get.
+def outputs_of(keep: Keep, *, logdet: bool, names: Mapping[str, str], like: FormOptions | None = None) -> Outputs:
+    """Return the outputs of a job, under the names that they get, the inverses in the form that they are to be `like`.
 
     Raises
     ------
     RefusedError
         If a name is none, or that of nothing or of two.
     """
-    roles = [keep, *(["logdet", "sign"] if logdet else []), "rcond", "info"]
+    like = like or FormOptions()
+    roles = [keep, *(["imag"] if like.imag else []), *(["logdet", "sign"] if logdet else []), "rcond", "info"]
     if unknown := sorted({*names} - {*roles}):
         raise RefusedError(f"names can be given to {', '.join(roles)}, but not to {', '.join(unknown)}")
     if bad := [name for name in names.values() if not _NAME.fullmatch(name)]:
         raise RefusedError(f"{bad[0]!r} cannot be the name of an array: take letters, digits and _")
-    outputs = named((role, names.get(role, role)) for role in roles)
+    outputs = _in_form(named((role, names.get(role, role)) for role in roles), like)
     given = [name.casefold() for name in (*(output.name for output in outputs), LEDGER)]
     if len(set(given)) < len(given):
         raise RefusedError(f"two arrays cannot have one name: {', '.join(given)}")
     return outputs
+
+
+def _in_form(outputs: Outputs, form: FormOptions) -> Outputs:
+    """Return outputs as they are in a form."""
+    extent: Extent = "triangle" if form.packed else "matrix"
+    if form.complex_dim is not None:
+        extent = "triangle, parts" if form.packed else "matrix, parts"
+    dtype = _same if form.complex_dim is None and form.imag is None else real_dtype
+    return tuple(
+        replace(output, extent=extent, dtype=dtype) if output.role in ("inverse", "imag") else output
+        for output in outputs
+    )
 
 
 def named(names: Iterable[tuple[str, str]]) -> Outputs:
@@ -102,5 +117,10 @@ def checksum_column(role: str) -> str:
 
 def nbytes_per_matrix(outputs: Outputs, n: int, dtype: DType) -> int:
     """Return the bytes that a matrix takes in some outputs."""
-    length = {"matrix": n * n, "row": n, "number": 1}
-    return sum(length[output.extent] * output.dtype(dtype).itemsize for output in outputs)
+    length = {"matrix": n * n, "row": n, "number": 1, "triangle": n * (n + 1) // 2}
+    return sum(
+        length[output.extent.partition(",")[0]]
+        * (2 if output.extent.endswith("parts") else 1)
+        * output.dtype(dtype).itemsize
+        for output in outputs
+    )

@@ -13,8 +13,11 @@ import numpy.typing as npt
 
 #: A job may have so many tiles: the ledger takes about 150 bytes of the driver's memory for each.
 LARGEST_COUNT = 10_000_000
-#: Which dimensions of a stack an array has: all of them, all but that of the columns, or none but those of the batch.
-Extent = Literal["matrix", "row", "number"]
+#: Which dimensions of a stack an array has: all, all but that of the columns, or none but those of the batch; or behind
+#: these one for triangles, and last one for real and imaginary parts.
+Extent = Literal["matrix", "row", "number", "triangle", "matrix, parts", "triangle, parts"]
+#: What stands for those among the axes.
+TRIANGLE, PARTS = -1, -2
 
 
 def cuts(size: int, step: int) -> int:
@@ -65,17 +68,31 @@ class Tiling(StackShape):
         return math.prod(self.grid)
 
     def axes(self, extent: Extent) -> tuple[int, ...]:
-        """Return the axes of the stack that an array has."""
-        left_out = {"matrix": (), "row": self.core[1:], "number": self.core}[extent]
-        return tuple(axis for axis in range(len(self.shape)) if axis not in left_out)
+        """Return the axes of the stack that an array has, and `TRIANGLE` and `PARTS` where it has these.
+
+        Examples
+        --------
+        >>> tiling = Tiling(shape=(10, 3, 3), core=(1, 2), tile=(4, 3, 3))
+        >>> tiling.axes("row"), tiling.axes("triangle, parts"), tiling.shape_of("triangle, parts")
+        ((0, 1), (0, -1, -2), (10, 6, 2))
+        """
+        kind, _, parts = extent.partition(", ")
+        left_out = {"matrix": (), "row": self.core[1:]}.get(kind, self.core)
+        axes = [axis for axis in range(len(self.shape)) if axis not in left_out]
+        return *axes, *([TRIANGLE] if kind == "triangle" else []), *([PARTS] if parts else [])
+
+    def _length(self, axis: int, sizes: tuple[int, ...]) -> int:
+        if axis in (TRIANGLE, PARTS):
+            return 2 if axis == PARTS else self.n * (self.n + 1) // 2
+        return sizes[axis]
 
     def shape_of(self, extent: Extent) -> tuple[int, ...]:
         """Return the shape of an array."""
-        return tuple(self.shape[axis] for axis in self.axes(extent))
+        return tuple(self._length(axis, self.shape) for axis in self.axes(extent))
 
     def chunk_of(self, extent: Extent) -> tuple[int, ...]:
         """Return the shape of a chunk of an array."""
-        return tuple(self.tile[axis] for axis in self.axes(extent))
+        return tuple(self._length(axis, self.tile) for axis in self.axes(extent))
 
     def region(self, tiles: int | range, extent: Extent = "number") -> tuple[slice, ...]:
         """Return where a tile is, by its number in C order, or a span of tiles, in an array.

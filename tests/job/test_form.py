@@ -198,3 +198,53 @@ def test_another_form_is_another_job_and_the_command_line(tmp_path):
     assert_same_bits(read_target(tmp_path / "t")[0], inverse(a, assume_a="pos"))
     with pytest.raises(TargetError, match="packed was 'lower by rows', is 'upper by rows'"):
         invert_store(tmp_path / "s", tmp_path / "t", variable="p", assume_a="pos", packed="upper by rows")
+
+
+# --- inverses in the form of the source -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", ORDERS)
+@pytest.mark.parametrize("encoding", [{}, {"compress": "zstd"}, {"shards": {"y": 4}, "chunks": {"y": 2}}])
+def test_triangles_come_back_as_triangles(tmp_path, packed, encoding):
+    a = conditioned(30, 3, 10, structure="positive definite").reshape(5, 6, 3, 3)
+    a = (a + a.swapaxes(-2, -1)) / 2
+    store(tmp_path / "s", p=(("y", "x", "p"), pack(a, packed), (2, 3, 6)))
+    options = {"variable": "p", "packed": packed, "assume_a": "pos", "like_source": True, **encoding}
+    expected = pack(inverse(a, assume_a="pos"), packed)
+    check(tmp_path / "s", tmp_path / "t", expected, **options)
+    found = xr.open_zarr(tmp_path / "t", consolidated=False)
+    assert found.inverse.dims == ("y", "x", "p")
+    # And that is a source again.
+    report = invert_store(tmp_path / "t", tmp_path / "u", variable="inverse", packed=packed, assume_a="pos")
+    assert report.complete
+    np.testing.assert_allclose(read_target(tmp_path / "u")[0], a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.filterwarnings("ignore:Both zarr.json", "ignore:Object at", "ignore:Consolidated metadata")
+def test_parts_come_back_as_parts(tmp_path, zarr_format):
+    a = conditioned(20, 3, 10, "complex64")
+    a[3] = 0
+    dims = ("t", "row", "col")
+    both = np.stack([a.real, a.imag], axis=-1)
+    store(
+        tmp_path / "s", z=((*dims, "part"), both, (6, 3, 3, 2)), re=(dims, a.real.copy(), (6, 3, 3)),
+        im=(dims, a.imag.copy(), (4, 3, 3)),
+    )  # fmt: skip
+    more = {"like_source": True, "zarr_format": zarr_format, "max_failed": None}
+    good = a.any(axis=(1, 2))
+    x = np.full_like(a, complex(np.nan, np.nan))
+    x[good] = inverse(a[good])
+    expected = np.stack([x.real, x.imag], axis=-1)
+    check(tmp_path / "s", tmp_path / "t", expected, variable="z", complex_dim="part", **more)
+    check(tmp_path / "s", tmp_path / "u", x.real, variable="re", imag="im", **more)
+    found = xr.open_zarr(tmp_path / "u", consolidated=False, zarr_format=zarr_format)
+    assert_same_bits(found["imag"].values, x.imag)
+    assert found.inverse.dtype == np.float32
+    assert xr.open_zarr(tmp_path / "t", consolidated=False, zarr_format=3).inverse.dims == (*dims, "part")
+
+
+def test_only_what_has_a_form_can_be_like_it(tmp_path):
+    store(tmp_path / "s", p=(("t", "i", "j"), np.ones((4, 2, 2)), None))
+    with pytest.raises(ValueError, match="inverses like the source are for packed"):
+        invert_store(tmp_path / "s", tmp_path / "t", like_source=True)

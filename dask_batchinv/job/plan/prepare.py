@@ -174,8 +174,8 @@ def contents_of(job: Job, tiling: Tiling, notes: list[str]) -> Contents:
             f"remove it from the source. {' '.join([*source.notes, *notes])}"
         )
     return Contents(
-        tiling, job.dtype, job.options.outputs, encoding_of(job, tiling), source.target_dims, coordinates,
-        source.attributes, source.group_attributes, job.options.assume_a,
+        tiling, job.dtype, job.options.outputs, encoding_of(job, tiling), source.target_dims, source.form_dims,
+        coordinates, source.attributes, source.group_attributes, job.options.assume_a,
     )  # fmt: skip
 
 
@@ -270,6 +270,7 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "assume_a": options.assume_a,
         "lower": options.lower,
         "min_rcond": options.min_rcond,
+        "like_source": options.like_source,
         "outputs": {output.role: output.name for output in options.outputs},
         "stored as": stored.name,
         "compress": parse_compress(options.compress) or "no",
@@ -298,7 +299,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
     """Return the plan of a job for given workers, or raise PlanError."""
     source = job.source
     dtype, outputs = job.computed_dtype, job.options.outputs
-    beside = tuple(output for output in outputs if output.extent != "matrix" or job.dtype != dtype)
+    beside = tuple(output for output in outputs if output.extent != "matrix" or output.dtype(job.dtype) != dtype)
     layout = StackLayout(
         shape=source.shape,
         core=source.core,

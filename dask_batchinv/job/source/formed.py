@@ -29,7 +29,7 @@ from dask_batchinv.job.source.source import (
 )
 from dask_batchinv.job.source.stored_array import Region, StoredArray
 from dask_batchinv.job.source.variable import find_stack
-from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.tiling import PARTS, TRIANGLE, Tiling
 from dask_batchinv.labels import exchange, told_apart
 from dask_batchinv.location import Location, Place, raised_as
 from dask_batchinv.outcome import SourceError
@@ -46,8 +46,15 @@ class FormedSource(Source):
     """How its numbers stand in its arrays."""
     arrays: tuple[StoredArray, ...]
     """Its array; and that of imaginary parts, if there is one."""
+    extra_dims: tuple[tuple[int, str], ...]
+    """Names of the dimensions of triangles and of parts, if it has these."""
     assume_a: AssumeA
     """Structure of the matrices: what stands in the other triangle."""
+
+    @property
+    def form_dims(self) -> dict[int, str]:
+        """Names of dimensions that arrays in its form have beside its own."""
+        return dict(self.extra_dims)
 
     @property
     def packings(self) -> list[Any]:
@@ -241,5 +248,7 @@ def _source(
         exchange=exchange(row, col), labels=digest_of_labels(row, col), window=window, mask=mask,
         attributes=node.attributes, group_attributes={} if group is None else group_attributes_of(group),
         left_out=tuple(sorted(beside.left_out)), notes=beside.notes(), form=form, arrays=tuple(parts),
+        extra_dims=(*([(TRIANGLE, names[form.core[0]])] if form.packed else []),
+                    *([] if form.pair is None else [(PARTS, names[form.pair])])),
         assume_a=options.assume_a,
     )  # fmt: skip

@@ -92,6 +92,11 @@ class Source(StoredArray):
         return _open_once(run, self, missing)
 
     @property
+    def form_dims(self) -> dict[int, str]:
+        """Names of dimensions that arrays in its form have beside its own."""
+        return {}
+
+    @property
     def packings(self) -> list[Any]:
         """By what its numbers are decoded."""
         return [self.packing]

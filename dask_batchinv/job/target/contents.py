@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Attributes by which Xarray keeps what is stored otherwise here.
 _OF_XARRAY = frozenset(["_ARRAY_DIMENSIONS", "coordinates"])
+#: What arrays are called that have a part of the inverse.
+_PARTS = {"diagonal": "diagonal", "imag": "imaginary part"}
 #: What the group itself has of documents of Zarr format 2.
 OF_FORMAT_2 = (".zgroup", ".zattrs", ".zmetadata")
 
@@ -36,6 +38,8 @@ class Contents:
     """How their chunks are stored."""
     dims: tuple[str, ...]
     """Names of its dimensions."""
+    form_dims: dict[int, str]
+    """Those of what stands for `TRIANGLE` and `PARTS`."""
     coordinates: xr.Dataset | None
     """Coordinates, undecoded, in memory."""
     attributes: dict[str, Any]
@@ -50,6 +54,10 @@ class Contents:
         """Names of the coordinates."""
         return [] if self.coordinates is None else sorted(map(str, self.coordinates.variables))
 
+    def dims_of(self, output: Output) -> list[str]:
+        """Return the names of the dimensions of an output."""
+        return [self.form_dims.get(axis) or self.dims[axis] for axis in self.tiling.axes(output.extent)]
+
     @property
     def members(self) -> list[str]:
         """What a target has in it."""
@@ -63,6 +71,6 @@ class Contents:
         if not output.is_of_inverse:
             return found | placing
         inherited = {name: value for name, value in of_inverse(self.attributes).items() if name not in _OF_XARRAY}
-        if output.extent != "matrix" and "long_name" in inherited:
-            inherited["long_name"] = f"{output.role} of the {inherited['long_name']}"
+        if output.role in _PARTS and "long_name" in inherited:
+            inherited["long_name"] = f"{_PARTS[output.role]} of the {inherited['long_name']}"
         return found | inherited | ({"coordinates": " ".join(self.names)} if self.names else {})

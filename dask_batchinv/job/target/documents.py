@@ -84,7 +84,7 @@ def _create_outputs(group: zarr.Group, contents: Contents) -> None:
         group.create_array(
             output.name,
             shape=tiling.shape_of(output.extent),
-            dimension_names=[contents.dims[axis] for axis in tiling.axes(output.extent)],
+            dimension_names=contents.dims_of(output),
             attributes=contents.attributes_of(output),
             **contents.encoding.options(tiling, output, contents.dtype),
         )

@@ -98,7 +98,10 @@ class Encoding:
 
     def inner_of(self, tiling: Tiling, extent: Extent) -> tuple[int, ...] | None:
         """Return the shape of the chunks of an array in its shards."""
-        return None if self.inner is None else tuple(self.inner[axis] for axis in tiling.axes(extent))
+        if self.inner is None:
+            return None
+        pairs = zip(tiling.axes(extent), tiling.chunk_of(extent), strict=True)
+        return tuple(self.inner[axis] if axis >= 0 else whole for axis, whole in pairs)
 
     def options(self, tiling: Tiling, output: Output, dtype: np.dtype[Any]) -> dict[str, Any]:
         """Return what Zarr is told to create an array of an output with, but for its shape and attributes."""

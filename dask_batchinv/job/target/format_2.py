@@ -35,7 +35,7 @@ def documents_of(contents: Contents) -> dict[str, bytes]:
     tiling, encoding = contents.tiling, contents.encoding
     name, _, level = (encoding.compress or "").partition(":")
     for output in contents.outputs:
-        dims = [contents.dims[axis] for axis in tiling.axes(output.extent)]
+        dims = contents.dims_of(output)
         group.create_array(
             output.name, shape=tiling.shape_of(output.extent), chunks=tiling.chunk_of(output.extent),
             dtype=output.dtype(contents.dtype), fill_value=output.fill, filters=None,

@@ -281,7 +281,8 @@ def _read_and_invert(
         stack = np.moveaxis(task.source.decode(numbers), task.tiling.core, (-2, -1))
         del stored, numbers
         dtype, is_last = computed_dtype(stack.dtype, task.dtype), task.tiling.core == (stack.ndim - 2, stack.ndim - 1)
-        is_kept = task.options.keep == "inverse" and dtype == task.dtype and task.encoding.is_plain
+        as_made = task.options.keep == "inverse" and not task.options.like_source
+        is_kept = as_made and dtype == task.dtype and task.encoding.is_plain
         is_chunk = is_kept and is_last and stack.shape == task.tiling.tile
         whole = Chunk(stack.shape, dtype, lent) if is_chunk else None
         out = whole.values if whole else None
@@ -310,10 +311,9 @@ def _without_inverses(shape: tuple[int, ...], dtype: np.dtype[Any], out: Array |
 def _as_stored(task: TileTask, made: Products) -> Products:
     """Return what was made of a stack with its axes in the order stored."""
     row, col = task.tiling.core
-    axes: dict[Extent, Any] = {
-        "matrix": ((-2, -1), (row, col)), "row": (-1, row - (col < row)), "number": ((), ())
-    }  # fmt: skip
-    return {output.role: np.moveaxis(made[output.role], *axes[output.extent]) for output in task.outputs}
+    # Triangles and parts stand last, and those of formed sources have their core dimensions last.
+    axes: dict[Extent, Any] = {"matrix": ((-2, -1), (row, col)), "row": (-1, row - (col < row))}
+    return {output.role: np.moveaxis(made[output.role], *axes.get(output.extent, ((), ()))) for output in task.outputs}
 
 
 def _check_holder(task: TileTask) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_batchinv.job.form import positions
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.results import Array
 from dask_batchinv.kernels import InverseEx, log_determinants
@@ -21,16 +22,20 @@ def products(results: InverseEx, stack: Array, options: JobOptions, dtype: np.dt
     An inverse that this has no room for overflows: its matrix gets ``info`` -2, and NaN.
     """
     kept = results.inverse if options.keep == "inverse" else _diagonal(results.inverse)
-    made: Products = {"info": results.info, "rcond": results.rcond, options.keep: kept}
+    info, rcond = results.info, results.rcond
     if kept.dtype != dtype:
         with np.errstate(over="ignore"):
-            made[options.keep], made["rcond"] = kept.astype(dtype), made["rcond"].astype(np.finfo(dtype).dtype)
-        batch = tuple(range(results.info.ndim, kept.ndim))
-        lost = (made["info"] == int(Info.GOOD)) & ~np.isfinite(made[options.keep]).all(axis=batch)
-        made["info"][lost], made[options.keep][lost] = int(Info.OVERFLOW), np.nan
+            kept, rcond = kept.astype(dtype), rcond.astype(np.finfo(dtype).dtype)
+        lost = (info == int(Info.GOOD)) & ~np.isfinite(kept).all(axis=tuple(range(info.ndim, kept.ndim)))
+        info[lost], kept[lost] = int(Info.OVERFLOW), np.nan
+    made: Products = {"info": info, "rcond": rcond}
+    if options.like_source:
+        made |= _like_source(kept, options)
+    else:
+        made[options.keep] = kept
     if options.logdet:
         sign, logdet = log_determinants(
-            stack, made["info"], dtype=results.inverse.dtype, assume_a=options.assume_a, lower=options.lower
+            stack, info, dtype=results.inverse.dtype, assume_a=options.assume_a, lower=options.lower
         )
         made["sign"], made["logdet"] = sign.astype(dtype), logdet.astype(np.finfo(dtype).dtype)
     return made
@@ -39,3 +44,15 @@ def products(results: InverseEx, stack: Array, options: JobOptions, dtype: np.dt
 def _diagonal(inverse: Array) -> Array:
     diagonal: Array = np.einsum("...ii->...i", inverse)
     return diagonal.copy()
+
+
+def _like_source(inverse: Array, options: JobOptions) -> Products:
+    """Return inverses in the form of the source."""
+    if options.packed is not None:
+        row, col = positions(options.packed, inverse.shape[-1])
+        inverse = inverse[..., row, col]
+    if options.complex_dim is not None:
+        inverse = np.stack([inverse.real, inverse.imag], axis=-1)
+    if options.imag is not None:
+        return {"inverse": inverse.real.copy(), "imag": inverse.imag.copy()}
+    return {"inverse": inverse}

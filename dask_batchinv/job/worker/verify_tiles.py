@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from dask_batchinv.job.form import Form
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.outputs import Output
 from dask_batchinv.job.results import LARGEST_RATIO, Array, TileResult, TileRow, as_results
@@ -89,7 +90,7 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
             array = open_output(task.run, task.target, output.name, read_only=True)
             parts[output.role] = np.asarray(array[task.tiling.region(number, output.extent)])
             checksums[output.role] = _checksum(task, array, output, key)
-    found = {role: _as_computed(part, task.tiling, role) for role, part in parts.items()}
+    found = _as_computed(parts, task)
     _check_account(found, region)
     ratios, refuted, missing = np.empty(0), None, None
     if task.source is not None and task.tiling.n and _is_sampled(number, task.sample):
@@ -114,16 +115,33 @@ def _checksum(task: VerifyTask, array: zarr.Array[Any], output: Output, key: str
     return task.encoding.checksum(task.target.read(f"{output.name}/{key}", most + 1))
 
 
-def _as_computed(part: Array, tiling: Tiling, role: str) -> Array:
-    """Return what a tile has of an output, an entry for each matrix."""
+def _as_computed(parts: dict[str, Array], task: VerifyTask) -> Products:
+    """Return what a tile has of each output, an entry for each matrix."""
+    tiling, found = task.tiling, dict(parts)
     row, col = tiling.core
-    if role == "inverse":
-        moved = np.moveaxis(part, (row, col), (-2, -1))
-        return moved.reshape(math.prod(moved.shape[:-2]), tiling.n, tiling.n)
-    if role == "diagonal":
-        moved = np.moveaxis(part, row - (col < row), -1)
-        return moved.reshape(math.prod(moved.shape[:-1]), tiling.n)
-    return part.reshape(-1)
+    if "inverse" in found:
+        found["inverse"] = _whole(found["inverse"], found.pop("imag", None), task)
+    if "diagonal" in found:
+        found["diagonal"] = np.moveaxis(found["diagonal"], row - (col < row), -1)
+    core = {"inverse": 2, "diagonal": 1}
+    return {
+        role: part.reshape(
+            math.prod(part.shape[: part.ndim - core.get(role, 0)]), *part.shape[part.ndim - core.get(role, 0) :]
+        )
+        for role, part in found.items()
+    }
+
+
+def _whole(inverse: Array, imaginary: Array | None, task: VerifyTask) -> Array:
+    """Return inverses as ``(*, n, n)`` from the form in which they are stored."""
+    options, tiling = task.options, task.tiling
+    if not options.like_source:
+        return np.moveaxis(inverse, tiling.core, (-2, -1))
+    batch = len(tiling.batch)
+    core = (batch,) if options.packed else (batch, batch + 1)
+    pair = None if options.complex_dim is None else batch + len(core)
+    form = Form(tuple(range(batch)), core, tiling.n, options.packed, pair)
+    return form.assemble(inverse, imaginary, options.assume_a)
 
 
 @contextmanager
