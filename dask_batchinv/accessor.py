@@ -175,5 +175,6 @@ def _register_data_array_accessor() -> type:
 
 DataArrayLinalg = _register_data_array_accessor()
 
-if "dask_batchinv.array" in sys.modules:  # `inverse` was imported before Xarray, whose objects it takes, too
+if hasattr(sys.modules.get("dask_batchinv.array"), "invert_any_ex"):
+    # `inverse` was imported before Xarray, whose objects it takes, too. If that is only under way, it comes after this.
     from dask_batchinv import labelled  # noqa: F401

@@ -52,6 +52,7 @@ Exit codes:
     3  done, but more than --max-failed matrices have no inverse
     4  status and run --check: the target is not up to date with its source
     5  status and run --check: whether it is cannot be told
+    6  status: a run is at work on the target
   130  interrupted: run the same command again
 """
 
@@ -253,7 +254,8 @@ def plan(as_json: bool, **arguments: Any) -> None:
 def status(as_json: bool, **arguments: Any) -> None:
     """Print how far the job that writes TARGET is, and whether it is up to date with its source.
 
-    Of the source coordinates are read; its chunks are listed.
+    While a run is at work: who, since when, how fast, and how long it will take. Of the source coordinates are read;
+    its chunks are listed.
     """  # fmt: skip
     with _exit_codes(as_json):
         target = _locate("target", arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -79,6 +79,8 @@ class TileResult(Generic[T]):
     """Whether the cause is the worker, not the tile."""
     milliseconds: int = 0
     """How long it took."""
+    cpu_milliseconds: int = 0
+    """For how long of that it has computed."""
     attempts: int = 1
     """How often it was tried."""
     bad_chunks: tuple[BadChunk, ...] = ()
@@ -87,6 +89,28 @@ class TileResult(Generic[T]):
     def __post_init__(self) -> None:
         if self.error is not None:
             object.__setattr__(self, "error", clean(self.error))
+
+
+@dataclass
+class WorkerFigures:
+    """What a worker did."""
+
+    tiles: int = 0
+    """Tiles inverted."""
+    failed: int = 0
+    """Times that a tile failed."""
+    seconds: float = 0.0
+    """Time that its threads were at work on them."""
+    cpu_seconds: float = 0.0
+    """For how long of that they have computed."""
+
+    def add(self, results: Iterable[TileResult[Any]]) -> None:
+        """Add the results of tiles."""
+        for result in results:
+            self.tiles += isinstance(result.value, TileRow)
+            self.failed += result.error is not None
+            self.seconds += result.milliseconds / 1000
+            self.cpu_seconds += result.cpu_milliseconds / 1000
 
 
 @dataclass(frozen=True)

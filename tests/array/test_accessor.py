@@ -198,9 +198,17 @@ assert xr.DataArray(np.eye(2)).linalg.inv().values.tolist() == [[1, 0], [0, 1]]
         "import xarray as xr; from dask_batchinv import inverse, inverse_ex",
         "from dask_batchinv import inverse, inverse_ex; import xarray as xr",
         "import dask_batchinv; import xarray as xr; from dask_batchinv import inverse, inverse_ex",
+        "import dask_batchinv.array; import xarray as xr; from dask_batchinv import inverse, inverse_ex",
+        "from dask_batchinv import inverse, inverse_ex; import dask_batchinv.accessor; import xarray as xr",
     ],
 )
 def test_the_first_call_takes_xarrays_objects(imports):
     code = f"{imports}; a = xr.DataArray([[2.0]]); print(type(inverse(a)).__name__, type(inverse_ex(a)[1]).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.stdout.split() == ["DataArray", "DataArray"], done.stderr

@@ -44,7 +44,7 @@ def test_a_cluster_does_what_the_serial_executor_does(tmp_path, source, client):
     other = invert_store(source, tmp_path / "cluster", client=client, tile_size=720, max_failed=None)
     ours, theirs = chunks(tmp_path / "serial"), chunks(tmp_path / "cluster")
     assert ours == theirs
-    own = {"target", "started", "seconds", "threads_per_worker", "where"}
+    own = {"target", "started", "ended", "seconds", "cpu_seconds", "per_worker", "threads_per_worker", "where"}
     assert {key: value for key, value in report.to_json().items() if key not in own} == {
         key: value for key, value in other.to_json().items() if key not in own
     }
@@ -170,6 +170,6 @@ def test_the_record_of_a_run_stays_small(tmp_path, source):
     plan = make_plan(
         StackLayout((2000, 2, 2), (1, 2), (1, 2, 2), 8, 8, 44, 12, False), Limits(None, 1, 0, 10), tile_nbytes=32
     )
-    record = totals.record(plan, ONE, prepare(source, tmp_path / "t", JobOptions()).source, []).to_json()
+    record = totals.record(plan, ONE, prepare(source, tmp_path / "t", JobOptions()).source, [], {}).to_json()
     assert len(json.dumps(record)) < 20_000
     assert (record["n_failed_tiles"], record["n_damaged_tiles"]) == (2000, 2000)

@@ -25,7 +25,7 @@ from dask_batchinv.job.driver.executor import ClusterLostError, Work, task_for
 from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
 from dask_batchinv.job.driver.roster import Roster
 from dask_batchinv.job.events import HEARTBEAT, Heartbeat, WorkerEvent
-from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.results import TileResult, WorkerFigures
 from dask_batchinv.job.worker.introduction import Introduction, place_of
 from dask_batchinv.text import clean
 
@@ -59,8 +59,8 @@ class Dispatcher:
     """Whether workers that give no result may be restarted even if they are not ours."""
     only: Sequence[str] = ()
     """Patterns of those that may be used."""
-    used: set[str] = field(default_factory=set)
-    """The addresses of workers that got tiles."""
+    used: dict[str, WorkerFigures] = field(default_factory=dict)
+    """What those workers did that got tiles, by their addresses."""
 
     def run(
         self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
@@ -184,7 +184,7 @@ class _InFlight:
         )
         self._running[future] = _Held(span, address, time.monotonic())
         self._roster.workers[address].spans += 1
-        self._dispatcher.used.add(address)
+        self._dispatcher.used.setdefault(address, WorkerFigures())
         future.add_done_callback(self._finished.put)
 
     def _take(self, future: Future) -> _Held:
@@ -234,6 +234,7 @@ class _InFlight:
         if astray := next((result.error for result in results if result.is_workers), None):
             self._roster.doubt(held.address)
             yield WorkerEvent("doubted", held.address, astray)
+        self._dispatcher.used[held.address].add(results)
         self._slowest = max(self._slowest, now - held.since)
         yield from self._retries.on_results(held.span, results, now)
 

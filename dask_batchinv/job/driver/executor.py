@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from dask_batchinv.job.driver.retry import Retries
 from dask_batchinv.job.events import HEARTBEAT, Heartbeat
-from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.results import TileResult, WorkerFigures
 from dask_batchinv.text import CleanError, clean
 
 T = TypeVar("T")
@@ -29,8 +30,8 @@ class Executor(Protocol):
     """Runs tiles."""
 
     @property
-    def used(self) -> Collection[str]:
-        """The addresses of workers that got some, if there are workers."""
+    def used(self) -> Mapping[str, WorkerFigures]:
+        """What workers did that got some, by their addresses, if there are workers."""
 
     def run(
         self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
@@ -50,7 +51,7 @@ def task_for(task: Any, span: range) -> Any:
 class Serial:
     """Runs tiles one after the other in this process: what other executors do, without what makes it hard."""
 
-    used: Collection[str] = ()
+    used: Mapping[str, WorkerFigures] = MappingProxyType({})
 
     def run(
         self, work: Work[T], task: Any, spans: Iterable[range], *, attempts: int, holder: str | None = None
@@ -76,7 +77,7 @@ class InProcess:
         How many.
     """
 
-    used: Collection[str] = ()
+    used: Mapping[str, WorkerFigures] = MappingProxyType({})
 
     def __init__(self, threads: int):
         self._threads = threads

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +30,7 @@ from dask_batchinv.job.results import TileResult
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
-from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_run
+from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_begin, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.swap import swap
@@ -230,6 +231,7 @@ class Run:
             if self.job.action != "create":
                 self._read_back(target, ledger, lock)
                 self._compare(target, ledger, lock, seen, ledger.done)
+            self._note_begin(ledger, writer, lock)
             self._invert_tiles(ledger, lock, seen, ~ledger.done)
             self._look_again(target, ledger, lock, seen)
         except ClusterLostError as error:
@@ -237,6 +239,15 @@ class Run:
         finally:
             # Also when interrupted: what is recorded is not done again, and damage that was found not forgotten.
             self._flush(ledger, FINAL_ATTEMPTS)
+
+    def _note_begin(self, ledger: Ledger, writer: Writer, lock: Lock) -> None:
+        """Note for others how far the target is."""
+        begin = {
+            "run": lock.run, "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "matrices_before": ledger.total("matrices"), "where": self.plan.where, "workers": self.workers.count,
+        }  # fmt: skip
+        with suppress(OSError):
+            record_begin(writer, begin)
 
     def _read_back(self, target: Target, ledger: Ledger, lock: Lock) -> None:
         """Read back what earlier runs have recorded and may have changed since; forget what is not as it was written.
@@ -450,7 +461,7 @@ class Run:
 
     def _record(self) -> RunRecord:
         workers = replace(self.workers, count=max(self.workers.count, len(self.executor.used)))
-        return self.totals.record(self.plan, workers, self.job.source, notes=self._tell.notes)
+        return self.totals.record(self.plan, workers, self.job.source, self._tell.notes, self.executor.used)
 
 
 def tasks_of(numbers: Numbers, plan: Plan, threads: int) -> Iterator[range]:

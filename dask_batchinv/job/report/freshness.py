@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, prepare
 from dask_batchinv.job.report.account import Account, make_account
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
 from dask_batchinv.job.target import target as targets
-from dask_batchinv.job.target.ledger import Ledger
+from dask_batchinv.job.target.ledger import Ledger, begin_of, runs_of
+from dask_batchinv.job.target.lock import who_holds
 from dask_batchinv.job.target.state import State, Target, options_of
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location, Place
@@ -55,6 +58,53 @@ class Freshness:
         return clean(f"up to date       {answer}{': ' if self.reasons else ''}{'; '.join(self.reasons)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AtWork:
+    """A run that is at work on a target."""
+
+    holder: str
+    """Who."""
+    since: str | None
+    """Since when it inverts, in UTC, as ISO 8601 has it; None as long as it does not."""
+    last_sign: str | None
+    """When it said last that it is at work."""
+    where: str | None
+    """Where it runs."""
+    matrices_per_second: float | None
+    """How fast it has been."""
+    seconds_left: float | None
+    """How long it has to go on at that rate."""
+
+    @classmethod
+    def on(cls, target: Location, account: Account) -> AtWork | None:
+        """Return the run that is at work on a target; None if none is."""
+        if (found := who_holds(target)) is None:
+            return None
+        begin = begin_of(target, str(found.get("run"))) or {}
+        rate = None
+        with suppress(KeyError, TypeError, ValueError):
+            seconds = (datetime.now(UTC) - datetime.fromisoformat(begin["since"])).total_seconds()
+            rate = (account.matrices_done - int(begin["matrices_before"])) / max(1.0, seconds)
+        return cls(
+            holder=clean(str(found.get("holder", "unknown"))),
+            since=begin.get("since"),
+            last_sign=found.get("at"),
+            where=begin.get("where"),
+            matrices_per_second=rate,
+            seconds_left=(account.matrices - account.matrices_done) / rate if rate else None,
+        )
+
+    def __str__(self) -> str:
+        text = f"at work          {self.holder}"
+        if self.since is not None:
+            text += f", inverting since {self.since}"
+        if self.matrices_per_second and self.seconds_left is not None:
+            text += f", {self.matrices_per_second:,.0f} matrices/s, about {self.seconds_left:,.0f} s left"
+        if self.last_sign is not None:
+            text += f"; last sign of it {self.last_sign}"
+        return clean(text)
+
+
 @dataclass(frozen=True)
 class Status:
     """How far a target is, and whether it is up to date."""
@@ -63,18 +113,31 @@ class Status:
     """What its ledger knows."""
     freshness: Freshness
     """What its source says."""
+    at_work: AtWork | None
+    """The run that is at work on it."""
+    runs: tuple[dict[str, Any], ...] = ()
+    """The records of the last runs."""
 
     @property
     def exit_code(self) -> int:
-        """That of its freshness."""
-        return self.freshness.exit_code
+        """6 if a run is at work; else that of its freshness."""
+        return self.freshness.exit_code if self.at_work is None else 6
 
     def to_json(self) -> dict[str, Any]:
         """Return it for machines."""
-        return self.account.to_json() | {"freshness": self.freshness.to_json(), "exit_code": self.exit_code}
+        return self.account.to_json() | {
+            "freshness": self.freshness.to_json(), "at_work": self.at_work and asdict(self.at_work),
+            "runs": list(self.runs), "exit_code": self.exit_code,
+        }  # fmt: skip
 
     def __str__(self) -> str:
-        return f"{self.account}\n{self.freshness}"
+        lines = [str(self.account), *([] if self.at_work is None else [str(self.at_work)])]
+        if self.runs:
+            last = self.runs[-1]
+            ended = "" if last.get("stopped") is None else f"; it was stopped: {last['stopped']}"
+            done = f"{last.get('tiles_now')} tiles in {last.get('seconds', 0):.1f} s, {last.get('workers')} worker(s)"
+            lines.append(clean(f"last run         {last.get('started')}, {done}{ended}"))
+        return "\n".join([*lines, str(self.freshness)])
 
 
 def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any] | None = None) -> Status:
@@ -111,7 +174,7 @@ def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any]
         freshness = _cannot_tell(target, str(error), up_to_date=False)
     except Exception as error:  # whatever a file system may raise
         freshness = _cannot_tell(target, f"the source cannot be compared: {error}", up_to_date=None)
-    return Status(account, freshness)
+    return Status(account, freshness, AtWork.on(location, account), tuple(runs_of(location)))
 
 
 def check_job(job: Job, ledger: Ledger | None = None) -> Freshness:

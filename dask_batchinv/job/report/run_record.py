@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -11,14 +12,14 @@ from dask_batchinv.job.events import WorkerEvent
 from dask_batchinv.job.options import BadChunks
 from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.report.tiles import FailedTile
-from dask_batchinv.job.results import BadChunk, TileResult
+from dask_batchinv.job.results import BadChunk, TileResult, WorkerFigures
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.outcome import NAMED
 from dask_batchinv.text import clean
 
 #: So much is kept of why a tile failed.
 _CAUSE_LENGTH = 500
-#: So many events are kept by name.
+#: So many events are kept, and so many workers by name.
 _EVENTS = 100
 
 
@@ -56,8 +57,14 @@ class RunRecord:
     """Metadata and coordinates of the target that were lost or damaged, and were written again."""
     started: str
     """When this run began, in UTC, as ISO 8601 has it."""
+    ended: str
+    """When it ended, likewise."""
     seconds: float
-    """Time of this run."""
+    """Time of this run in which it inverted."""
+    cpu_seconds: float
+    """For how long of that threads have computed, all together; without those of libraries that they waited for."""
+    per_worker: dict[str, WorkerFigures]
+    """What each worker did, by its address; nothing where the job ran in its own process."""
     bytes_read: int
     """Bytes of the source, decoded, read by this run."""
     bytes_written: int
@@ -80,7 +87,9 @@ class RunRecord:
         named = {name: [asdict(tile) | {"cause": tile.cause[:_CAUSE_LENGTH]} for tile in some[:NAMED]]
                  for name, some in tiles.items()}  # fmt: skip
         bad = {"n_bad_chunks": len(self.bad_chunks), "bad_chunks": [asdict(each) for each in self.bad_chunks[:NAMED]]}
-        return asdict(self) | counts | named | bad
+        some = dict(itertools.islice(self.per_worker.items(), _EVENTS))
+        workers = {address: asdict(figures) for address, figures in some.items()}
+        return asdict(self) | counts | named | bad | {"per_worker": workers}
 
 
 #: A run of which so many tiles have failed, all for one cause and none of them done, ends.
@@ -94,6 +103,7 @@ class RunTotals:
     tiles: int = 0
     retries: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     read_back: int = 0
     failed: list[TileResult[Any]] = field(default_factory=list)
     bad_chunks: dict[str, BadChunk] = field(default_factory=dict)
@@ -113,6 +123,7 @@ class RunTotals:
     def add(self, result: TileResult[Any], bad_chunks: BadChunks = "error") -> None:
         """Count a tile that was done or given up, or of which a part was done."""
         self.retries += result.attempts - 1
+        self.cpu_seconds += result.cpu_milliseconds / 1000
         self.bad_chunks |= {chunk.key: chunk for chunk in result.bad_chunks}
         if result.value is not None:
             self.tiles += 1
@@ -129,7 +140,9 @@ class RunTotals:
         causes = [result.error or "" for result in self.failed]
         return causes[0] if len({cause.partition(":")[0] for cause in causes}) == 1 else None
 
-    def record(self, plan: Plan, workers: Workers, source: Source, notes: list[str]) -> RunRecord:
+    def record(
+        self, plan: Plan, workers: Workers, source: Source, notes: list[str], used: Mapping[str, WorkerFigures]
+    ) -> RunRecord:
         """Return the record of the run."""
         share = self.tiles / max(1, plan.tiling.n_tiles)
         failed = sorted(self.failed, key=lambda result: result.number)
@@ -149,7 +162,10 @@ class RunTotals:
             worker_events=tuple(map(str, self.events[:_EVENTS])),
             mended=tuple(self.mended),
             started=self.started.isoformat(timespec="seconds"),
+            ended=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=self.seconds,
+            cpu_seconds=round(self.cpu_seconds, 3),
+            per_worker={clean(address): figures for address, figures in used.items()},
             bytes_read=round(plan.nbytes_in * share),
             bytes_written=round(plan.nbytes_out * share),
             workers=workers.count,

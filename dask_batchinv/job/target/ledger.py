@@ -36,6 +36,8 @@ ROWS_PER_CHUNK = 2**14
 _FEWEST_ROWS = 2**8
 #: Of so many runs, the last ones, there is a record, in a file that Zarr does not know: its metadata are consolidated.
 _RUNS, _RECORDS = 100, "runs.json"
+#: And of that at work, how far the target was when it began.
+_AT_WORK = "run.json"
 
 
 def create(group: zarr.Group, name: str, n_tiles: int, attributes: dict[str, Any]) -> None:
@@ -116,6 +118,19 @@ def record_run(writer: Writer, record: dict[str, Any]) -> None:
         return json.dumps({"runs": [*runs, record][-_RUNS:]}).encode()
 
     writer.change(f"{LEDGER}/{_RECORDS}", appended)
+
+
+def record_begin(writer: Writer, begin: dict[str, Any]) -> None:
+    """Note how far a target is when a run begins to invert."""
+    writer.create(f"{LEDGER}/{_AT_WORK}", json.dumps(begin).encode())
+
+
+def begin_of(target: Location, run: str) -> dict[str, Any] | None:
+    """Return how far a target was when a run began to invert; None if that is not known."""
+    with suppress(ValueError):
+        found = (target / LEDGER).read_json(_AT_WORK)
+        return found if found and found.get("run") == run else None
+    return None
 
 
 class Ledger:

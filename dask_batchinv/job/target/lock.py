@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
@@ -28,6 +29,8 @@ RENEWALS = 3
 #: Of two runs that take a lease over at the same moment, the one that writes last keeps it.
 _SETTLING_SECONDS = 1.0
 _ATTEMPTS = 10
+#: Who asks whether a lock is held has it for less than this.
+_ASKING_SECONDS = 0.05
 #: No lock of ours is longer.
 _LOCK_NBYTES = 4096
 
@@ -51,7 +54,7 @@ class Lock:
         return TakenOverError(f"{self._target.name} was removed, replaced or taken over by another run")
 
     def _content(self, **more: Any) -> bytes:
-        return json.dumps({"run": self.run, "holder": _holder(), **more}).encode()
+        return json.dumps({"run": self.run, "holder": _holder(), "at": _now(), **more}).encode()
 
 
 class _FileLock(Lock):
@@ -79,6 +82,27 @@ class _FileLock(Lock):
                 if self._made_folder:
                     os.rmdir(self._target.url)
         os.close(self._handle)
+
+
+def who_holds(target: Location) -> dict[str, Any] | None:
+    """Return what a run says of itself that is at work on a target; None if none is.
+
+    On a disk that is asked of the lock; of a store it is what the last renewal of the lease says.
+    """
+    found = read_lock(target)
+    if not found or not target.is_local:
+        return found
+    try:
+        handle = os.open(os.path.join(target.url, LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return found if isinstance(error, BlockingIOError) else None
+    finally:
+        os.close(handle)
+    return None  # it was killed
 
 
 @contextmanager
@@ -151,7 +175,11 @@ def _lock_file(target: Location) -> _FileLock | None:
 
 def _is_taken(handle: int, path: str) -> bool:
     """Lock an open file; tell whether it is the lock of the target from now on."""
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # it may be somebody who only asks whether it is held
+        time.sleep(_ASKING_SECONDS)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if not _is_at(handle, path):
         return False
     if os.fstat(handle).st_nlink > 1:  # a killed run's, which is in a snapshot too: there it stays as it is
@@ -187,6 +215,10 @@ def _is_at(handle: int, path: str) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _holder() -> str:

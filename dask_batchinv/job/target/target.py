@@ -45,7 +45,7 @@ from dask_batchinv.text import harmless
 #: The keys in the members of a target: metadata and chunks of outputs or coordinates, and what is in the ledger.
 _MEMBER_KEY = re.compile(r"zarr\.json|\.zarray|\.zattrs|c?(\.?\d+)*|c?(/?\d+)*")
 _ROWS = re.compile(r"tiles(-\d{1,9})?")
-_LEDGER_KEY = re.compile(r"(tiles(-\d+)?/)?zarr\.json|tiles(-\d+)?/c/\d+/\d+|runs\.json")
+_LEDGER_KEY = re.compile(r"(tiles(-\d+)?/)?zarr\.json|tiles(-\d+)?/c/\d+/\d+|runs?\.json")
 
 
 def parse_location(path: Place) -> Location:

@@ -196,6 +196,8 @@ class _Made:
     """What is to be written, and its key, by tile and output; nothing for tiles that are empty."""
     bad: tuple[BadChunk, ...]
     """The chunks that they have a part of and that cannot be read."""
+    cpu_seconds: float = 0.0
+    """For how long this thread has computed."""
     seconds: float = 0.0
     """How long it took."""
 
@@ -217,8 +219,10 @@ class _Made:
 
     def results(self, task: TileTask, seconds: float) -> list[TileResult[TileRow]]:
         """Return the account of each tile, once written."""
-        milliseconds = round(1000 * seconds / len(self.span))
-        return [TileResult(number, self._row(task, number), milliseconds=milliseconds) for number in self.span]
+        wall, cpu = (round(1000 * each / len(self.span)) for each in (seconds, self.cpu_seconds))
+        return [
+            TileResult(number, self._row(task, number), milliseconds=wall, cpu_milliseconds=cpu) for number in self.span
+        ]
 
     def _row(self, task: TileTask, number: int) -> TileRow:
         chunks = self.chunks[number]
@@ -235,7 +239,7 @@ class _Made:
 
 def _make(task: TileTask, span: range, lent: ExitStack, read: Callable[[ExitStack], Stored]) -> _Made:
     """Read and invert tiles, in memory that is `lent`, and seal the chunks of the results."""
-    device = device_for(None, task.options.device)
+    device, begun = device_for(None, task.options.device), time.thread_time()
     whole, results, sources, bad = _read_and_invert(task, span, device, lent, read)
     parts = {output.role: split(task.tiling, results[output.role], span, output.extent) for output in task.outputs}
     made = _Made(span, device, sources, parts["info"], parts["rcond"], {number: {} for number in span}, bad)
@@ -246,6 +250,7 @@ def _make(task: TileTask, span: range, lent: ExitStack, read: Callable[[ExitStac
         values = parts[output.role].values()
         for number, chunk in zip(span, _chunks_of(task, output, array, values, whole, lent), strict=True):
             made.chunks[number][output] = task.encoding.key(task.tiling, number, output.extent), chunk
+    made.cpu_seconds = time.thread_time() - begun
     return made
 
 
