@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from dask_batchinv.disk import Stamp, chunk_folders, identity, is_file_or_absent, make_folders, stamp_of, write_file
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import CleanError, clean, harmless, remember_options, remember_url, without_user
-from dask_batchinv.urls import CACHES, is_chain, joined, opened, resolved
+from dask_batchinv.urls import CACHES, EXTRAS, is_chain, joined, opened, resolved
 
 T = TypeVar("T")
 
@@ -109,6 +109,9 @@ class Location:
         remember_url(text)  # before it is resolved: a slash or a dot may be part of a credential
         if not text:
             raise ValueError("expected a path or a URL, got an empty string")
+        if (archive := options.get("fo")) and isinstance(archive, (str, os.PathLike)) and not is_chain(text):
+            # Which archive, or which references: that belongs to the name of the place.
+            text, options = f"{text}::{os.fspath(archive)}", {k: v for k, v in options.items() if k != "fo"}
         if text.startswith(("file://", "local://")) and not is_chain(text):
             text = text.partition("://")[2]
         if is_chain(text):  # fsspec knows what it means
@@ -211,14 +214,20 @@ class Location:
         if self.is_local:
             return zarr.storage.LocalStore(self.url, read_only=read_only)
         url, options = opened(self.url, self._options())
-        return zarr.storage.FsspecStore.from_url(url, read_only=read_only, storage_options=options)
+        try:
+            return zarr.storage.FsspecStore.from_url(url, read_only=read_only, storage_options=options)
+        except ImportError as error:
+            raise _install(url, error) from error
 
     def _filesystem(self) -> tuple[Any, str]:
         """Return the (synchronous) fsspec file system and the path in it."""
         if self.is_local:  # whatever is in its name
             return LocalFileSystem(), self.url
         url, options = opened(self.url, self._options())
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        try:
+            fs, path = fsspec.core.url_to_fs(url, **options)
+        except ImportError as error:
+            raise _install(url, error) from error
         return fs, path
 
     def _options(self) -> dict[str, Any]:
@@ -237,7 +246,7 @@ class Location:
     def is_kept(self, key: str) -> bool:
         """Tell whether something is stored under a key, or inside a folder of that name."""
         fs, path = self._filesystem()
-        return bool(fs.exists(f"{path}/{key}"))
+        return bool(fs.exists(_under(path, key)))
 
     def is_writable(self) -> bool:
         """Tell whether it can be written, as far as that can be told beforehand."""
@@ -249,9 +258,9 @@ class Location:
     def read(self, key: str, limit: int | None = None) -> bytes:
         """Return what is stored under `key`, or its first `limit` bytes; FileNotFoundError if there is no such key."""
         fs, path = self._filesystem()
-        if self.is_local and not is_file_or_absent(f"{path}/{key}"):
+        if self.is_local and not is_file_or_absent(_under(path, key)):
             raise ValueError(f"{key} of {self.name} is not a file")
-        content: bytes = fs.cat_file(f"{path}/{key}", start=None if limit is None else 0, end=limit)
+        content: bytes = fs.cat_file(_under(path, key), start=None if limit is None else 0, end=limit)
         return content
 
     def write(self, key: str, content: bytes, *, synced: bool = False) -> Stamp:
@@ -265,8 +274,8 @@ class Location:
             return write_file(file, [content], synced=synced)
         fs, path = self._filesystem()
         if self.is_memory:
-            fs.makedirs(f"{path}/{key}".rpartition("/")[0], exist_ok=True)
-        fs.pipe_file(f"{path}/{key}", content)
+            fs.makedirs(_under(path, key).rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(_under(path, key), content)
         return _digest(content)
 
     def stamp(self, key: str) -> Stamp:
@@ -294,7 +303,7 @@ class Location:
                 raise lost
             return self.write(key, content, synced=synced)
         fs, path = self._filesystem()
-        path = f"{path}/{key}"
+        path = _under(path, key)
         conditions = _conditions(fs, path, expected)
         if self.stamp(key) != expected:
             raise lost
@@ -315,12 +324,12 @@ class Location:
         """Store what is under `key` in another place of the same store, which does that by itself where it can."""
         fs, path = self._filesystem()
         _, there = other._filesystem()
-        fs.cp_file(f"{path}/{key}", f"{there}/{key}")
+        fs.cp_file(_under(path, key), _under(there, key))
 
     def delete(self, key: str) -> None:
         """Delete what is stored under `key`."""
         fs, path = self._filesystem()
-        fs.rm_file(f"{path}/{key}")
+        fs.rm_file(_under(path, key))
 
     def read_json(self, key: str) -> dict[str, Any] | None:
         """Return a JSON object stored under `key`, or None if there is no such key.
@@ -375,7 +384,7 @@ class Location:
         def ask(key_about: tuple[str, T]) -> tuple[str, T, Known] | None:
             key, about = key_about
             with suppress(FileNotFoundError):
-                return key, about, _told(fs.info(f"{path}/{key}"))
+                return key, about, _told(fs.info(_under(path, key)))
             return None
 
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
@@ -394,7 +403,9 @@ class Location:
             return os.path.getsize(path) if os.path.isfile(path) else None
         fs, path = self._filesystem()
         try:
-            size = fs.info(f"{path}/{key}", refresh=True)["size"] if "s3" in fs.protocol else fs.size(f"{path}/{key}")
+            size = (
+                fs.info(_under(path, key), refresh=True)["size"] if "s3" in fs.protocol else fs.size(_under(path, key))
+            )
         except FileNotFoundError:
             return None
         return None if size is None else int(size)
@@ -412,7 +423,7 @@ class Location:
         """Delete keys, one by one, and on a disk the folders that are empty then."""
         if not self.is_local:
             fs, path = self._filesystem()
-            if names := [f"{path}/{key}" for key in keys]:
+            if names := [_under(path, key) for key in keys]:
                 fs.rm(names)
             return
         folders = set()
@@ -424,6 +435,21 @@ class Location:
         for folder in sorted(folders, reverse=True):  # what is inside comes first
             with suppress(OSError):
                 os.rmdir(os.path.join(self.url, folder))
+
+
+def _install(url: str, error: ImportError) -> ImportError:
+    """Return an error that says how to get what a store needs."""
+    protocol = url.rpartition("::")[2].partition("://")[0]
+    extra = EXTRAS.get(protocol)
+    how = (
+        f"pip install 'dask_batchinv[{extra}]', here and on all workers" if extra else "install it on all workers, too"
+    )
+    return ImportError(f"{error}: {how}")
+
+
+def _under(path: str, key: str) -> str:
+    """Return the path of a key; at the root of a file system there may be none before it."""
+    return f"{path}/{key}" if path else key
 
 
 #: What can be parsed as a location, or is one.

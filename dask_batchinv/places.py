@@ -62,10 +62,36 @@ def _url_of(place: Any) -> tuple[str | os.PathLike[str], Mapping[str, Any]]:
         return str(place), place.storage_options
     if isinstance(place, (str, os.PathLike)):
         return place, {}
+    if type(place).__module__ == "zarr.storage._obstore" or type(place).__module__.partition(".")[0] == "obstore":
+        return _url_of_obstore(getattr(place, "store", place))
     raise ValueError(
         f"a {type(place).__name__} is no place that worker processes could open: pass its path or URL, and what the "
         "file system of fsspec needs as source_options or target_options. For arrays in memory there is `inverse`"
     )
+
+
+#: What obstore's options of S3 are called by s3fs.
+_OF_S3 = {"access_key_id": "key", "secret_access_key": "secret", "session_token": "token", "endpoint": "endpoint_url"}
+
+
+def _url_of_obstore(store: Any) -> tuple[str, Mapping[str, Any]]:
+    """Return what fsspec calls a place of obstore, on a disk or in S3."""
+    kind = type(store).__name__
+    if kind == "LocalStore" and store.prefix is not None:
+        return str(store.prefix), {}
+    if kind != "S3Store":
+        raise ValueError(f"of an obstore {kind} pass the URL, and what the file system of fsspec needs as options")
+    known = {name.removeprefix("aws_"): value for name, value in store.config.items()}
+    bucket = known.pop("bucket", None) or known.pop("bucket_name")
+    options = {theirs: known.pop(ours) for ours, theirs in _OF_S3.items() if ours in known}
+    if str(known.pop("skip_signature", "")).lower() == "true":
+        options["anon"] = True
+    if region := known.pop("region", None):
+        options["client_kwargs"] = {"region_name": region}
+    if other := sorted(known.keys() - {"virtual_hosted_style_request", "allow_http"}):
+        raise ValueError(f"an obstore S3Store with {', '.join(other)}: pass the URL, and what s3fs needs as options")
+    prefix = "" if store.prefix is None else f"/{str(store.prefix).strip('/')}"
+    return f"s3://{bucket}{prefix}", options
 
 
 def unwrapped(fs: Any, path: str) -> tuple[Any, str]:

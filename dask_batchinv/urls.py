@@ -9,6 +9,11 @@ import fsspec
 
 from dask_batchinv.text import clean
 
+#: What extra of this package brings what a protocol needs.
+EXTRAS = {
+    **dict.fromkeys(("s3", "s3a", "http", "https"), "remote"), **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure"),
+}  # fmt: skip
 #: File systems that keep copies of what others have.
 CACHES = ("simplecache", "filecache", "blockcache", "cached")
 

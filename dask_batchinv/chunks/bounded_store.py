@@ -64,9 +64,10 @@ class BoundedStore(GuardedStore):
             check_least(f"the chunk {key}", len(value), least_nbytes(byte_range, self._stored.least))
         return value
 
-    def fetch(self, key: str) -> Any:
-        """Return the bytes under a key, which is no file on this machine; None if there are none."""
-        value = sync(self.get(key, default_buffer_prototype()))
+    def fetch(self, key: str, part: range | None = None) -> Any:
+        """Return the bytes under a key, or a part of them, which is no file on this machine; None if there are none."""
+        wanted = None if part is None else RangeByteRequest(part.start, part.stop)
+        value = sync(self.get(key, default_buffer_prototype(), wanted))
         return None if value is None else value.as_numpy_array()
 
     def gives(self, key: str) -> bool:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import zarr
 
 from dask_batchinv.buffers import BUFFERS
-from dask_batchinv.chunks.bounded_store import BoundedStore
+from dask_batchinv.chunks.bounded_store import BoundedStore, check_least
 from dask_batchinv.chunks.plain import PlainChunks
 from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES
 
@@ -101,9 +101,21 @@ class DirectReader:
 
     def fetch(self, region: Region, pool: Executor, kept: KeptChunk | None = None) -> Fetched:
         """Begin to fetch the chunks of a region from a store, and return what will come, in the order of reading."""
-        keys = map(self.array.metadata.encode_chunk_key, self._places(self._spans(region)))
+        spans, name = self._spans(region), self.array.metadata.encode_chunk_key
+        keys = ((name(place), self._part_of(place, spans)) for place in self._places(spans))
         # What is kept may have made room before its turn comes: then it is fetched when it is wanted.
-        return deque(None if kept and key == kept.key else pool.submit(self.store.fetch, key) for key in keys)
+        return deque(
+            None if kept and key == kept.key else pool.submit(self.store.fetch, key, part) for key, part in keys
+        )
+
+    def _part_of(self, place: tuple[int, ...], spans: Sequence[range]) -> range | None:
+        """Return which bytes of a chunk a region needs, where that is not all of them and the rest need not be read."""
+        if not self.plain.is_read_in_part:
+            return None
+        unit, start = self.plain.shape[0], place[0] * self.plain.shape[0]
+        first, last = max(start, spans[0].start) - start, min(start + unit, spans[0].stop) - start
+        row = self.plain.nbytes // unit
+        return None if last - first == unit else range(first * row, last * row)
 
     def _spans(self, region: Region) -> list[range]:
         return [range(*span.indices(size)) for span, size in zip(region, self.array.shape, strict=True)]
@@ -125,14 +137,21 @@ class DirectReader:
         kept: KeptChunk | None,
     ) -> None:
         """Read what the chunk at a place in the grid has of a region."""
-        key = self.array.metadata.encode_chunk_key(place)
-        fill = partial(self._read_file, key) if fetched is None else partial(self._decode, key, fetched.popleft())
+        key, part = self.array.metadata.encode_chunk_key(place), self._part_of(place, spans)
+        fill = (
+            partial(self._read_file, key, part)
+            if fetched is None
+            else partial(self._decode, key, part, fetched.popleft())
+        )
         starts = [at * unit for at, unit in zip(place, self.plain.shape, strict=True)]
         both = [
             slice(max(start, span.start), min(start + unit, span.stop))
             for start, unit, span in zip(starts, self.plain.shape, spans, strict=True)
         ]
         there = out[_moved(both, [span.start for span in spans])]
+        if part is not None:
+            self._read_rows(there, both, starts, fill)
+            return
         if there.shape == self.plain.shape and there.flags.c_contiguous:
             if not fill(there.reshape(-1).view(np.uint8)):
                 there[...] = self._fill_value
@@ -144,18 +163,37 @@ class DirectReader:
             else:
                 there[...] = content.view(self.plain.dtype).reshape(self.plain.shape)[_moved(both, starts)]
 
+    def _read_rows(
+        self, there: npt.NDArray[Any], both: Region, starts: Sequence[int], fill: Callable[[Bytes], bool]
+    ) -> None:
+        """Read some rows of a chunk that need not be read whole, and put what is wanted of them there."""
+        rows = (both[0].stop - both[0].start, *self.plain.shape[1:])
+        if there.shape == rows and there.flags.c_contiguous:
+            if not fill(there.reshape(-1).view(np.uint8)):
+                there[...] = self._fill_value
+            return
+        content = np.empty(rows, self.plain.dtype)
+        if not fill(content.reshape(-1).view(np.uint8)):
+            there[...] = self._fill_value
+        else:
+            there[...] = content[_moved(both, [both[0].start, *starts[1:]])]
+
     @property
     def _fill_value(self) -> Any:
         return 0 if self.array.fill_value is None else self.array.fill_value  # so does Zarr
 
-    def _decode(self, key: str, coming: Future[Any] | None, out: Bytes) -> bool:
+    def _decode(self, key: str, part: range | None, coming: Future[Any] | None, out: Bytes) -> bool:
         """Decode what comes from a store into `out`; return whether something does."""
-        if (data := self.store.fetch(key) if coming is None else coming.result()) is not None:
+        data = self.store.fetch(key, part) if coming is None else coming.result()
+        if data is not None and part is not None:
+            check_least(f"the chunk {key}", len(data), len(part))
+            out[:] = data
+        elif data is not None:
             self.plain.decode(data, out)
         return data is not None
 
-    def _read_file(self, key: str, out: Bytes) -> bool:
-        """Decode the file of a chunk into `out`; return whether it is there."""
+    def _read_file(self, key: str, part: range | None, out: Bytes) -> bool:
+        """Decode the file of a chunk into `out`, or copy a part of it there; return whether it is there."""
         with self.store.opened(key) as file:
             if file is None:
                 return False
@@ -163,6 +201,9 @@ class DirectReader:
             if self.plain.compressor is None:
                 checksum = bytearray(CHECKSUM_NBYTES * self.plain.checksummed)
                 self.plain.check_nbytes(nbytes - len(checksum))
+                if part is not None:
+                    _fill(handle, [out.data], len(part), part.start)
+                    return True
                 _fill(handle, [out.data, memoryview(checksum)], nbytes)
                 self.plain.check(out, checksum)
                 return True
@@ -177,11 +218,11 @@ def _moved(region: Region, origin: Sequence[int]) -> tuple[Any, ...]:
     return *(slice(span.start - at, span.stop - at) for span, at in zip(region, origin, strict=True)), ...
 
 
-def _fill(handle: int, buffers: list[memoryview], nbytes: int) -> None:
+def _fill(handle: int, buffers: list[memoryview], nbytes: int, start: int = 0) -> None:
     """Read `nbytes` bytes of a file into buffers, one after the other; EOFError if it has become shorter meanwhile."""
     done = 0
     while done < nbytes:
-        count = os.preadv(handle, [buffers[0][:_READ_NBYTES]], done)
+        count = os.preadv(handle, [buffers[0][:_READ_NBYTES]], start + done)
         if not count:
             raise EOFError("a chunk of the source became shorter while it was read")
         done += count

@@ -34,6 +34,11 @@ class PlainChunks:
         """Bytes of a chunk, once decoded."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_read_in_part(self) -> bool:
+        """Whether some rows of a chunk, along its first axis, can be read without the others."""
+        return self.compressor is None and not self.checksummed and len(self.shape) > 0
+
     def longest_nbytes(self, *, in_store: bool) -> int:
         """Return the bytes of memory that a chunk takes at most before it is decoded."""
         if self.compressor is None:

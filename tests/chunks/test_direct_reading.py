@@ -341,3 +341,40 @@ def test_many_threads_borrow():
         thread.join()
     assert not wrong
     assert lender.nbytes <= 4 * 2**18
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_of_a_chunk_that_is_not_compressed_only_what_is_wanted_is_read(tmp_path, place, monkeypatch):
+    """Rows along its first axis, by their bytes."""
+    url = str(tmp_path / "s") if place == "disk" else f"memory://{tmp_path.name}/s"
+    array = zarr.create_array(url, shape=(64, 6, 2, 2), chunks=(32, 3, 2, 2), dtype="f8", compressors=None)
+    array[...] = a = np.random.default_rng(0).normal(size=(64, 6, 2, 2))
+    source, read = open_source(url), []
+    preadv, get = os.preadv, BoundedStore.get
+
+    def counting(handle, into, offset):
+        read.append(sum(map(len, into)))
+        return preadv(handle, into, offset)
+
+    async def asking(self, key, prototype, byte_range=None):
+        found = await get(self, key, prototype, byte_range)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(BoundedStore, "get", asking)
+    for region, chunks in (((slice(5, 9),), 2), ((slice(30, 34),), 2), (np.s_[5:9, 1:2], 1), (np.s_[0:32, 0:3], 1)):
+        read.clear()
+        got = source.read_stored(source.open(), region)
+        assert_same_bits(np.ascontiguousarray(got), np.ascontiguousarray(a[region]))
+        assert sum(read) == (region[0].stop - region[0].start) * 3 * 4 * 8 * chunks
+
+
+def test_a_part_of_a_chunk_that_was_cut_short_is_damage(tmp_path):
+    array = zarr.create_array(tmp_path / "s", shape=(32, 2, 2), chunks=(32, 2, 2), dtype="f8", compressors=None)
+    array[...] = 1
+    chunk = tmp_path / "s/c/0/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-8])
+    source = open_source(tmp_path / "s")
+    with pytest.raises(ChunkSizeError):
+        source.read_stored(source.open(), (slice(0, 2),))

@@ -1,5 +1,6 @@
 """Source and target as people have them in hand, each with what its file system is given."""
 
+import importlib.util
 import json
 
 import dask
@@ -9,7 +10,7 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from dask_batchinv import SourceError, TargetError, invert_store, verify_store
+from dask_batchinv import SourceError, TargetError, inverse, invert_store, verify_store
 from dask_batchinv.cli import main
 from dask_batchinv.location import Location
 from dask_batchinv.places import locate
@@ -141,3 +142,59 @@ def test_what_no_other_process_could_open(tmp_path, source, place):
         invert_store(place, tmp_path / "t")
     with pytest.raises(TargetError, match=r"is no place"):
         invert_store(source, place)
+
+
+# --- what others than Zarr have made, and lists ---------------------------------------------------------------
+
+
+def write_references(folder, a):
+    """References to parts of a file of another format, as kerchunk and VirtualiZarr write them."""
+    (folder / "data.bin").write_bytes(b"a header" + a.astype("<f8").tobytes())
+    half, meta = a.nbytes // 2, {"zarr_format": 2, "dtype": "<f8", "compressor": None, "filters": None, "order": "C"}
+    refs = {
+        ".zgroup": json.dumps({"zarr_format": 2}),
+        "cov/.zarray": json.dumps(meta | {"shape": a.shape, "chunks": [len(a) // 2, 3, 3], "fill_value": None}),
+        "cov/.zattrs": json.dumps({"_ARRAY_DIMENSIONS": ["t", "i", "j"]}),
+        "cov/0.0.0": [str(folder / "data.bin"), 8, half],
+        "cov/1.0.0": [str(folder / "data.bin"), 8 + half, half],
+    }
+    (folder / "refs.json").write_text(json.dumps({"version": 1, "refs": refs}))
+    return folder / "refs.json"
+
+
+@pytest.mark.parametrize("how", ["chain", "chain of URLs", "options", "mapping"])
+def test_references(tmp_path, how):
+    a = conditioned(40, 3, 10)
+    refs = write_references(tmp_path, a)
+    place, options = {
+        "chain": (f"reference://::{refs}", None),
+        "chain of URLs": (f"reference://::file://{refs}", None),
+        "options": ("reference://", {"fo": str(refs)}),
+        "mapping": (f"reference://::{refs}", {}),
+    }[how]
+    report = invert_store(place, tmp_path / "t", variable="cov", source_options=options, tile_size=720)
+    assert report.complete
+    assert "refs.json" in report.source  # by which they are told from others
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "t")["inverse"][...], inverse(a))
+    assert verify_store(tmp_path / "t", source=place, source_options=options).ok
+    again = invert_store(place, tmp_path / "t", variable="cov", source_options=options, tile_size=720)
+    assert again.tiles_now == 0
+
+
+def test_places_of_obstore(tmp_path, source):
+    stores = pytest.importorskip("obstore.store", reason="obstore is not installed")
+    assert invert_store(stores.LocalStore(source), tmp_path / "t").complete
+    assert invert_store(zarr.storage.ObjectStore(stores.LocalStore(source)), tmp_path / "u").complete
+    remote = stores.S3Store("b", prefix="p/q", endpoint="http://e", access_key_id="k", secret_access_key=TOKEN)
+    location = locate(remote)
+    assert (location.url, location.options) == ("s3://b/p/q", {"key": "k", "secret": TOKEN, "endpoint_url": "http://e"})
+    assert TOKEN not in repr(location)
+    with pytest.raises(SourceError, match="of an obstore MemoryStore pass the URL"):
+        invert_store(stores.MemoryStore(), tmp_path / "v")
+
+
+def test_what_a_store_needs_is_named(tmp_path):
+    for protocol, (package, extra) in {"gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}.items():
+        if importlib.util.find_spec(package) is None:
+            with pytest.raises(SourceError, match=rf"pip install 'dask_batchinv\[{extra}\]', here and on all workers"):
+                invert_store(f"{protocol}://bucket/a.zarr", tmp_path / "t")

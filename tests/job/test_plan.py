@@ -203,3 +203,22 @@ def test_a_read_unit_is_cut_into_equal_parts_where_it_can(size):
     assert found <= size // 2
     equal = [part for part in range(size // 4, size // 2 + 1) if part and size % part == 0]
     assert found == max(equal, default=size // 2)
+
+
+def test_where_chunks_are_decoded_several_times_it_is_said_how_to_avoid_that():
+    # A chunk of 98 MiB that must be decoded whole.
+    cut = layout((4000, 4000, 4, 4), (1000, 800, 4, 4))
+    plan = make_plan(cut, UNLIMITED, tile_nbytes=2**20)
+    assert plan.read_amplification > 30
+    assert plan.advice == "chunks of the source are cut by tiles: --tile-size 98MiB avoids that"
+    assert plan.advice in plan.describe()
+    assert make_plan(cut, UNLIMITED, tile_nbytes=98 * 2**20).advice is None
+    limited = make_plan(cut, Limits(memory=740 * 2**20, threads=1, scratch=0, read_concurrency=10), tile_nbytes=2**20)
+    assert " and --memory-limit " in limited.advice
+    # Not so where parts of chunks can be read.
+    rows = layout((4000, 10, 4, 4), (1000, 10, 4, 4), direct_nbytes=0, in_part=True)
+    assert make_plan(rows, UNLIMITED, tile_nbytes=2**17).read_amplification == 1
+    wished = layout((4000, 4, 4), (1000, 4, 4), fixed={0: 300})
+    assert "choose multiples" in make_plan(wished, UNLIMITED, tile_nbytes=2**17).advice
+    inside = layout((4000, 4, 4), (1000, 4, 4), start=(10, 0, 0))
+    assert "select from where one begins" in make_plan(inside, UNLIMITED, tile_nbytes=2**17).advice

@@ -333,6 +333,7 @@ def test_a_target_can_be_written_on(tmp_path, as_accessor, ds, engine):
     got.drop_encoding().to_zarr(tmp_path / "x2.zarr", zarr_format=2, consolidated=False)
 
 
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
 def test_a_server_that_lists_nothing_is_a_source(tmp_path):
     pytest.importorskip("aiohttp", reason="aiohttp is not installed")
     group = zarr.create_group(tmp_path / "s")
@@ -342,6 +343,11 @@ def test_a_server_that_lists_nothing_is_a_source(tmp_path):
     with silent_server(tmp_path) as (root, _):
         assert open_source(f"{root}/s", "cov").dims == ("t", "i", "j")
         assert open_source(f"{root}/s", "twice").dims == ("t", "p", "p_2")
+        with pytest.raises(SourceError, match="its server does not list it: name the stack with --variable"):
+            open_source(f"{root}/s")
+        zarr.consolidate_metadata(group.store)
+        with pytest.raises(SourceError, match=r"name the stack with --variable; it has cov \(4, 2, 2\), twice"):
+            open_source(f"{root}/s")
 
 
 # --- structures -----------------------------------------------------------------------------------------------

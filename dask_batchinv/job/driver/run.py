@@ -30,7 +30,7 @@ from dask_batchinv.job.results import TileResult
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
-from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, record_begin, record_run
+from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK, Ledger, forget_begin, record_begin, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.swap import swap
@@ -424,6 +424,7 @@ class Run:
                 self._look_for_losses(target, ledger)
             with suppress(Exception):  # the disk may be full: the report matters more
                 record_run(writer, self._record().to_json())
+                forget_begin(writer)
             if self._is_done(ledger):
                 targets.open_as_reader(location)
                 targets.set_complete(writer, target, True)

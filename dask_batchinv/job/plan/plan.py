@@ -34,6 +34,8 @@ MASKS_NBYTES = 24
 DECODING_COPIES, DECODING_MASKS = 2, 2
 #: What Zarr's codecs need for what they encode: measured 1.9 copies of it, compressed, and 3.3 in shards.
 ENCODING_COPIES = 4
+#: From so many times on it is worth a word that chunks are decoded several times.
+NOTEWORTHY = 1.05
 #: Dask stops giving tasks to a worker at 80 % of its limit (distributed.worker.memory.pause).
 USABLE = 0.8
 
@@ -70,6 +72,8 @@ class StackLayout(StackShape):
     """Of what their lengths are multiples along axes, where the user says so."""
     is_encoded: bool = False
     """Whether chunks of the target are not stored as they are made."""
+    in_part: bool = False
+    """Whether some rows of a read unit, along its first axis, can be read without the others."""
     waits: bool = False
     """Whether source or target are in a store that makes us wait, so that much is read and written at a time."""
 
@@ -133,6 +137,8 @@ class Plan:
     """Tiles, one after the other, that a read unit is cut into, and that one worker does, which decodes it once."""
     where: str = "worker processes of its own"
     """Where the job runs, in words."""
+    advice: str | None = None
+    """How to avoid that chunks of the source are decoded several times."""
 
     @property
     def tiles_per_task(self) -> int:
@@ -162,11 +168,12 @@ class Plan:
             f"matrices            {tiling.n_matrices:,} of {tiling.n} x {tiling.n}",
             f"tiles               {tiling.n_tiles:,} of shape {tiling.tile}",
             f"to read             {format_bytes(self.nbytes_in)}"
-            + (f", decoded {self.read_amplification:.1f} times" if self.read_amplification > 1.05 else ""),
+            + (f", decoded {self.read_amplification:.1f} times" if self.read_amplification > NOTEWORTHY else ""),
             f"to write            {format_bytes(self.nbytes_out)}",
             f"memory per worker   {format_bytes(self.projected_nbytes)} projected at its peak, {limit} allowed, "
             f"{self.limits.threads} thread(s)",
             f"runs in             {clean(self.where)}",
+            *([] if self.advice is None else [f"advice              {self.advice}"]),
         ]
         return "\n".join(lines)
 
@@ -180,6 +187,7 @@ class Plan:
             "bytes_in": self.nbytes_in,
             "bytes_out": self.nbytes_out,
             "source_decoded_times": self.read_amplification,
+            "advice": self.advice,
             "projected_bytes_per_worker": self.projected_nbytes,
             "allowed_bytes_per_worker": self.limits.memory,
             "threads_per_worker": self.limits.threads,
@@ -226,17 +234,40 @@ def make_plan(layout: StackLayout, limits: Limits, *, tile_nbytes: int, tile: tu
         raise PlanError(_too_many(tiling, begun=tile is not None))
     per_unit = _count_per_unit(layout, tiling)
     ahead, need = _look_ahead(layout, limits, shape, usable) if per_unit == 1 else (0, need)
+    times = 1.0 if per_unit > 1 else _read_amplification(layout, shape)
     return Plan(
         tiling=tiling,
         projected_nbytes=need,
         limits=limits,
         nbytes_in=math.prod(layout.shape) * layout.itemsize_in,
         nbytes_out=layout.n_matrices * layout.nbytes_per_matrix,
-        read_amplification=1.0 if per_unit > 1 else _read_amplification(layout, shape),
+        read_amplification=times,
+        advice=_advice(layout, limits, shape, begun=tile is not None) if times > NOTEWORTHY else None,
         together=count_per_task(layout, shape),
         ahead=ahead,
         per_unit=per_unit,
     )
+
+
+def _advice(layout: StackLayout, limits: Limits, tile: tuple[int, ...], *, begun: bool) -> str:
+    """Return how to avoid that read units are decoded several times."""
+    if begun:
+        return "tiles of this target cut chunks of the source; a target that is begun anew may have others"
+    if layout.fixed or layout.multiples:
+        return "the wished chunks cut those of the source: choose multiples of these"
+    if any(layout.begins):
+        return "what is selected begins within chunks of the source: select from where one begins"
+    whole = [max(1, min(size, unit)) for size, unit in zip(layout.shape, layout.read_unit, strict=True)]
+    for axis in layout.core:
+        whole[axis] = layout.n
+    nbytes = math.prod(whole) * layout.itemsize_out
+    need = math.ceil(project_memory(layout, limits, tuple(whole)) / USABLE)
+    memory = "" if limits.memory is None or need <= limits.memory else f" and --memory-limit {_in_mib(need)}"
+    return f"chunks of the source are cut by tiles: --tile-size {_in_mib(nbytes)}{memory} avoids that"
+
+
+def _in_mib(nbytes: int) -> str:
+    return f"{cuts(nbytes, 2**20)}MiB"
 
 
 def count_per_task(layout: StackLayout, tile: tuple[int, ...]) -> int:
@@ -261,7 +292,7 @@ def _count_per_unit(layout: StackLayout, tiling: Tiling) -> int:
     # Tiles are counted on from one row to the next: units begin at their multiples only if rows hold whole ones.
     is_one = is_one and (math.prod(tiling.grid[: cut[0]]) <= 1 or tiling.grid[cut[0]] % max(1, parts[cut[0]]) == 0)
     whole = all(layout.read_unit[axis] >= layout.shape[axis] for axis in layout.core)
-    direct = layout.direct_nbytes is not None and not any(layout.begins)
+    direct = layout.direct_nbytes is not None and not any(layout.begins) and not layout.in_part
     return max(1, parts[cut[0]]) if direct and whole and is_one else 1
 
 
@@ -298,7 +329,8 @@ def project_memory(layout: StackLayout, limits: Limits, tile: tuple[int, ...], a
         kept, read, reading = result, source, source + in_flight * held
         kept += ahead * (reading + result)
     else:  # what is decoded, one unit after the other, stays for the next tile
-        cut = unit * layout.itemsize_in if _cuts_units(layout, tile) else 0
+        rows = min(tile[0], layout.read_unit[0]) / layout.read_unit[0] if layout.in_part else 1
+        cut = int(rows * unit) * layout.itemsize_in if _cuts_units(layout, tile) else 0
         fetched = layout.direct_nbytes * (units if layout.waits else 1)
         kept, read, reading = result + source + fetched + cut + ahead * (fetched + result), 0, 0
     if layout.waits:  # what is on its way to a store is there twice
@@ -369,6 +401,8 @@ def _read_amplification(layout: StackLayout, tile: tuple[int, ...]) -> float:
     """Return how many times the average read unit is decoded."""
     times = 1.0
     for axis in layout.batch:
+        if axis == 0 and layout.in_part:
+            continue
         size, unit, step, begin = layout.shape[axis], layout.read_unit[axis], tile[axis], layout.begins[axis]
         if size:
             # Every tile but the first cuts one, unless it begins where a read unit does.

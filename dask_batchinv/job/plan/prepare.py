@@ -175,8 +175,18 @@ def contents_of(job: Job, tiling: Tiling, notes: list[str]) -> Contents:
         )
     return Contents(
         tiling, job.dtype, job.options.outputs, encoding_of(job, tiling), source.target_dims, source.form_dims,
-        coordinates, source.attributes, source.group_attributes, job.options.assume_a,
+        coordinates, source.attributes, _with_history(source), job.options.assume_a,
     )  # fmt: skip
+
+
+def _with_history(source: Source) -> dict[str, Any]:
+    """Return the attributes of the source's group with one more line of history, the latest first, as CF has it."""
+    attributes = dict(source.group_attributes)
+    # Without the time, which is in the records of runs: the same job makes the same target.
+    line = f"dask_batchinv {versions()['dask_batchinv']}: inverses of {source.location.name}"
+    before = attributes.get("history")
+    attributes["history"] = f"{line}\n{before}" if isinstance(before, str) and before else line
+    return attributes
 
 
 def encoding_of(job: Job, tiling: Tiling) -> Encoding:
@@ -311,6 +321,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         if source.plain is None
         else source.plain.longest_nbytes(in_store=not source.location.is_local),
         waits=not ((source.location.is_local or source.is_lazy) and job.target.is_local),
+        in_part=source.plain is not None and source.plain.is_read_in_part,
         mask_nbytes=_mask_nbytes(source.mask),
         itemsize_decoded=source.decoded_dtype.itemsize if source.packing else 0,
         itemsize_out=dtype.itemsize,

@@ -69,6 +69,8 @@ class RunRecord:
     """Bytes of the source, decoded, read by this run."""
     bytes_written: int
     """Bytes of the target written by this run."""
+    source_decoded_times: float
+    """How many times the average chunk of the source was decoded, where tiles are smaller."""
     workers: int
     """Workers of this run."""
     threads_per_worker: int
@@ -168,11 +170,12 @@ class RunTotals:
             per_worker={clean(address): figures for address, figures in used.items()},
             bytes_read=round(plan.nbytes_in * share),
             bytes_written=round(plan.nbytes_out * share),
+            source_decoded_times=plan.read_amplification,
             workers=workers.count,
             threads_per_worker=workers.threads,
             where=plan.where,
             source_checked=source.checksummed,
-            notes=tuple([*notes, *self.notes, *self._notes(source)]),
+            notes=tuple([*notes, *self.notes, *self._notes(source), *_on_amplification(plan)]),
         )
 
     def _notes(self, source: Source) -> list[str]:
@@ -195,6 +198,12 @@ class RunTotals:
         if not source.checksummed:
             notes.append("unchecked: the source has no checksums, so damage to it cannot be detected")
         return notes
+
+
+def _on_amplification(plan: Plan) -> list[str]:
+    if plan.advice is None:
+        return []
+    return [f"each chunk of the source was decoded {plan.read_amplification:.1f} times: {plan.advice}"]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class FormedSource(Source):
         return dict(self.extra_dims)
 
     @property
-    def packings(self) -> list[Any]:
+    def packings(self) -> Any:
         """By what the numbers of its arrays are decoded."""
         return [array.packing for array in self.arrays]
 

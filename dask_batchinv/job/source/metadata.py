@@ -101,6 +101,19 @@ def read_node(location: Location, zarr_format: Literal[2, 3] | None = None) -> N
     return node
 
 
+def member_names(group: Location) -> list[str]:
+    """Return the names of what is directly in a group; as they are consolidated, where a web server lists nothing."""
+    if names := group.known_children():
+        return names
+    found: set[str] = set()
+    with suppress(ValueError, AttributeError, TypeError):  # what makes no sense names nothing
+        inner = ((group.read_json("zarr.json") or {}).get("consolidated_metadata") or {}).get("metadata") or {}
+        found |= {name for name in inner if "/" not in name}
+        keys = (group.read_json(".zmetadata") or {}).get("metadata") or {}
+        found |= {key.removesuffix("/.zarray") for key in keys if key.count("/") == 1 and key.endswith("/.zarray")}
+    return sorted(filter(is_name, found))
+
+
 #: What real and imaginary parts are called as fields of a record.
 _FIELDS = ({"r", "i"}, {"re", "im"}, {"real", "imag"}, {"real", "imaginary"})
 _COMPLEX = {"float32": "complex64", "float64": "complex128", "<f4": "<c8", "<f8": "<c16", ">f4": ">c8", ">f8": ">c16"}
@@ -110,7 +123,8 @@ def _fields_of(meta: dict[str, Any]) -> list[Any] | None:
     """Return the fields of an array of records that are complex numbers, in the order of their bytes; else None."""
     declared = meta.get("dtype", meta.get("data_type"))
     if isinstance(declared, dict):
-        declared = (declared.get("configuration") or {}).get("fields")
+        configuration = declared.get("configuration")
+        declared = configuration.get("fields") if isinstance(configuration, dict) else None
     if (
         not isinstance(declared, list)
         or len(declared) != 2

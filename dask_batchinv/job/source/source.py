@@ -97,9 +97,9 @@ class Source(StoredArray):
         return {}
 
     @property
-    def packings(self) -> list[Any]:
+    def packings(self) -> Any:
         """By what its numbers are decoded."""
-        return [self.packing]
+        return self.packing
 
     def read_in_parts(self, array: zarr.Array[Any], region: Region, out: npt.NDArray[Any]) -> Parts:
         """Read a region of the array, which was opened for reading, chunk by chunk."""

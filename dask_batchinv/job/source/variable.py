@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dask_batchinv.attributes import packing_of
 from dask_batchinv.job.source.coordinates import array_nodes
-from dask_batchinv.job.source.metadata import Node, is_floating, read_node, stored_names
+from dask_batchinv.job.source.metadata import Node, is_floating, member_names, read_node, stored_names
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
 
@@ -32,7 +32,10 @@ def _known_variable(group: Location, variable: str | None, dims: Sequence[str] |
         if not variable or {"..", "."} & set(variable.split("/")) or variable.startswith("/"):
             raise SourceError(f"variable {variable!r} is not a name inside the group")
         return variable
-    nodes, _ = array_nodes(group, group.children())
+    names = member_names(group)
+    if not names:
+        raise SourceError(f"{group.name} is a group, and its server does not list it: name the stack with --variable")
+    nodes, _ = array_nodes(group, names)
     stacks = {name: node for name, node in nodes.items() if _may_be_stack(node, dims)}
     # Masks and counts often have the same dimensions.
     real = [name for name, node in stacks.items() if is_floating(node) or packing_of(node.attributes)]
@@ -49,7 +52,7 @@ def _may_be_stack(node: Node, dims: Sequence[str] | None) -> bool:
 
 
 def _listed(group: Location) -> str:
-    nodes, broken = array_nodes(group, group.children())
+    nodes, broken = array_nodes(group, member_names(group))
     texts = [f"{name} {node.shape}" for name, node in nodes.items()]
     return (
         ", ".join([*texts, *(f"{name} (not usable: name it with --variable to see why)" for name in broken)])

@@ -125,6 +125,11 @@ def record_begin(writer: Writer, begin: dict[str, Any]) -> None:
     writer.create(f"{LEDGER}/{_AT_WORK}", json.dumps(begin).encode())
 
 
+def forget_begin(writer: Writer) -> None:
+    """Remove what `record_begin` has noted: the run has ended."""
+    writer.delete_all([f"{LEDGER}/{_AT_WORK}"])
+
+
 def begin_of(target: Location, run: str) -> dict[str, Any] | None:
     """Return how far a target was when a run began to invert; None if that is not known."""
     with suppress(ValueError):
