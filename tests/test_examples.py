@@ -45,11 +45,12 @@ def test_the_page_on_containers(section):
     assert runner.failures == 0
 
 
-def test_the_page_on_archives(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["nightly", "jobs"])
+def test_the_pages_on_archives_and_jobs(tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")  # which Xarray writes all the same
-        found = doctest.testfile(str(ROOT / "docs" / "nightly.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
+        found = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert found.attempted > 10
     assert found.failed == 0
 
