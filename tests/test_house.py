@@ -20,7 +20,7 @@ FLOORS = [
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "torch_tensors"],
     ["kernels.cpu", "kernels.cuda", "location", "chunks"],
-    ["kernels", "unfinished", "places"],
+    ["kernels", "unfinished", "places", "snapshots"],
     ["out"],
     ["options"],
     ["containers", "job.allowed", "job.tiling", "job.form"],

@@ -23,6 +23,7 @@ from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import RefusedError, SourceError, TargetError
 from dask_batchinv.places import locate
+from dask_batchinv.snapshots import locate_snapshot
 from dask_batchinv.stack import AssumeAWord, Device
 from dask_batchinv.text import harmless
 
@@ -93,7 +94,8 @@ def invert_store(
         A Zarr array ``(*, n, n)``, or a group with `variable` in it; format 2 or 3, a path or an fsspec URL, or what
         stands for one. Packed numbers (``scale_factor``, ``_FillValue``, …) are decoded as Xarray decodes them, missing
         ones to NaN. A Dask array, a DataArray or a Dataset is computed tile by tile, and stored nowhere: so stacks in
-        any format that Xarray opens are inverted. Where memory is planned, what computing it takes is not known.
+        any format that Xarray opens are inverted. Where memory is planned, what computing it takes is not known. Of
+        Icechunk, the store of a session that cannot change.
     target : as `source`
         A Zarr group to create, or to continue: ``inverse`` ``(*, n, n)``, ``info`` and ``rcond`` ``(*,)``, with
         the dimension names, coordinates and attributes that `Dataset.linalg.inv` would give. `xarray.open_zarr` opens
@@ -104,7 +106,8 @@ def invert_store(
         as the file system expects them.
     token : str, optional
         By what a lazy source is known, so that the job goes on with the same one; by default Dask's own name of it,
-        which for what is random, or made by functions without a name, is another one in each process.
+        which for what is random, or made by functions without a name, is another one in each process. Or a repository
+        of Icechunk, whichever snapshot is read; by default the snapshot, so that another one is another source.
     variable : str, optional
         Name of the stack in a group that has several.
     dims : (row, column), optional
@@ -300,7 +303,13 @@ def _source(
     place: AnyPlace, given: Mapping[str, Any] | None, options: JobOptions, token: str | None
 ) -> Location | Source:
     """Return where a source is, or what it is computed from."""
-    if type(place).__module__.partition(".")[0] not in ("dask", "xarray"):
+    package = type(place).__module__.partition(".")[0]
+    if package == "icechunk":
+        try:
+            return locate_snapshot(place, token)
+        except ValueError as error:
+            raise SourceError(str(error)) from error
+    if package not in ("dask", "xarray"):
         return _located(place, given, SourceError)
     from dask_batchinv.job.source.lazy import open_lazy  # with it Dask's arrays are imported
 

@@ -125,6 +125,8 @@ def _fields_of(meta: dict[str, Any]) -> list[Any] | None:
     if isinstance(declared, dict):
         configuration = declared.get("configuration")
         declared = configuration.get("fields") if isinstance(configuration, dict) else None
+        if isinstance(declared, list):  # as versions of Zarr from 3.4 on write it
+            declared = [[*field.values()] if isinstance(field, dict) else field for field in declared]
     if (
         not isinstance(declared, list)
         or len(declared) != 2

@@ -245,8 +245,9 @@ def _check_account(found: Products, region: tuple[slice, ...]) -> None:
         numbers = found[role].reshape(len(info), math.prod(found[role].shape[1:]))
         _refuse(good & ~np.isfinite(numbers).all(axis=1), region, f"good by their info, but their {role} is not finite")
         if numbers.size:
-            known = role in ("logdet", "sign") and info > 0  # of singular matrices it is known
-            _refuse(~good & ~known & ~np.isnan(numbers).all(axis=1), region, f"failed, but their {role} is not NaN")
+            # Of singular matrices the determinant is known.
+            known = good | (info > 0) if role in ("logdet", "sign") else good
+            _refuse(~known & ~np.isnan(numbers).all(axis=1), region, f"failed, but their {role} is not NaN")
     # A little over 1 by rounding; NaN is neither.
     _refuse(good & ~((rcond >= 0) & (rcond < 1.1)), region, "good, but their rcond is not between 0 and 1")
     _refuse((info > 0) & (rcond != 0), region, "singular, but their rcond is not 0")

@@ -1,0 +1,115 @@
+"""Icechunk: a snapshot of a repository as a place, which is read as it is whatever is committed meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import zarr
+import zarr.abc.store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from dask_batchinv.location import Known, Location
+from dask_batchinv.storage import GuardedStore
+
+T = TypeVar("T")
+
+
+def locate_snapshot(place: Any, token: str | None) -> SnapshotLocation:
+    """Return the place of a store or a session of Icechunk.
+
+    Parameters
+    ----------
+    place
+        The store, or the session that it is of.
+    token
+        By what it is known, whichever snapshot of it is read; by default by that, so that another is another source.
+
+    Raises
+    ------
+    ValueError
+        If it could change while it is read.
+    """
+    session = getattr(place, "session", place)
+    if not hasattr(session, "snapshot_id") or not session.read_only:
+        raise ValueError(
+            f"of Icechunk pass the store of a session that cannot change, repo.readonly_session(...).store, not a "
+            f"{type(place).__name__}"
+        )
+    return SnapshotLocation(f"icechunk://{token or session.snapshot_id}", {}, session)
+
+
+class _Prefixed(GuardedStore):
+    """A store of what lies under a path of another one."""
+
+    def __init__(self, store: zarr.abc.store.Store, prefix: str):
+        super().__init__(store)
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        """Return the value of a key."""
+        return await self._store.get(self._prefix + key, prototype, byte_range)
+
+    async def exists(self, key: str) -> bool:
+        """Tell whether there is a key."""
+        return await self._store.exists(self._prefix + key)
+
+
+@dataclass(frozen=True)
+class SnapshotLocation(Location):
+    """A location in a snapshot."""
+
+    session: Any = field(default=None, compare=False)
+    """The session, which reads nothing else."""
+    path: str = ""
+    """The path in it."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return SnapshotLocation, (self.url, {}, self.session, self.path)
+
+    def __truediv__(self, part: str) -> SnapshotLocation:
+        return replace(self, url=f"{self.url}/{part}", path=f"{self.path}/{part}".lstrip("/"))
+
+    def store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
+        """Return a Zarr store for this location."""
+        return _Prefixed(self.session.store, self.path)
+
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        """Return what is stored under `key`; FileNotFoundError if there is no such key."""
+        value = sync(self.store().get(key, default_buffer_prototype()))
+        if value is None:
+            raise FileNotFoundError(f"{key} is not in {self.name}")
+        content: bytes = value.to_bytes()
+        return content[:limit]
+
+    def exists(self) -> bool:
+        """Tell whether anything is here."""
+        return bool(self.children())
+
+    def is_kept(self, key: str) -> bool:
+        """Tell whether something is stored under a key, or inside a folder of that name."""
+        return (self / key).exists() or key in self.children()
+
+    def children(self) -> list[str]:
+        """Return the names of what is directly inside."""
+        return sorted(self._listed("list_dir"))
+
+    def keys(self) -> list[str]:
+        """Return all keys that are inside, at any depth."""
+        return [key.removeprefix(f"{self.path}/") for key in self._listed("list_prefix")]
+
+    def _listed(self, how: str) -> list[str]:
+        async def listed() -> list[str]:
+            return [key async for key in getattr(self.session.store, how)(self.path)]
+
+        return sync(listed())
+
+    def look(self, keys: Callable[[], Iterable[tuple[str, T]]]) -> Iterator[tuple[str, T | None, Known]]:
+        """Yield the key of each chunk inside, and of which snapshot it is: more is not known of it."""
+        for key in self.keys():
+            yield key, None, Known(None, str(self.session.snapshot_id), None)
+
+    def _filesystem(self) -> tuple[Any, str]:
+        raise ValueError(f"{self.name} is a snapshot of Icechunk: it can be read, but not be written")
