@@ -7,22 +7,21 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import click
 import dask.config
 
 from dask_batchinv._version import __version__
+from dask_batchinv.cli_options import cluster_options, job_options, json_option, source_options, target_options
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.placing import plan_for_unlike, plan_locally
 from dask_batchinv.job.driver.run import run_job
-from dask_batchinv.job.form import Packed
-from dask_batchinv.job.options import BadChunks, JobOptions, Missing
-from dask_batchinv.job.outputs import Keep
+from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, prepare
 from dask_batchinv.job.report import display
@@ -34,7 +33,6 @@ from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.location import Location, json_object
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.places import locate
-from dask_batchinv.stack import KEPT, SHORT_WORDS, AssumeA, Device
 from dask_batchinv.text import clean, clean_lines, clean_values
 
 REFUSED = 2
@@ -55,112 +53,6 @@ Exit codes:
     6  status: a run is at work on the target
   130  interrupted: run the same command again
 """
-
-
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-_source_options, _target_options = (
-    click.option(f"--{name}-options", metavar="OPTIONS",
-                 help=f"What the file system of {name.upper()} is given, such as credentials or an endpoint: a JSON "
-                      "object, or, not to be seen by others on this machine, its name in the Dask configuration.")
-    for name in ("source", "target")
-)  # fmt: skip
-
-_job_options = _options(
-    click.argument("source"),
-    click.argument("target"),
-    _source_options,
-    _target_options,
-    click.option("--variable", metavar="NAME", help="The stack in a group (Xarray dataset) that has several arrays."),
-    click.option("--dims", metavar="ROW,COL",
-                 help="Names of the core dimensions. Default: the last two, where no others could be meant."),
-    click.option("--packed", type=click.Choice(get_args(Packed)),
-                 help="The last dimension, or --dims NAME, has a triangle of each matrix: n(n+1)/2 numbers."),
-    click.option("--complex-dim", metavar="NAME", help="The dimension of length 2 with real and imaginary parts."),
-    click.option("--imag", metavar="NAME", help="The array with the imaginary parts of --variable."),
-    click.option("--select", metavar="DIM=LABEL", multiple=True,
-                 help="Invert a part: time=2026-01-02, or from a label to another, y=0..99 or time=2026-01-01.., by "
-                      "numbers where there are no labels. May be given several times."),
-    click.option("--mask", metavar="NAME",
-                 help="Leave matrices out where this array of the group is not 0; with ~NAME where it is 0."),
-    click.option("--assume-a", type=click.Choice([*get_args(AssumeA), *SHORT_WORDS]), default="general",
-                 show_default=True, help="What is known of the matrices."),
-    click.option("--lower", is_flag=True,
-                 help="Read symmetric and Hermitian matrices from their lower triangles, not their upper ones."),
-    click.option("--min-rcond", type=float, default=0.0, metavar="X",
-                 help="Matrices whose reciprocal condition number is below X count as failed."),
-    click.option("--max-failed", default="0", show_default=True, metavar="LIMIT",
-                 help="How many matrices may have no inverse before the exit code is 3: a number, a share such as "
-                      "0.1%, 'any', or by kind: not-finite=any,singular=0."),
-    click.option("--device", type=click.Choice(get_args(Device)), default="auto", show_default=True,
-                 help="Where to invert."),
-    click.option("--missing", type=click.Choice(get_args(Missing)), default="error", show_default=True,
-                 help="A chunk that is not in the source is damage, or stands for matrices of its fill value."),
-    click.option("--bad-chunks", type=click.Choice(get_args(BadChunks)), default="error", show_default=True,
-                 help="Matrices in chunks that cannot be read are NaN, with info -4; that TARGET is not complete then, "
-                      "or is all the same."),
-    click.option("--keep", type=click.Choice(get_args(Keep)), default="inverse", show_default=True,
-                 help="What of the inverses goes to TARGET: a diagonal has n numbers, not n x n."),
-    click.option("--logdet", is_flag=True,
-                 help="Also put there log|det| of each matrix, and the sign of its determinant."),
-    click.option("--dtype", type=click.Choice(KEPT),
-                 help="As what the results are stored. Default: as the matrices, if they are floating numbers."),
-    click.option("--like-source", is_flag=True,
-                 help="With --packed, --complex-dim or --imag: store inverses in that form, too."),
-    click.option("--names", metavar="WHAT=NAME,...",
-                 help="Other names for arrays of TARGET: inverse=precision,info=flag."),
-    click.option("--compress", metavar="CODEC", help="Compress chunks of TARGET: zstd, blosc, or zstd:9."),
-    click.option("--chunks", metavar="DIM=N,...",
-                 help="How long chunks of TARGET are along batch dimensions. Default: by --tile-size."),
-    click.option("--shards", metavar="DIM=N,...",
-                 help="Let many chunks stand in a shard, the unit of work then, so long along these dimensions."),
-    click.option("--zarr-format", type=click.Choice(["2", "3"]), default="3", show_default=True,
-                 help="With 2 TARGET has metadata of that format too, for programs that read nothing else."),
-    click.option("--tile-size", metavar="BYTES", help="Unit of work, and chunk of the target. Default: 32MiB."),
-    click.option("--overwrite", is_flag=True,
-                 help="Begin anew: replace a target of dask-batchinv, of this job or another, and nothing else ever. "
-                      "To continue what was interrupted, leave it out."),
-    click.option("--trust-ledger", is_flag=True,
-                 help="Do not read back, or look for, what earlier runs have recorded as done."),
-    click.option("--durable", is_flag=True,
-                 help="Record a tile only when it is on the disk, so that a power failure loses nothing. Slower."),
-)  # fmt: skip
-
-_cluster_options = _options(
-    click.option("--scheduler", metavar="ADDRESS",
-                 help="A running Dask scheduler, tls://host:port. Default: that of the Dask configuration "
-                      "(DASK_SCHEDULER_ADDRESS), else processes on this machine."),
-    click.option("--scheduler-file", metavar="FILE", help="The file to which a running scheduler wrote its address."),
-    click.option("--wait-for-workers", type=click.IntRange(1), metavar="N",
-                 help="Begin when a running scheduler has so many workers. Default: 1."),
-    click.option("--for", "wait", metavar="TIME", help="How long to wait for them, such as 2h. Default: 30s."),
-    click.option("--only-workers", metavar="PATTERN", multiple=True,
-                 help="Use only workers of a running scheduler whose name, address or host matches, such as 'gpu-*', "
-                      "or that have a resource: 'resource:NAME'. May be given several times."),
-    click.option("--insecure", is_flag=True,
-                 help="Allow a scheduler on another machine without TLS: whoever reaches it can run code as you."),
-    click.option("--restart-stalled", is_flag=True,
-                 help="Restart workers that give no result even if they are not ours: others lose what is on them."),
-    click.option("--workers", type=click.IntRange(1), metavar="N",
-                 help="Processes on this machine. Default: one per core."),
-    click.option("--threads-per-worker", type=click.IntRange(1), metavar="N",
-                 help="Threads of each. Default: 1."),
-    click.option("--dashboard", type=click.IntRange(0, 65535), metavar="PORT",
-                 help="Serve Dask's dashboard on this port of this machine. Default: none."),
-    click.option("--memory-limit", metavar="BYTES",
-                 help="Memory of each, such as 4GiB. Default: a fair share of the machine."),
-)  # fmt: skip
-
-_json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text, also of what goes wrong."
-)
 
 
 class _Commands(click.Group):
@@ -197,11 +89,11 @@ def main() -> None:
 
 
 @main.command(epilog=EXIT_CODES)
-@_job_options
-@_cluster_options
+@job_options
+@cluster_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `dask-batchinv plan`.")
 @click.option("--check", is_flag=True, help="Print whether TARGET is up to date with SOURCE, and stop.")
-@_json_option
+@json_option
 @click.option("--quiet", is_flag=True, help="No progress, and no report if all is well.")
 def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
     """Invert all matrices of SOURCE into the Zarr group TARGET.
@@ -232,9 +124,9 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
 
 
 @main.command()
-@_job_options
-@_cluster_options
-@_json_option
+@job_options
+@cluster_options
+@json_option
 def plan(as_json: bool, **arguments: Any) -> None:
     """Print what `run` would do: tiles, bytes, and the memory that a worker will need. Writes nothing."""
     with _exit_codes(as_json):
@@ -248,9 +140,9 @@ def plan(as_json: bool, **arguments: Any) -> None:
     metavar="SOURCE",
     help="What it was made from, if that has another address now, or one with credentials in it.",
 )
-@_source_options
-@_target_options
-@_json_option
+@source_options
+@target_options
+@json_option
 def status(as_json: bool, **arguments: Any) -> None:
     """Print how far the job that writes TARGET is, and whether it is up to date with its source.
 
@@ -269,10 +161,10 @@ def status(as_json: bool, **arguments: Any) -> None:
 @click.option("--source", metavar="SOURCE", help="Also multiply every matrix of SOURCE with its inverse.")
 @click.option("--sample", type=float, default=1.0, show_default=True, metavar="SHARE",
               help="With --source: multiply the matrices of this share of the tiles.")  # fmt: skip
-@_source_options
-@_target_options
-@_cluster_options
-@_json_option
+@source_options
+@target_options
+@cluster_options
+@json_option
 @click.option("--quiet", is_flag=True, help="No progress.")
 def verify_command(sample: float, as_json: bool, quiet: bool, **arguments: Any) -> None:
     """Read TARGET back, every chunk of its arrays, and check it. Exit code 1 if something is not right.

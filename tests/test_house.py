@@ -33,7 +33,7 @@ FLOORS = [
     ["job.plan", "job.worker"],
     ["job.report"],
     ["job.driver"],
-    ["job.api"],
+    ["job.api", "cli_options"],
     ["job"],
     [""],
     ["cli"],
