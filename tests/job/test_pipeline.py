@@ -12,9 +12,9 @@ import zarr
 
 from dask_batchinv import JobFailedError, invert_store, verify_store
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
+from dask_batchinv.job.driver.cutting import tasks_of
 from dask_batchinv.job.driver.executor import InProcess
 from dask_batchinv.job.driver.placing import plan_here, plan_locally
-from dask_batchinv.job.driver.run import tasks_of
 from dask_batchinv.job.events import Heartbeat
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers

@@ -22,8 +22,8 @@ from distributed import Client, LocalCluster
 import dask_batchinv
 from dask_batchinv.chunks.decompression import decompress_into
 from dask_batchinv.disk import write_file
+from dask_batchinv.job.driver.cutting import tasks_of
 from dask_batchinv.job.driver.own_cluster import UNWATCHED
-from dask_batchinv.job.driver.run import tasks_of
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import plan_for, prepare
