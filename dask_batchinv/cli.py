@@ -227,7 +227,7 @@ def _selection(texts: tuple[str, ...]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     if bad := [dim for dim, mark, _ in pairs if not mark or not dim]:
         raise RefusedError(f"--select takes DIM=LABEL or DIM=FIRST..LAST, got {bad[0]!r}")
-    return {dim: label for dim, _, label in pairs}
+    return _each_once("select", [(dim, label) for dim, _, label in pairs])
 
 
 def _pairs(option: str, text: str | None, form: str) -> dict[str, str]:
@@ -235,7 +235,14 @@ def _pairs(option: str, text: str | None, form: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
     if bad := [what for what, mark, _ in pairs if not mark]:
         raise RefusedError(f"--{option} takes {form},{form}, got {bad[0]!r}")
-    return {what.strip(): name.strip() for what, _, name in pairs}
+    return _each_once(option, [(what.strip(), name.strip()) for what, _, name in pairs])
+
+
+def _each_once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RefusedError(f"--{option} names something twice: {', '.join(what for what, _ in pairs)}")
+    return found
 
 
 def _lengths(option: str, text: str | None) -> dict[str, int] | None:

@@ -63,7 +63,11 @@ def exchange(a: str, b: str) -> None:
     if done != 0:
         between = f"{a}.{uuid.uuid4().hex}"
         os.rename(b, between)
-        os.rename(a, b)
+        try:
+            os.rename(a, b)
+        except OSError:
+            os.rename(between, b)
+            raise
         os.rename(between, a)
 
 

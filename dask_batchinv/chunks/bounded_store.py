@@ -71,9 +71,9 @@ class BoundedStore(GuardedStore):
         return None if value is None else value.as_numpy_array()
 
     def gives(self, key: str) -> bool:
-        """Tell whether a key can be read at all, whatever is in it."""
+        """Tell whether all of a key can be read now, whatever is in it."""
         try:
-            return sync(self.get(key, default_buffer_prototype(), RangeByteRequest(0, 1))) is not None
+            return sync(self.get(key, default_buffer_prototype())) is not None
         except Exception:  # whatever a file system may raise
             return False
 

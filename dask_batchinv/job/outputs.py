@@ -13,6 +13,7 @@ from dask_batchinv.job.form import FormOptions
 from dask_batchinv.job.tiling import Extent
 from dask_batchinv.outcome import Info, RefusedError, describe_codes
 from dask_batchinv.stack import AssumeA, real_dtype
+from dask_batchinv.storage import METADATA_KEYS
 
 DType = np.dtype[Any]
 Keep = Literal["inverse", "diagonal"]
@@ -84,7 +85,7 @@ def outputs_of(keep: Keep, *, logdet: bool, names: Mapping[str, str], like: Form
     roles = [keep, *(["imag"] if like.imag else []), *(["logdet", "sign"] if logdet else []), "rcond", "info"]
     if unknown := sorted({*names} - {*roles}):
         raise RefusedError(f"names can be given to {', '.join(roles)}, but not to {', '.join(unknown)}")
-    if bad := [name for name in names.values() if not _NAME.fullmatch(name)]:
+    if bad := [name for name in names.values() if not _NAME.fullmatch(name) or name.casefold() in METADATA_KEYS]:
         raise RefusedError(f"{bad[0]!r} cannot be the name of an array: take letters, digits and _")
     outputs = _in_form(named((role, names.get(role, role)) for role in roles), like)
     given = [name.casefold() for name in (*(output.name for output in outputs), LEDGER)]

@@ -61,6 +61,17 @@ class BadChunk:
         return f"{self.key}: {self.cause}"
 
 
+def naming(bad: tuple[BadChunk, ...]) -> str:
+    """Return what to say of a tile with chunks that cannot be read."""
+    noun, first = ("chunk", "") if len(bad) == 1 else ("chunks", "first ")
+    return f"{len(bad)} {noun} of the source cannot be read: {first}{bad[0]}"
+
+
+def all_final(bad: tuple[BadChunk, ...]) -> bool:
+    """Tell whether they would all fail again, whoever tried."""
+    return all(chunk.is_final for chunk in bad)
+
+
 @dataclass(frozen=True)
 class TileResult(Generic[T]):
     """The result of one tile: a value, or an error, or both where a part of it could be done."""

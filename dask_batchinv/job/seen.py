@@ -128,11 +128,19 @@ class Seen:
 
 
 def look_at_source(
-    location: Location, grid: ChunkGrid, tiling: Tiling, axes: tuple[int, ...], start: tuple[int, ...]
+    location: Location,
+    grid: ChunkGrid,
+    tiling: Tiling,
+    axes: tuple[int, ...],
+    start: tuple[int, ...],
+    *,
+    meaning: str = "",
+    may_be_empty: bool = False,
 ) -> Seen:
     """Return what the store of a source says of what each tile is read from.
 
-    The array has these `axes` of the stack, which begins at `start` in it.
+    The array has these `axes` of the stack, which begins at `start` in it. Its chunks mean something else where their
+    `meaning` is another one; none may be there if it `may_be_empty`.
     One request for a thousand chunks; of a web server, which lists nothing, one for each.
 
     Raises
@@ -147,8 +155,12 @@ def look_at_source(
         for numbers, which in _tiles_of(files.places, grid, tiling, axes, start):
             np.add.at(sums, numbers, files.marks[which])
             np.logical_or.at(unsure, numbers, files.unsure[which])
+    if any(start) or meaning:
+        # What moves within a chunk, or is decoded otherwise, leaves its file as it was.
+        sums += np.uint64(mark_of(f"{start}", meaning, Known(None, "", None)))
     # A listing with nothing in it may be that of a server which lists nothing.
-    return Seen(_never_unknown(sums), unsure, tells and (location.is_local or count > 0 or not len(sums)), count)
+    is_listed = location.is_local or count > 0 or may_be_empty or not len(sums)
+    return Seen(_never_unknown(sums), unsure, tells and is_listed, count)
 
 
 @dataclass(frozen=True)

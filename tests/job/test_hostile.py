@@ -271,7 +271,7 @@ def test_metadata_that_change_between_the_check_and_the_reading(tmp_path):
 @pytest.mark.parametrize(
     "meta",
     [
-        V2 | {"shape": [10**9, 2, 2], "chunks": [10**9, 2, 2]},
+        V2 | {"shape": [10**9, 2, 2], "chunks": [10**9, 2, 2], "compressor": {"id": "zlib", "level": 1}},
         V3 | {"shape": [1, 10**6, 10**6], **grid(1, 10**6, 10**6)},
         V3 | {"shape": [10**9, 2, 2], **grid(10**9, 2, 2), "codecs": [shard(chunk=(10**8, 2, 2))]},
     ],

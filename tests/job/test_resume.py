@@ -238,7 +238,9 @@ def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, clie
         monkeypatch.setattr("dask_batchinv.job.plan.prepare.place_beside", lambda target: None)
 
     def die(self, keys):
-        for key in [*keys][:3]:
+        if len(keys := [*keys]) == 1:  # what a run notes of itself
+            return
+        for key in keys[:3]:
             os.unlink(os.path.join(self.url, key))
         raise KeyboardInterrupt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,7 @@ from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.ledger import Ledger, forget_begin, record_begin, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
-from dask_batchinv.job.target.swap import swap
+from dask_batchinv.job.target.swap import place_beside, swap
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
@@ -59,13 +60,20 @@ MUTE = (
 )
 
 
+#: And of what is computed.
+MUTE_LAZY = (
+    "what a lazy source is computed from is not looked at: if that changes under one token, --overwrite does all again"
+)
+
+
 def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
     """Run a prepared job to its end and return the report, whatever it says.
 
     What replaces a finished target is built beside it, so that its readers lose nothing until all is done.
     """
     if (beside := replacement(job)) is None:
-        return _run(job, options, on_progress)
+        report = _run(job, options, on_progress)
+        return replace(report, notes=(*report.notes, *_on_replacing(job)))
     with locked(job.target) as lock:
         report = _run(beside, options, on_progress)
         notes = report.notes
@@ -76,6 +84,18 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
             notes += (f"{job.target.name} is what it was: what is done so far lies beside it, and the same command, "
                       "with --overwrite, goes on with that",)  # fmt: skip
     return replace(report, target=job.target.name, notes=notes)
+
+
+def _on_replacing(job: Job) -> list[str]:
+    """Return what to say of a finished target that was not replaced beside, and of what such a replacement has left."""
+    beside, notes = place_beside(job.target), []
+    if job.action == "create" and job.found.state is State.COMPLETE:
+        notes.append(f"{job.target.name} was removed before it was made anew: nothing could be built beside it")
+    elif beside is not None and beside.is_local and os.path.lexists(beside.url):
+        notes.append(
+            f"{beside.name} was left by an interrupted replacement: --overwrite goes on with it, or removes it"
+        )
+    return notes
 
 
 def _run(job: Job, options: ClusterOptions, on_progress: OnProgress | None) -> JobReport:
@@ -183,8 +203,9 @@ class Run:
         if seen.unsure.any():
             time.sleep(SETTLING_SECONDS)
             seen = self.job.source.look(self.plan.tiling)
-        if not seen.tells and MUTE not in self.totals.notes:
-            self.totals.notes.append(MUTE)
+        note = MUTE_LAZY if self.job.source.is_lazy else MUTE
+        if not seen.tells and note not in self.totals.notes:
+            self.totals.notes.append(note)
         return seen
 
     def _look_at_target(self) -> Seen:
@@ -202,7 +223,7 @@ class Run:
         writer = Writer(job.target, lock)
         if job.action == "create":
             refuse_overlap(job.source, job.target)  # again: something may have been mounted or linked meanwhile
-            targets.create(job.target, job.fingerprint, self.contents, writer, job.found)
+            targets.create(job.target, job.fingerprint, self.contents, writer, job.found, job.replaces)
         target = targets.inspect(job.target)  # again: another run may have been at work until now
         was = tiling if job.action == "create" else job.found.tiling
         if not target.is_there or (target.fingerprint, target.tiling) != (job.fingerprint, was):
@@ -215,7 +236,8 @@ class Run:
                 self.totals.followed = True
                 target = targets.update(job.target, target, self.contents, writer)
             ledger = Ledger(job.target, target, writer=writer, durable=job.options.durable)
-            if target.state is State.COMPLETE:  # until all has been looked at again
+            # Until all has been looked at again; documents of format 2 may say so still, if a run was killed.
+            if target.state is State.COMPLETE or (target.encoding.zarr_format == 2 and job.action != "create"):
                 targets.set_complete(writer, target, False)
         self._forget_unwanted(ledger)
         return lock, writer, target, ledger
@@ -241,8 +263,12 @@ class Run:
             "run": lock.run, "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "matrices_before": ledger.total("matrices"), "where": self.plan.where, "workers": self.workers.count,
         }  # fmt: skip
-        with suppress(OSError):
+        try:
             record_begin(writer, begin)
+        except TakenOverError:
+            raise
+        except Exception:  # whatever a file system may raise: it is for others to look at, and no more
+            return
 
     def _read_back(self, target: Target, ledger: Ledger, lock: Lock) -> None:
         """Read back what earlier runs have recorded and may have changed since; forget what is not as it was written.
@@ -293,6 +319,9 @@ class Run:
                 done += int(ledger.column("matrices")[result.number])
                 if result.value:
                     same.append(result.number)
+                elif result.value is None and result.bad_chunks and job.options.bad_chunks == "nan":
+                    # What was made of it stays: nothing says that it was made from other numbers.
+                    totals.bad_chunks |= {chunk.key: chunk for chunk in result.bad_chunks}
                 elif result.value is None:  # its source may come back as it was
                     totals.add(result)
                 else:
@@ -453,6 +482,10 @@ class Run:
         job = self.job
         done = bool(ledger.done.all()) and not self.totals.failed
         account = make_account(job.target, job.fingerprint, self.plan.tiling, ledger, complete=done)
+        if account.masked and account.masked == account.matrices:
+            self.totals.notes.append(
+                f"all matrices are left out by the mask {job.options.mask}: is it the other way round?"
+            )
         return JobReport.of(account, self._record(), job.options.max_failed)
 
     def _record(self) -> RunRecord:

@@ -69,7 +69,7 @@ def verify(
     )  # fmt: skip
     try:
         targets.open_as_reader(location)
-        if keys := visibly_damaged_keys(location, target.ledger):
+        if keys := visibly_damaged_keys(location, target):
             problems.append(f"{', '.join(keys[:3])} of {location.name} are lost or damaged{AGAIN}")
     except DamagedTargetError as error:
         problems.append(f"{error}{AGAIN}")

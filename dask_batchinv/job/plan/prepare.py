@@ -54,6 +54,8 @@ class Job:
     """What is there already."""
     action: Action
     """What is to be done with that; never "refuse"."""
+    replaces: str = ""
+    """The generation of the target whose place this one is to take."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -115,14 +117,16 @@ def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved
 def replacement(job: Job) -> Job | None:
     """Return the job that builds what is to take the place of a finished target, beside it; None where none is.
 
-    It goes on where an interrupted one has ended, unless the source does not tell whether it has changed since.
+    It goes on where an interrupted one has ended that was to replace this very target, unless the source does not tell
+    whether it has changed since.
 
     Raises
     ------
     TargetError, SourceError
         If something is there, or in the target, that is not ours.
     """
-    if job.action != "create" or job.found.state not in (State.COMPLETE, State.OTHER_FORMAT):
+    # One that was begun may be what readers had until a replacement of it was interrupted while keys were copied.
+    if job.action != "create" or job.found.state not in (State.COMPLETE, State.OTHER_FORMAT, State.BEGUN):
         return None
     if (beside := place_beside(job.target)) is None:
         return None
@@ -130,12 +134,15 @@ def replacement(job: Job) -> Job | None:
     targets.refuse_foreign(job.target, job.found)
     refuse_overlap(job.source, beside)
     found = targets.inspect(beside)
+    if job.found.state is State.BEGUN and (found.state, found.replaces) != (State.COMPLETE, job.found.generation):
+        return None
     goes_on = (
-        found.is_there and found.shape == job.source.shape and not differences(found.fingerprint, job.fingerprint)
+        found.is_there and found.replaces == job.found.generation and found.shape == job.source.shape
+        and not differences(found.fingerprint, job.fingerprint)
         and job.source.look(found.tiling).tells
     )  # fmt: skip
     action = decide(found.state, same_job=True, overwrite=not goes_on)
-    return replace(job, target=beside, found=found, action=action)
+    return replace(job, target=beside, found=found, action=action, replaces=job.found.generation)
 
 
 def _open_source(source: Place, options: JobOptions, target: Location) -> Source:
@@ -239,12 +246,12 @@ def _refuse_long_attributes(source: Source) -> None:
 def refuse_overlap(source: Source, target: Location) -> None:
     """Raise TargetError if source and target are one location, or one lies inside the other, by any of their names."""
     inside = [target, *target.folders()]  # what is in a target may have another name, too
-    for location in (source.root, source.location):
+    for location in (source.root, *source.locations):
         if location.contains(target):
             raise TargetError(f"the target {target.name} is, or lies inside, the source {location.name}")
         if any(part.contains(location) for part in inside):
             raise TargetError(f"the source {location.name} lies inside the target {target.name}")
-    for location in (source.location, *(coordinate.node.location for coordinate in source.coordinates)):
+    for location in (*source.locations, *(coordinate.node.location for coordinate in source.coordinates)):
         if location.has_chunks_in(inside):
             raise TargetError(f"chunks of the source {location.name} lie inside the target {target.name}, by links")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from dask_batchinv.job.form import Form, rows_of
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.seen import Seen, look_at_source
 from dask_batchinv.job.source.coordinates import Found, find
-from dask_batchinv.job.source.metadata import Node, read_node, stored_names
+from dask_batchinv.job.source.metadata import Node, is_name, read_node, stored_names
 from dask_batchinv.job.source.parts import Parts, read_in_parts
 from dask_batchinv.job.source.selection import find_window
 from dask_batchinv.job.source.source import (
@@ -35,6 +35,8 @@ from dask_batchinv.location import Location, Place, raised_as
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.stack import AssumeA, result_dtype
 
+#: What matrices do not have of which one triangle is there.
+_OPPOSITE = {"lower": ("upper triangular",), "upper": ("lower triangular",)}
 Opened = tuple[zarr.Array[Any], ...]
 
 
@@ -50,6 +52,11 @@ class FormedSource(Source):
     """Names of the dimensions of triangles and of parts, if it has these."""
     assume_a: AssumeA
     """Structure of the matrices: what stands in the other triangle."""
+
+    @property
+    def locations(self) -> list[Location]:
+        """Where its arrays are."""
+        return [*super().locations, *(array.location for array in self.arrays)]
 
     @property
     def form_dims(self) -> dict[int, str]:
@@ -116,7 +123,13 @@ class FormedSource(Source):
             found.append(read_in_parts(own, opened, there, np.zeros(shape, own.dtype), self.form.batch))
         stored = self._assembled([own.decode(part.stored) for own, part in zip(self.arrays, found, strict=True)])
         unreadable = np.logical_or.reduce([part.unreadable for part in found])
-        return Parts(stored, unreadable, [bad for part in found for bad in part.bad])
+        named = zip(self.arrays, found, strict=True)
+        bad = [
+            replace(chunk, key=f"{own.location.url.rpartition('/')[2]}/{chunk.key}") if len(self.arrays) > 1 else chunk
+            for own, part in named
+            for chunk in part.bad
+        ]
+        return Parts(stored, unreadable, bad)
 
     def count_missing(self, array: Any, region: Sequence[slice]) -> int:
         """Return how many chunks of a region are not in the store."""
@@ -158,6 +171,8 @@ def open_formed(path: Place, options: JobOptions) -> FormedSource:
 
 
 def _imaginary(group: Location | None, node: Node, real: StoredArray, name: str) -> StoredArray:
+    if not all(map(is_name, name.split("/"))):
+        raise SourceError(f"{name!r} is not a name inside the group")
     other = None if group is None else read_node(group / name)
     if other is None or not other.is_array:
         raise SourceError(f"there is no array {name!r} of imaginary parts beside {node.location.name}")
@@ -183,13 +198,21 @@ def _form(arrays: list[StoredArray], names: tuple[str, ...], options: JobOptions
         raise SourceError("the numbers are complex already: leave --complex-dim and --imag out")
     count = 1 if wanted.packed else 2
     core = left[-count:] if options.dims is None else [names.index(dim) for dim in options.dims if dim in names]
-    if len(core) != count or not set(core) <= set(left):
+    if (
+        len(core) != count
+        or len(set(core)) < count
+        or (options.dims and len(options.dims) != count)
+        or not set(core) <= set(left)
+    ):
         raise SourceError(f"--dims takes {count} of {', '.join(names[axis] for axis in left)} here")
     n = shape[core[0]]
     if wanted.packed is not None:
         n = rows_of(shape[core[0]]) or 0
         if not n:
             raise SourceError(f"{names[core[0]]} is {shape[core[0]]} long, and no triangle has so many numbers")
+        triangle = wanted.packed.partition(" ")[0]
+        if options.assume_a == "diagonal" or options.assume_a in _OPPOSITE.get(triangle, ()):
+            raise SourceError(f"the {triangle} triangle is packed, which {options.assume_a} matrices do not have")
         if options.assume_a == "general" and (is_complex or pair is not None or wanted.imag is not None):
             raise SourceError("of complex matrices a triangle does not tell the other one: pass --assume-a her or sym")
     elif shape[core[0]] != shape[core[1]]:
@@ -199,6 +222,13 @@ def _form(arrays: list[StoredArray], names: tuple[str, ...], options: JobOptions
 
 def _shown(names: tuple[str, ...], shape: tuple[int, ...]) -> str:
     return ", ".join(f"{name} {size}" for name, size in zip(names, shape, strict=True))
+
+
+def _check_parts(root: Location, inner: str, node: Node, dim: str, name: str) -> None:
+    """Raise SourceError if the labels of real and imaginary parts say that these come first."""
+    labels = find(root, inner, node, {dim: 2}, name).labels(dim)
+    if labels is not None and str(labels[0]).lower().startswith("im"):
+        raise SourceError(f"along {dim} imaginary parts come first, {', '.join(map(str, labels))}: turn it round")
 
 
 def _source(
@@ -219,6 +249,8 @@ def _source(
     sizes = {dim: shape[names.index(dim)] for dim in dims if dim in names}
     beside = Found() if group is None else find(root, inner, node, sizes, name)
     row, col = (None if form.packed else beside.labels(dim) for dim in dims[-2:])
+    if form.pair is not None:
+        _check_parts(root, inner, node, names[form.pair], name)
     window = find_window(options.select, sizes, batch, beside.labels)
     parts = [array.part({names.index(dim): span for dim, span in window.items()}) for array in arrays]
     logical = [parts[0].shape[axis] for axis in form.batch] + [form.n, form.n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -11,12 +12,13 @@ import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
-from dask.base import tokenize
+import zarr
 
 from dask_batchinv.attributes import refuse_packed
 from dask_batchinv.containers import check_meta, plain_block
 from dask_batchinv.job.options import JobOptions, Missing
 from dask_batchinv.job.seen import ChunkGrid, Seen
+from dask_batchinv.job.source.metadata import is_name
 from dask_batchinv.job.source.source import Source, digest_of_labels
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, default_dims, exchange, told_apart
@@ -35,6 +37,8 @@ class LazySource(Source):
 
     blocks: Any
     """The Dask array, or the part of it that some tiles need."""
+    declared: np.dtype[Any]
+    """The dtype that its blocks are declared to have."""
     corner: tuple[int, ...]
     """Where that part begins."""
     beside: Any = None
@@ -46,10 +50,9 @@ class LazySource(Source):
         """Return nothing: what is computed need not be opened."""
 
     def look(self, tiling: Tiling) -> Seen:
-        """Return a number for what each tile is computed from: the same as long as its token is."""
-        mark = int(tokenize(self.location.url)[:15], 16) | 1
+        """Return that nothing is known of what tiles are computed from: it may change under the same name."""
         n_tiles = tiling.n_tiles
-        return Seen(np.full(n_tiles, mark, np.int64), np.zeros(n_tiles, bool), count=n_tiles)
+        return Seen(np.ones(n_tiles, np.int64), np.zeros(n_tiles, bool), tells=False, count=n_tiles)
 
     def shape_now(self) -> tuple[int, ...]:
         """Return its shape."""
@@ -75,12 +78,15 @@ class LazySource(Source):
         """Compute a region."""
         spans = zip(self.there(region), self.corner, strict=True)
         part = self.blocks[tuple(slice(span.start - at, span.stop - at) for span, at in spans)]
-        block = plain_block(part.compute(scheduler="synchronous"))
+        computed = part.compute(scheduler="synchronous")
+        block = plain_block(computed)
         found: npt.NDArray[Any] = np.asarray(block.get() if hasattr(block, "get") else block)
         shape = tuple(span.stop - span.start for span in self.there(region))
-        if found.shape != shape or result_dtype(found.dtype) != result_dtype(self.dtype):
+        # Not that of `found`, which is a floating one where integers are masked.
+        if found.shape != shape or computed.dtype.newbyteorder("=") != self.declared.newbyteorder("="):
             raise SourceError(
-                f"a block has shape {found.shape} and dtype {found.dtype}, but {shape} and {self.dtype} were declared: "
+                f"a block has shape {found.shape} and dtype {computed.dtype}, but {shape} and {self.declared} were "
+                "declared: "
                 "correct chunks= or dtype= where the Dask array is made"
             )
         return found.astype(self.dtype, copy=False)
@@ -100,8 +106,11 @@ class LazySource(Source):
 
         try:
             variables, _ = xr.conventions.cf_encoder(self.beside.load().variables, {})
-        except NotImplementedError as error:
-            raise SourceError(f"a coordinate cannot be stored: {error}") from harmless(error)
+            xr.Dataset(variables).to_zarr(
+                zarr.storage.MemoryStore({}), zarr_format=3, consolidated=False, compute=False
+            )
+        except Exception as error:  # whatever Xarray and Zarr make of what they cannot store
+            raise SourceError(f"a coordinate cannot be stored, drop it first: {error}") from harmless(error)
         found = xr.Dataset(variables).set_coords(list(variables)).drop_encoding()
         row, col = (self.dims[axis] for axis in self.core)
         return found.rename({row: col, col: row}) if self.exchange is Exchange.LABELS else found
@@ -173,9 +182,10 @@ def _variable(ds: xr.Dataset, options: JobOptions) -> Hashable:
 
 def _dims(dims: Any, sizes: Any, indexes: Any, options: JobOptions) -> Sequence[Hashable]:
     if options.dims is not None:
-        if len(set(options.dims)) != 2 or not set(options.dims) <= set(dims):
+        named = {str(dim): dim for dim in dims}
+        if len(set(options.dims)) != 2 or not set(map(str, options.dims)) <= set(named):
             raise SourceError(f"dims takes two different names of {', '.join(map(str, dims))}, got {options.dims}")
-        return options.dims
+        return [named[str(dim)] for dim in options.dims]
     try:
         return default_dims(dims, dict(sizes), {dim: indexes.get(dim) for dim in dims})
     except AmbiguousDimsError as error:
@@ -194,35 +204,45 @@ def _source(blocks: da.Array, labelled: Any, options: JobOptions, token: str | N
         dims = tuple(map(str, told_apart([*(f"dim_{axis}" for axis in range(blocks.ndim - 2)), "row", "col"])))
         core, indexes, sizes = dims[-2:], {}, {}
     else:
-        dims = tuple(map(str, told_apart(labelled.dims)))
+        dims = tuple(map(str, labelled.dims))
+        if len(set(dims)) < len(dims):
+            raise SourceError(f"a dimension has its name twice, ({', '.join(dims)}): rename one of them")
         indexes, sizes = labelled.indexes, labelled.sizes
         core = tuple(map(str, _dims(labelled.dims, sizes, indexes, options)))
     axes = dims.index(str(core[0])), dims.index(str(core[1]))
     if blocks.shape[axes[0]] != blocks.shape[axes[1]]:
         raise SourceError(f"the core dimensions {core[0]!r} and {core[1]!r} are not equally long: {blocks.shape}")
-    result_dtype(blocks.dtype)
+    dtype = result_dtype(blocks.dtype)
     labels = tuple(indexes.get(dim) for dim in core)
     unit = tuple(max(1, *sizes) if sizes else 1 for sizes in blocks.chunks)
     location = Location(f"lazy://{token or blocks.name}")
     beside = None if labelled is None else labelled.coords.to_dataset()
+    if beside is not None and (bad := [name for name in map(str, beside.variables) if not is_name(name)]):
+        raise SourceError(f"the coordinate {bad[0]!r} cannot be the name of an array: rename it")
     return LazySource(
         location=location, root=location, group=None, variable=None, zarr_format=3, stored_shape=blocks.shape,
-        start=(0,) * blocks.ndim, shape=blocks.shape, dtype=blocks.dtype, read_unit=unit,
-        itemsize_held=2 * blocks.dtype.itemsize, sharded=False, packing={}, decoded_dtype=blocks.dtype, plain=None,
+        start=(0,) * blocks.ndim, shape=blocks.shape, dtype=dtype, read_unit=unit,
+        itemsize_held=2 * dtype.itemsize, sharded=False, packing={}, decoded_dtype=dtype, plain=None,
         chunk_grid=ChunkGrid(blocks.shape, unit, "", "."), checksummed=True, facts={}, dims=dims, core=axes,
         coordinate_names=() if beside is None else tuple(map(str, beside.variables)), coordinates=(),
         exchange=exchange(*labels), labels=digest_of_labels(*labels),
         attributes={} if labelled is None else _plain(labelled.attrs), group_attributes={}, blocks=blocks,
-        corner=(0,) * blocks.ndim, beside=beside,
+        declared=blocks.dtype, corner=(0,) * blocks.ndim, beside=beside,
     )  # fmt: skip
 
 
 def _plain(attributes: Mapping[Any, Any]) -> dict[str, Any]:
     """Return attributes as JSON has them."""
-    return {
+    plain = {
         str(name): value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
         for name, value in attributes.items()
     }
+    for name, value in plain.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise SourceError(f"the attribute {name} cannot be stored, drop it first: {error}") from harmless(error)
+    return plain
 
 
 def _refuse_futures(blocks: da.Array) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from dask_batchinv.attributes import packing_of
 from dask_batchinv.job.seen import Seen, look_at_source
 from dask_batchinv.job.source.metadata import read_node, stored_names
 from dask_batchinv.job.source.stored_array import Region, StoredArray
@@ -41,7 +43,10 @@ class Mask(StoredArray):
     def look(self, tiling: Tiling) -> Seen:
         """Return what the store says of what each tile of a stack is masked by."""
         with raised_as(SourceError, f"the mask {self.location.name} cannot be looked at"):
-            return look_at_source(self.location, self.chunk_grid, tiling, self.axes, self.start)
+            return look_at_source(
+                self.location, self.chunk_grid, tiling, self.axes, self.start,
+                meaning=json.dumps([self.packing, self.facts["fill value"]], default=str), may_be_empty=True,
+            )  # fmt: skip
 
 
 def open_mask(group: Location, text: str, sizes: dict[str, int], core: tuple[int, int]) -> Mask:
@@ -78,4 +83,8 @@ def open_mask(group: Location, text: str, sizes: dict[str, int], core: tuple[int
         )
     if tuple(sizes[str(dim)] for dim in names) != node.shape:
         raise SourceError(f"the mask {name} has the shape {node.shape}, which is not that of the stack")
-    return Mask.of(node, is_inverted=text.startswith("~"), axes=tuple(dims.index(str(dim)) for dim in names))
+    # Not by the fill value of Zarr's format 2, which is 0 where nobody says otherwise.
+    packing = {} if node.meta.get("dtype") in ("|b1", "bool") else packing_of(node.attributes)
+    return Mask.of(
+        node, packing=packing, is_inverted=text.startswith("~"), axes=tuple(dims.index(str(dim)) for dim in names)
+    )

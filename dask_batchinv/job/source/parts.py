@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +104,11 @@ def _read(
     except Exception as error:
         if not _is_of_chunk(error, array, key):
             raise
+        if not isinstance(error, DamagedChunkError):
+            # Its store can give it now: what it gives must be what cannot be decoded, not what came on a bad line.
+            with suppress(type(error)):
+                parts.stored[_there(part, spans, range(len(part)))] = source.read_there(array, region)
+                return None
         return BadChunk(key, clean(f"{type(error).__name__}: {error}"), is_final(error))
     return None
 

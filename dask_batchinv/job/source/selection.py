@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,19 @@ def _text(dim: str, value: Any) -> str:
     if not isinstance(value, slice):
         if np.ndim(value):
             raise SourceError(f"a selection along {dim} is one label or a slice of them, not several")
-        return str(value)
+        return _label_text(value)
     if value.step not in (None, 1):
         raise SourceError(f"a selection along {dim} has no steps: take a slice of all that is between two labels")
-    return _RANGE.join("" if end is None else str(end) for end in (value.start, value.stop))
+    return _RANGE.join("" if end is None else _label_text(end) for end in (value.start, value.stop))
+
+
+def _label_text(value: Any) -> str:
+    """Return a label as text: of a time all digits, for fewer would mean all of a day."""
+    if isinstance(value, np.datetime64):
+        return str(value.astype("M8[ns]"))
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="microseconds")
+    return str(value)
 
 
 def find_window(
@@ -92,7 +102,7 @@ def _by_number(text: str, size: int) -> range | None:
 
 def _by_label(text: str, labels: Index) -> range | None:
     try:
-        if _RANGE in text:
+        if _RANGE in text and text not in labels:
             first, _, last = text.partition(_RANGE)
             found = labels.slice_indexer(*(_label(end, labels) if end else None for end in (first, last)))
         else:

@@ -92,6 +92,11 @@ class Source(StoredArray):
         return _open_once(run, self, missing)
 
     @property
+    def locations(self) -> list[Location]:
+        """Where its arrays are."""
+        return [self.location, *([] if self.mask is None else [self.mask.location])]
+
+    @property
     def form_dims(self) -> dict[int, str]:
         """Names of dimensions that arrays in its form have beside its own."""
         return {}

@@ -91,7 +91,7 @@ class StoredArray:
         check_layout(node, dtype.itemsize)
         stored_names(node)
         array = open_bounded(location.store(read_only=True), node.meta)
-        packing = read_packing(node, array)
+        packing = more["packing"] if "packing" in more else read_packing(node, array)
         known: dict[str, Any] = {
             "location": location,
             "zarr_format": node.zarr_format,

@@ -19,8 +19,9 @@ from zarr.codecs import ZstdCodec
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.target import format_2, ledger
 from dask_batchinv.job.target.at_once import for_each
-from dask_batchinv.job.target.contents import Contents
+from dask_batchinv.job.target.contents import OF_FORMAT_2, Contents
 from dask_batchinv.job.target.mark import Mark, attributes_of, marked
+from dask_batchinv.job.target.state import Target
 from dask_batchinv.location import JSON_NBYTES, Location, json_object
 from dask_batchinv.outcome import SourceError
 from dask_batchinv.storage import METADATA_KEYS, unspecified
@@ -129,19 +130,23 @@ def damaged_keys(location: Location, expected: Documents) -> list[str]:
     return sorted(bad, key=lambda key: key == ROOT)
 
 
-def visibly_damaged_keys(location: Location, rows: str) -> list[str]:
+def visibly_damaged_keys(location: Location, target: Target) -> list[str]:
     """Return the keys of those documents whose damage is seen without the source: of coordinates, and of the ledger.
 
-    `rows` is the name of the array with its rows.
+    And of Zarr format 2, if there are any.
     """
     recorded = _recorded_checksums(location)
 
     def is_right(key: str, found: bytes) -> bool:
         is_as_recorded = key in recorded and _checksum(found) == recorded[key]
-        return is_as_recorded or (key.endswith(ROOT) and bool(json_object(found, key)))
+        return is_as_recorded or (key.endswith(_METADATA) and bool(json_object(found, key)))
 
-    keys = (f"{LEDGER}/{ROOT}", f"{LEDGER}/{rows}/{ROOT}", *recorded)
-    limits = {key: JSON_NBYTES if key.endswith(ROOT) else recorded[key][0] + 1 for key in keys}
+    beside: list[str] = []
+    if target.encoding.zarr_format == 2:
+        names = [output.name for output in target.outputs]
+        beside = [*OF_FORMAT_2, *(f"{name}/{end}" for name in names for end in (".zarray", ".zattrs"))]
+    keys = (f"{LEDGER}/{ROOT}", f"{LEDGER}/{target.ledger}/{ROOT}", *recorded, *beside)
+    limits = {key: recorded[key][0] + 1 if key in recorded else JSON_NBYTES for key in keys}
     return [key for key in keys if _is_damaged(location, key, limits[key], is_right)]
 
 

@@ -21,6 +21,8 @@ from dask_batchinv.storage import unspecified
 
 #: The documents of the group that have its attributes.
 _, ATTRIBUTES, CONSOLIDATED = OF_FORMAT_2
+#: By which Xarray knows the dimensions of an array, which users may not change.
+_DIMENSIONS = "_ARRAY_DIMENSIONS"
 _COMPRESSORS = {
     "zstd": lambda level: numcodecs.Zstd(level=level),
     "blosc": lambda level: numcodecs.Blosc(cname="zstd", clevel=level, shuffle=numcodecs.Blosc.SHUFFLE),
@@ -40,7 +42,7 @@ def documents_of(contents: Contents) -> dict[str, bytes]:
             output.name, shape=tiling.shape_of(output.extent), chunks=tiling.chunk_of(output.extent),
             dtype=output.dtype(contents.dtype), fill_value=output.fill, filters=None,
             compressors=_COMPRESSORS[name](int(level)) if name else None,
-            attributes=contents.attributes_of(output) | {"_ARRAY_DIMENSIONS": dims},
+            attributes=contents.attributes_of(output) | {_DIMENSIONS: dims},
         )  # fmt: skip
     if contents.coordinates is not None:
         with unspecified():
@@ -63,12 +65,14 @@ def with_complete(key: str, document: bytes | None, complete: bool) -> bytes:
 
 def says_the_same(key: str, found: bytes, expected: bytes) -> bool:
     """Tell whether a document says of arrays what it should; attributes are left to users."""
-    mine, theirs = (_without_attributes(json_object(text, key)) for text in (expected, found))
-    return key.rpartition("/")[2] == ATTRIBUTES or bool(mine == theirs)
+    mine, theirs = (json_object(text, key) for text in (expected, found))
+    if key.rpartition("/")[2] == ATTRIBUTES:
+        return bool(mine.get(_DIMENSIONS) == theirs.get(_DIMENSIONS))
+    return bool(_without_attributes(mine) == _without_attributes(theirs))
 
 
 def _without_attributes(meta: dict[str, Any]) -> Any:
     inner = meta.get("metadata")
     if not isinstance(inner, dict):
         return meta
-    return {name: own for name, own in inner.items() if name.rpartition("/")[2] != ATTRIBUTES}
+    return {name: own.get(_DIMENSIONS) if name.rpartition("/")[2] == ATTRIBUTES else own for name, own in inner.items()}

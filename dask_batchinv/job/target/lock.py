@@ -29,6 +29,8 @@ RENEWALS = 3
 #: Of two runs that take a lease over at the same moment, the one that writes last keeps it.
 _SETTLING_SECONDS = 1.0
 _ATTEMPTS = 10
+#: A lease that was renewed so many seconds ago, by two clocks, is that of a run which was killed; times `RENEWALS`.
+_OLD_SECONDS = 20.0
 #: Who asks whether a lock is held has it for less than this.
 _ASKING_SECONDS = 0.05
 #: No lock of ours is longer.
@@ -89,9 +91,10 @@ def who_holds(target: Location) -> dict[str, Any] | None:
 
     On a disk that is asked of the lock; of a store it is what the last renewal of the lease says.
     """
-    found = read_lock(target)
-    if not found or not target.is_local:
-        return found
+    if not (found := read_lock(target)):
+        return None
+    if not target.is_local:
+        return None if _age_of(found) > RENEWALS * _OLD_SECONDS else found
     try:
         handle = os.open(os.path.join(target.url, LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -219,6 +222,14 @@ def _is_at(handle: int, path: str) -> bool:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _age_of(lease: dict[str, Any]) -> float:
+    """Return how many seconds ago a lease was renewed; 0 if it does not say."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(lease["at"])).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def _holder() -> str:

@@ -40,6 +40,8 @@ class Target:
     """What it is made of: source, parameters, versions."""
     generation: str = ""
     """Which creation it stems from."""
+    replaces: str = ""
+    """The generation of the target whose place it is to take, if it is built beside one."""
     shape: tuple[int, ...] = ()
     """Its shape."""
     tile: tuple[int, ...] = ()

@@ -19,6 +19,8 @@ from dask_batchinv.urls import is_chain
 
 #: What the name of a target ends with that is to take another one's place.
 _ENDING = ".dask_batchinv-new"
+#: File systems take names of 255 bytes.
+_NAME_NBYTES = 200
 
 
 def place_beside(target: Location) -> Location | None:
@@ -26,7 +28,8 @@ def place_beside(target: Location) -> Location | None:
     above, _, name = target.url.rstrip("/").rpartition("/")
     if target.is_local:
         # What is mounted cannot change places with anything.
-        possible = not os.path.ismount(target.url) and os.access(above or "/", os.W_OK)
+        fits = len(os.fsencode(name)) <= _NAME_NBYTES
+        possible = fits and not os.path.ismount(target.url) and os.access(above or "/", os.W_OK)
     else:
         possible = not is_chain(target.url) and "?" not in target.url and above.count("/") >= 2 and bool(name)
     return replace(target, url=f"{above}/.{name}{_ENDING}") if possible else None
@@ -65,7 +68,8 @@ def _remove(location: Location, old: Target) -> str | None:
     keys = location.keys()
     if others := targets.foreign_keys(keys, old):
         return f"{location.name} has what was replaced, because of {', '.join(others[:3])} in it, which is not ours"
-    location.delete_all(keys)
+    # The document by which it is ours last, so that a break leaves it in place.
+    location.delete_all(sorted(keys, key=lambda key: key == ROOT))
     with suppress(OSError):
         os.rmdir(location.url)
     return None
@@ -81,4 +85,4 @@ def _copy(new: Location, target: Location, old: Target, lock: Lock) -> None:
     target.delete_all([key for key in gone if not targets.foreign_keys([key], old)])
     lock.confirm()
     new.copy_to(target, ROOT)
-    new.delete_all(keys)
+    new.delete_all(sorted(keys, key=lambda key: key == ROOT))

@@ -72,7 +72,9 @@ def _inspect(location: Location) -> Target:
     root = _read_group(location)
     # Also asked where the document is damaged: a location that makes no sense is an error here.
     is_there = bool(root) or location.exists()
-    if root is None and (not is_there or set(location.children()) <= {LOCK}):
+    # A store in memory keeps folders in which nothing is any more.
+    inside = location.keys if location.is_memory else location.children
+    if root is None and (not is_there or {*inside()} <= {LOCK}):
         return Target(State.ABSENT, {})
     mark = read_mark(root or {})
     copy = read_mark(_read_group(location / LEDGER) or {})
@@ -94,6 +96,7 @@ def _inspect(location: Location) -> Target:
         state=State.BEING_CREATED if not mark["ready"] else State.COMPLETE if is_complete else State.BEGUN,
         fingerprint=dict(mark["fingerprint"]),
         generation=_generation_in(mark),
+        replaces=_checked(mark.get("replaces", ""), str),
         members=members,
         outputs=_outputs_in(mark),
         encoding=_encoding_in(mark),
@@ -192,11 +195,18 @@ def refuse_links(location: Location, target: Target) -> None:
                 raise TargetError(f"{name} in {location.name} is not a folder: move it elsewhere, then run this again")
 
 
-def create(location: Location, fingerprint: Fingerprint, contents: Contents, writer: Writer, replaced: Target) -> None:
+def create(
+    location: Location,
+    fingerprint: Fingerprint,
+    contents: Contents,
+    writer: Writer,
+    replaced: Target,
+    replaces: str = "",
+) -> None:
     """Create the target, its mark before anything else, ``ready`` last.
 
     `replaced`, the target that was found there, is removed, but only if it is still the same one, and there is nothing
-    in it that is not ours.
+    in it that is not ours. What it `replaces` is the generation of one elsewhere.
 
     Raises
     ------
@@ -209,7 +219,7 @@ def create(location: Location, fingerprint: Fingerprint, contents: Contents, wri
     if (old.state, old.generation) != (replaced.state, replaced.generation):
         raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the command again")
     with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
-        mark = _mark_of(Target(State.BEGUN, fingerprint, uuid.uuid4().hex), contents)
+        mark = _mark_of(Target(State.BEGUN, fingerprint, uuid.uuid4().hex, replaces), contents)
         documents = make_documents(contents, mark)
         if old.state is not State.ABSENT:
             _clear(location, old, writer)
@@ -225,6 +235,7 @@ def _mark_of(target: Target, contents: Contents) -> Mark:
         "format": FORMAT,
         "fingerprint": target.fingerprint,
         "generation": target.generation,
+        "replaces": target.replaces,
         "outputs": {output.role: output.name for output in contents.outputs},
         "encoding": {
             "compress": contents.encoding.compress,

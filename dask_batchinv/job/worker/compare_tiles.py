@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from dask_batchinv.job.options import Missing
-from dask_batchinv.job.results import TileResult, TileRow, as_results
+from dask_batchinv.job.results import TileResult, TileRow, all_final, as_results, naming
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.ledger import ROWS_PER_CHUNK
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.read_back import rows_of_chunk
 from dask_batchinv.job.worker.read_source import Reader
 from dask_batchinv.location import Location
+from dask_batchinv.outcome import Info
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,18 @@ def _compare(task: CompareTask, number: int) -> list[TileResult[bool]]:
     reader = Reader(task.run, task.source, task.missing, task.tiling)
     with ExitStack() as lent:
         tile = range(number, number + 1)
-        found = reader.checksums(reader.read(tile, lent), tile)[number]
+        try:
+            stored = reader.read(tile, lent)
+        except Exception:
+            if task.source.is_lazy:
+                raise
+            stored = reader.read_in_parts(tile, lent)
+            if not stored.bad:
+                raise
+            assert stored.codes is not None
+            if (stored.codes == int(Info.UNREADABLE)).any():
+                text = naming(stored.bad)
+                return [TileResult(number, None, text, is_final=all_final(stored.bad), bad_chunks=stored.bad)]
+        found = reader.checksums(stored, tile)[number]
         same = found == row.source_checksum and reader.count_filled(number) == row.filled
     return [TileResult(number, same)]

@@ -18,7 +18,17 @@ from dask_batchinv.chunks.direct_reading import KeptChunk
 from dask_batchinv.chunks.sealed import Chunk, write_chunks
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import Output, Outputs
-from dask_batchinv.job.results import Array, BadChunk, LostArrayError, LostTargetError, TileResult, TileRow, as_results
+from dask_batchinv.job.results import (
+    Array,
+    BadChunk,
+    LostArrayError,
+    LostTargetError,
+    TileResult,
+    TileRow,
+    all_final,
+    as_results,
+    naming,
+)
 from dask_batchinv.job.seen import mark_of_files
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.chunks import open_array
@@ -113,18 +123,16 @@ def _do_alone(task: TileTask, number: int, kept: KeptChunk | None) -> list[TileR
             made = _make(task, span, lent, partial(task.reader.read_in_parts, span))
             if not made.bad:  # it was something else, or has passed: to be tried again
                 raise
-            bad: Any = {"error": _naming(made.bad), "is_final": all(chunk.is_final for chunk in made.bad),
+            if not (made.info[number] == int(Info.UNREADABLE)).any():  # a mask leaves out all that is in them
+                made.write(task)
+                return made.results(task, time.perf_counter() - start)
+            bad: Any = {"error": naming(made.bad), "is_final": all_final(made.bad),
                    "bad_chunks": made.bad}  # fmt: skip
             # Of nothing at all nothing is written: it may be the wrong array.
             if task.options.bad_chunks == "error" and (made.info[number] == int(Info.UNREADABLE)).all():
                 return [TileResult(number, None, **bad)]
             made.write(task)
             return [replace(result, **bad) for result in made.results(task, time.perf_counter() - start)]
-
-
-def _naming(bad: tuple[BadChunk, ...]) -> str:
-    noun, first = ("chunk", "") if len(bad) == 1 else ("chunks", "first ")
-    return f"{len(bad)} {noun} of the source cannot be read: {first}{bad[0]}"
 
 
 def do_span(task: TileTask, span: range, kept: KeptChunk | None = None) -> list[TileResult[TileRow]]:

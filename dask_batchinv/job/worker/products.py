@@ -19,14 +19,20 @@ Products = dict[str, Array]
 def products(results: InverseEx, stack: Array, options: JobOptions, dtype: np.dtype[Any]) -> Products:
     """Return the outputs of a job, by what they are, from the results for a stack, stored as `dtype`.
 
-    An inverse that this has no room for overflows: its matrix gets ``info`` -2, and NaN.
+    An inverse that this has no room for, because it is too large or too small, gets ``info`` -2, and NaN.
     """
     kept = results.inverse if options.keep == "inverse" else _diagonal(results.inverse)
     info, rcond = results.info, results.rcond
     if kept.dtype != dtype:
-        with np.errstate(over="ignore"):
+        exact, numbers = kept, tuple(range(info.ndim, kept.ndim))
+        with np.errstate(over="ignore", under="ignore"):
             kept, rcond = kept.astype(dtype), rcond.astype(np.finfo(dtype).dtype)
-        lost = (info == int(Info.GOOD)) & ~np.isfinite(kept).all(axis=tuple(range(info.ndim, kept.ndim)))
+            lost = ~np.isfinite(kept).all(axis=numbers)
+            if options.keep == "diagonal":  # each is a result of its own
+                lost |= ((np.abs(kept) < np.finfo(dtype).tiny) & (exact != 0)).any(axis=numbers)
+            elif kept.size:
+                lost |= np.abs(kept).max(axis=numbers) < np.finfo(dtype).tiny
+        lost &= info == int(Info.GOOD)
         info[lost], kept[lost] = int(Info.OVERFLOW), np.nan
     made: Products = {"info": info, "rcond": rcond}
     if options.like_source:

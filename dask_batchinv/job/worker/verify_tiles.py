@@ -22,7 +22,7 @@ from dask_batchinv.job.target.encoding import Encoding
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.job.worker.invert_tiles import open_output
 from dask_batchinv.job.worker.products import Products, products
-from dask_batchinv.job.worker.read_source import Reader
+from dask_batchinv.job.worker.read_source import Reader, Stored
 from dask_batchinv.kernels import InverseEx, invert_block, read_part
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
@@ -95,8 +95,7 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
     ratios, refuted, missing = np.empty(0), None, None
     if task.source is not None and task.tiling.n and _is_sampled(number, task.sample):
         with _reading("the source"):
-            in_parts = bool((found["info"] == int(Info.UNREADABLE)).any())
-            stack, codes, missing = _read_source(task, task.source, number, in_parts)
+            stack, codes, missing = _read_source(task, task.source, number, found["info"])
         try:
             masked = np.zeros(len(found["info"]), bool) if codes is None else codes.reshape(-1) == int(Info.MASKED)
             _refuse((found["info"] == int(Info.MASKED)) != masked, region, "not masked as the source has it")
@@ -155,22 +154,34 @@ def _reading(what: str) -> Iterator[None]:
         raise DamagedChunkError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read_source(
-    task: VerifyTask, source: Source, number: int, in_parts: bool
-) -> tuple[Array, Array | None, str | None]:
+def _read_source(task: VerifyTask, source: Source, number: int, info: Array) -> tuple[Array, Array | None, str | None]:
     """Return a tile of the source, what is known of it already, and which chunk is filled because it was not there."""
 
-    def stack(missing: Missing) -> tuple[Array, Array | None]:
-        reader, tile = Reader(task.run, source, missing, task.tiling), range(number, number + 1)
+    tile = range(number, number + 1)
+
+    def stack(missing: Missing, *, in_parts: bool = False) -> Stored:
+        reader = Reader(task.run, source, missing, task.tiling)
         with ExitStack() as lent:
             stored = reader.read_in_parts(tile, lent) if in_parts else reader.read(tile, lent)
-            block = np.array(source.decode(stored.numbers))
-        return np.moveaxis(block, task.tiling.core, (-2, -1)), stored.codes
+            return replace(stored, numbers=np.array(source.decode(stored.numbers)))
 
+    found, missed = None, None
     try:
-        return *stack("error"), None
-    except MissingChunkError as error:
-        return *stack("fill"), str(error)
+        found = stack("error")
+    except Exception as error:
+        if source.is_lazy:
+            raise
+        parts = stack("error", in_parts=True)
+        assert parts.codes is not None
+        # What cannot be read may be what the target says of it, or left out by a mask.
+        unknown = (parts.codes.reshape(-1) == int(Info.UNREADABLE)) & (info != int(Info.UNREADABLE))
+        if not unknown.any():
+            found = parts
+        elif isinstance(error, MissingChunkError):
+            found, missed = stack("fill"), str(error)
+        else:
+            raise
+    return np.moveaxis(found.numbers, task.tiling.core, (-2, -1)), found.codes, missed
 
 
 def _compare_with_source(task: VerifyTask, stack: Array, found: Products, region: tuple[slice, ...]) -> Array:
@@ -190,6 +201,9 @@ def _compare_with_source(task: VerifyTask, stack: Array, found: Products, region
     if "inverse" in found:
         matrices = read_part(stack[good], options.assume_a, lower=options.lower)
         ratios = np.maximum(ratios, residual_ratios(matrices, found["inverse"][good]))
+        wrong = np.zeros(len(info), bool)
+        wrong[good] = _is_other_rcond(matrices, found["inverse"][good], found["rcond"][good])
+        _refuse(wrong, region, "good, but have another rcond")
     large = np.zeros(len(info), bool)
     large[good] = ~(ratios <= LARGEST_RATIO)
     _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
@@ -208,6 +222,19 @@ def _compare_with_source(task: VerifyTask, stack: Array, found: Products, region
     return ratios
 
 
+def _is_other_rcond(a: Array, x: Array, rcond: Array) -> Array:
+    """Tell where rcond is another number than the norms of matrices and their inverses say."""
+    with np.errstate(all="ignore"):
+        (_, norm_a, exponent_a), (_, norm_x, exponent_x) = (
+            _normed(b.astype(np.result_type(b.dtype, np.float64))) for b in (a, x)
+        )
+        expected = np.ldexp(1 / norm_a / norm_x, -exponent_a - exponent_x).reshape(len(a))
+        # Rounding of the norms, and of what is too small for the dtype.
+        near = np.abs(rcond - expected) <= 1e-3 * expected + np.finfo(rcond.dtype).tiny
+        other: Array = np.isfinite(expected) & ~near
+    return other
+
+
 def _made_again(task: VerifyTask, stack: Array) -> tuple[InverseEx, Products]:
     """Return the results for matrices of the source, and the outputs that they give."""
     options = task.options
@@ -219,20 +246,26 @@ def _made_again(task: VerifyTask, stack: Array) -> tuple[InverseEx, Products]:
 
 
 def _ratios_to_products(task: VerifyTask, stack: Array, found: Products) -> Array:
-    """Return how far outputs that are not inverses are from what they should be, by n, eps and condition numbers."""
+    """Return how far outputs that are not inverses are from what they should be, in units of n eps and of what that
+    error in the matrices makes of each: |X| |A| |X| in the inverse, and the trace of |X| |A| in the determinant.
+    """
     results, again = _made_again(task, stack)
     n, eps = task.tiling.n, np.finfo(task.dtype).eps
     ratios = np.where(again["info"] == int(Info.GOOD), 0.0, np.inf)
     with np.errstate(all="ignore"):
-        bound = n * eps / results.rcond.astype(float)
+        wide = np.result_type(results.inverse.dtype, np.float64)
+        x = np.abs(results.inverse.astype(wide))
+        a = np.abs(read_part(stack, task.options.assume_a, lower=task.options.lower).astype(wide))
+        of_product = x @ a
         if "diagonal" in found:
-            norm = _norm1(results.inverse)
-            ratios = np.maximum(ratios, np.abs(found["diagonal"] - again["diagonal"]).max(axis=1) / norm / bound)
+            bound = n * eps * np.einsum("mij,mji->mi", of_product, x)
+            ratios = np.maximum(ratios, (np.abs(found["diagonal"] - again["diagonal"]) / bound).max(axis=1))
         if "logdet" in found:
+            bound = n * eps * np.einsum("mii->m", of_product)
             for role in ("logdet", "sign"):
-                rounding = eps * np.abs(again[role])
-                ratios = np.maximum(ratios, np.abs(found[role] - again[role]) / (bound + rounding))
-    return ratios
+                off = np.abs(found[role] - again[role]) / (bound + eps * np.abs(again[role]))
+                ratios = np.maximum(ratios, off)
+    return np.where(np.isnan(ratios), np.inf, ratios)
 
 
 def _check_account(found: Products, region: tuple[slice, ...]) -> None:
@@ -248,6 +281,10 @@ def _check_account(found: Products, region: tuple[slice, ...]) -> None:
             # Of singular matrices the determinant is known.
             known = good | (info > 0) if role in ("logdet", "sign") else good
             _refuse(~known & ~np.isnan(numbers).all(axis=1), region, f"failed, but their {role} is not NaN")
+    for role, of_singular in {"logdet": -np.inf, "sign": 0}.items():
+        if role in found:
+            other = (found[role] != of_singular) & ~np.isnan(found[role])
+            _refuse((info > 0) & other, region, f"singular, but their {role} is not {of_singular}")
     # A little over 1 by rounding; NaN is neither.
     _refuse(good & ~((rcond >= 0) & (rcond < 1.1)), region, "good, but their rcond is not between 0 and 1")
     _refuse((info > 0) & (rcond != 0), region, "singular, but their rcond is not 0")
