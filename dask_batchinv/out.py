@@ -85,9 +85,9 @@ def _fill_new(location: Location, result: da.Array, call: Call) -> zarr.Array[An
     """Compute `result` into a new Zarr array, or what the same call has left undone of one."""
     if any(math.isnan(size) for size in result.shape):
         raise ValueError("a new Zarr array needs a known shape: call compute_chunk_sizes() on the input first")
-    sources = [source for source in _arrays_in(result) if isinstance(source, zarr.Array)]
+    sources = [source for source in arrays_in(result) if isinstance(source, zarr.Array)]
     for source in sources:
-        if isinstance(place := _location(source), Location) and place.contains(location):
+        if isinstance(place := location_of(source), Location) and place.contains(location):
             raise ValueError(f"out, {location.name}, is in the array that the input is read from: write elsewhere")
     if any(map(is_in_memory, sources)):  # in another process the same names mean other data
         call = replace(call, token=f"{call.token} {_PROCESS}")
@@ -235,11 +235,11 @@ def refuse_overlap(out: Any, result: da.Array) -> None:
 
     Sees the arrays in the graph, also inside Xarray's wrappers; not those that a task opens by itself.
     """
-    for source in _arrays_in(result):
+    for source in arrays_in(result):
         if isinstance(out, np.ndarray):
             if isinstance(source, np.ndarray) and shares_memory(source, out):
                 raise ValueError("out overlaps the input: pass an array of its own memory")
-        elif isinstance(source, zarr.Array) and _are_one(_location(source), _location(out)):
+        elif isinstance(source, zarr.Array) and _are_one(location_of(source), location_of(out)):
             raise ValueError(f"out is the array at {out.store_path} that the input is read from: write elsewhere")
 
 
@@ -256,7 +256,7 @@ def _protocol(store: zarr.storage.FsspecStore) -> str:
     return protocol if isinstance(protocol, str) else protocol[0]
 
 
-def _location(array: zarr.Array[Any]) -> Location | tuple[Any, str]:
+def location_of(array: zarr.Array[Any]) -> Location | tuple[Any, str]:
     """Return where an array is; its store and its name there if that is no place that others could open."""
     store = innermost(array.store)
     if isinstance(store, zarr.storage.LocalStore):
@@ -274,7 +274,7 @@ def _are_one(source: Location | tuple[Any, str], out: Location | tuple[Any, str]
     return source.contains(out) or out.contains(source) or source.has_chunks_in([out])
 
 
-def _arrays_in(collection: da.Array) -> Iterator[Any]:
+def arrays_in(collection: da.Array) -> Iterator[Any]:
     """Yield the NumPy and Zarr arrays that the tasks of a collection hold."""
     seen: set[int] = set()
     todo = list(dict(collection.__dask_graph__()).values())

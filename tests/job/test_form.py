@@ -118,7 +118,7 @@ def test_parts_in_two_arrays(tmp_path):
     (tmp_path / "s/im/c/1/0/0").write_bytes(b"damaged")
     with pytest.raises(JobFailedError) as raised:
         invert_store(tmp_path / "s", tmp_path / "u", **options)
-    assert [chunk.key for chunk in raised.value.report.bad_chunks] == ["c/1/0/0"]
+    assert [chunk.key for chunk in raised.value.report.bad_chunks] == ["im/c/1/0/0"]
     assert np.flatnonzero(read_target(tmp_path / "u")[1] == -4).tolist() == [4, 5, 6, 7]
 
 

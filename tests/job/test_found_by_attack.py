@@ -343,3 +343,26 @@ def test_a_lock_that_says_nothing_is_nobodys(tmp_path):
     lease = b'{"run": "a", "holder": "process 1 on b", "at": "2020-01-01T00:00:00+00:00"}'
     Location.parse(url).write(LOCK, lease)
     assert status_of(Location.parse(url)).at_work is None
+
+
+def test_a_lazy_source_that_reads_the_target_is_refused(tmp_path):
+    write(tmp_path / "s")
+    invert_store(tmp_path / "s", tmp_path / "t", variable="cov")
+    before = (tmp_path / "t/inverse/c.0.0.0").read_bytes()
+    lazy = xr.open_zarr(tmp_path / "t", consolidated=False).inverse
+    with pytest.raises(RefusedError, match="inside the target"):
+        invert_store(lazy, tmp_path / "t", overwrite=True, token="x")
+    with pytest.raises(RefusedError, match="inside, the source"):
+        invert_store(xr.open_zarr(tmp_path / "s", consolidated=False).cov, tmp_path / "s/cov/x", token="x")
+    assert (tmp_path / "t/inverse/c.0.0.0").read_bytes() == before
+
+
+def test_labels_of_triangles_come_back_with_them(tmp_path):
+    i, j = np.tril_indices(3)
+    packed = (A @ A.swapaxes(-2, -1))[:, i, j]
+    write(tmp_path / "s", packed, ("t", "p"), (4, 6), {"p": np.arange(6) * 2})
+    options = {"variable": "cov", "packed": "lower by rows", "assume_a": "pos"}
+    invert_store(tmp_path / "s", tmp_path / "t", like_source=True, **options)
+    assert opened(tmp_path / "t").p.values.tolist() == [0, 2, 4, 6, 8, 10]
+    invert_store(tmp_path / "s", tmp_path / "u", **options)
+    assert "p" not in opened(tmp_path / "u").coords

@@ -247,6 +247,9 @@ def _source(
     dims = tuple(map(str, told_apart([*batch, *core])))
     shape, axes = arrays[0].shape, (len(batch), len(batch) + 1)
     sizes = {dim: shape[names.index(dim)] for dim in dims if dim in names}
+    if options.like_source:  # then these are dimensions of the target, too
+        of_form = [*(form.core if form.packed else ()), *(() if form.pair is None else (form.pair,))]
+        sizes |= {names[axis]: shape[axis] for axis in of_form}
     beside = Found() if group is None else find(root, inner, node, sizes, name)
     row, col = (None if form.packed else beside.labels(dim) for dim in dims[-2:])
     if form.pair is not None:

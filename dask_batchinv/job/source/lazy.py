@@ -23,8 +23,10 @@ from dask_batchinv.job.source.source import Source, digest_of_labels
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.labels import AmbiguousDimsError, Exchange, default_dims, exchange, told_apart
 from dask_batchinv.location import Location
+from dask_batchinv.out import arrays_in, location_of
 from dask_batchinv.outcome import RefusedError, SourceError
 from dask_batchinv.stack import check_shape, result_dtype
+from dask_batchinv.storage import unspecified
 from dask_batchinv.text import harmless
 
 if TYPE_CHECKING:
@@ -41,10 +43,17 @@ class LazySource(Source):
     """The dtype that its blocks are declared to have."""
     corner: tuple[int, ...]
     """Where that part begins."""
+    reads: tuple[Location, ...] = ()
+    """Where the arrays of Zarr are that its graph holds."""
     beside: Any = None
     """Its coordinates, as Xarray has them; nothing on workers."""
 
     is_lazy: ClassVar[bool] = True
+
+    @property
+    def locations(self) -> list[Location]:
+        """Where the arrays are that it is computed from, as far as its graph holds them."""
+        return [*self.reads]
 
     def open_once(self, run: str, missing: Missing) -> Any:
         """Return nothing: what is computed need not be opened."""
@@ -106,9 +115,9 @@ class LazySource(Source):
 
         try:
             variables, _ = xr.conventions.cf_encoder(self.beside.load().variables, {})
-            xr.Dataset(variables).to_zarr(
-                zarr.storage.MemoryStore({}), zarr_format=3, consolidated=False, compute=False
-            )
+            store = zarr.storage.MemoryStore({})  # to see whether it can be
+            with unspecified():
+                xr.Dataset(variables).to_zarr(store, zarr_format=3, consolidated=False)
         except Exception as error:  # whatever Xarray and Zarr make of what they cannot store
             raise SourceError(f"a coordinate cannot be stored, drop it first: {error}") from harmless(error)
         found = xr.Dataset(variables).set_coords(list(variables)).drop_encoding()
@@ -214,6 +223,7 @@ def _source(blocks: da.Array, labelled: Any, options: JobOptions, token: str | N
         raise SourceError(f"the core dimensions {core[0]!r} and {core[1]!r} are not equally long: {blocks.shape}")
     dtype = result_dtype(blocks.dtype)
     labels = tuple(indexes.get(dim) for dim in core)
+    held = [array for array in arrays_in(blocks) if isinstance(array, zarr.Array)]
     unit = tuple(max(1, *sizes) if sizes else 1 for sizes in blocks.chunks)
     location = Location(f"lazy://{token or blocks.name}")
     beside = None if labelled is None else labelled.coords.to_dataset()
@@ -227,7 +237,8 @@ def _source(blocks: da.Array, labelled: Any, options: JobOptions, token: str | N
         coordinate_names=() if beside is None else tuple(map(str, beside.variables)), coordinates=(),
         exchange=exchange(*labels), labels=digest_of_labels(*labels),
         attributes={} if labelled is None else _plain(labelled.attrs), group_attributes={}, blocks=blocks,
-        declared=blocks.dtype, corner=(0,) * blocks.ndim, beside=beside,
+        declared=blocks.dtype, reads=tuple(found for found in map(location_of, held) if isinstance(found, Location)),
+        corner=(0,) * blocks.ndim, beside=beside,
     )  # fmt: skip
 
 
