@@ -10,14 +10,11 @@ import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 import zarr.abc.store
@@ -25,6 +22,7 @@ import zarr.storage
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_batchinv.disk import Stamp, chunk_folders, identity, is_file_or_absent, make_folders, stamp_of, write_file
+from dask_batchinv.known import Known, known_of, told_of
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import CleanError, clean, harmless, remember_options, remember_url, without_user
 from dask_batchinv.urls import CACHES, EXTRAS, is_chain, joined, opened, resolved
@@ -35,23 +33,8 @@ T = TypeVar("T")
 JSON_NBYTES = 16 * 2**20
 
 
-#: What stores tell of a file that changes with its content, and what with the time of its last change, by the names
-#: that fsspec gives it, in small letters alone.
-_VERSIONS = frozenset(["etag", "md5hash", "md5", "contentmd5", "crc32c", "crc", "generation", "versionid"])
-_TIMES = frozenset(["mtime", "modified", "lastmodified", "updated", "created", "datetime", "timemodified"])
 #: So many files are asked for at once, where none are listed.
 _ASKED_AT_ONCE = 16
-
-
-class Known(NamedTuple):
-    """What a store tells of a file."""
-
-    size: int | None
-    """Its bytes."""
-    version: str
-    """A text that changes when the content does; empty if there is none."""
-    changed: int | None
-    """When it changed last, in nanoseconds since 1970, where `version` is made of nothing else; None if unknown."""
 
 
 class TakenOverError(CleanError, ConnectionError):
@@ -371,20 +354,20 @@ class Location:
         if self.is_local:
             for key, about in keys():
                 with suppress(OSError):  # what is not there, or damaged: reading will tell
-                    yield key, about, _known_of(os.stat(f"{self.url}/{key}"))
+                    yield key, about, known_of(os.stat(f"{self.url}/{key}"))
             return
         fs, path = self._filesystem()
         if "http" not in self.url.partition("://")[0]:
             with suppress(FileNotFoundError):
                 for name, found in fs.find(path, detail=True).items():
-                    told = _told(found)
+                    told = told_of(found)
                     yield name[len(path) :].lstrip("/"), None, told._replace(version="") if self._is_cached() else told
             return
 
         def ask(key_about: tuple[str, T]) -> tuple[str, T, Known] | None:
             key, about = key_about
             with suppress(FileNotFoundError):
-                return key, about, _told(fs.info(_under(path, key)))
+                return key, about, told_of(fs.info(_under(path, key)))
             return None
 
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
@@ -454,33 +437,6 @@ def _under(path: str, key: str) -> str:
 
 #: What can be parsed as a location, or is one.
 Place = str | os.PathLike[str] | Location
-
-
-def _known_of(found: os.stat_result) -> Known:
-    # Whoever sets the time of change, as copies do, cannot do so with that of the file's own record.
-    version = f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
-    return Known(found.st_size, version, found.st_ctime_ns)
-
-
-def _told(info: dict[str, Any]) -> Known:
-    """Return what a file system of fsspec tells of a file."""
-    told = {name.lower().replace("_", "").replace("-", ""): value for name, value in info.items()}
-    versions, times = (sorted((name, told[name]) for name in names & told.keys() if told[name] is not None)
-                       for names in (_VERSIONS, _TIMES))  # fmt: skip
-    changed = None if versions else max(map(_nanoseconds, dict(times).values()), default=None)
-    return Known(info.get("size"), " ".join(f"{name}={value}" for name, value in versions or times), changed)
-
-
-def _nanoseconds(when: Any) -> int:
-    """Return a time since 1970; what cannot be read as one counts as just now."""
-    if isinstance(when, str):
-        for parse in (parsedate_to_datetime, datetime.fromisoformat):
-            with suppress(ValueError):
-                when = parse(when)
-                break
-    if isinstance(when, datetime):
-        when = when.timestamp()
-    return int(when * 1e9) if isinstance(when, (int, float)) else time.time_ns()
 
 
 def _files(top: str, folders: list[str], files: list[str]) -> list[str]:

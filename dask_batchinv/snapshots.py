@@ -11,7 +11,8 @@ import zarr.abc.store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from dask_batchinv.location import Known, Location
+from dask_batchinv.known import Known
+from dask_batchinv.location import Location
 from dask_batchinv.storage import GuardedStore
 
 T = TypeVar("T")

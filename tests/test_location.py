@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from dask_batchinv.location import Known, Location, TakenOverError, _told
+from dask_batchinv.known import Known, told_of
+from dask_batchinv.location import Location, TakenOverError
 from dask_batchinv.text import redact
 from dask_batchinv.urls import opened
 
@@ -299,4 +300,4 @@ def test_what_other_stores_tell(tmp_path, url):
     ],
 )  # fmt: skip
 def test_what_file_systems_tell_is_understood(info, version, changed):
-    assert _told(info) == Known(info.get("size"), version, changed)
+    assert told_of(info) == Known(info.get("size"), version, changed)

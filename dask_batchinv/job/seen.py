@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_batchinv.job.tiling import Extent, Tiling, cuts
-from dask_batchinv.location import Known, Location
+from dask_batchinv.known import Known
+from dask_batchinv.location import Location
 
 #: Of what a store says of a tile that was never looked at, or just now written.
 UNKNOWN = 0

@@ -18,7 +18,8 @@ from dask_batchinv.job.plan import prepare as preparing
 from dask_batchinv.job.report.account import account_of
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.writer import Writer
-from dask_batchinv.location import Known, Location
+from dask_batchinv.known import Known
+from dask_batchinv.location import Location
 from tests.support.stacks import assert_same_bits, conditioned
 from tests.support.targets import read_target, tree
 from tests.support.web import silent_server
