@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 import dask
-import fsspec
+import fsspec.implementations.reference
 import numpy as np
 import pytest
 import zarr
@@ -147,7 +147,7 @@ def test_what_no_other_process_could_open(tmp_path, source, place):
 # --- what others than Zarr have made, and lists ---------------------------------------------------------------
 
 
-def write_references(folder, a):
+def write_references(folder, a, *, parquet=False):
     """References to parts of a file of another format, as kerchunk and VirtualiZarr write them."""
     (folder / "data.bin").write_bytes(b"a header" + a.astype("<f8").tobytes())
     half, meta = a.nbytes // 2, {"zarr_format": 2, "dtype": "<f8", "compressor": None, "filters": None, "order": "C"}
@@ -158,6 +158,13 @@ def write_references(folder, a):
         "cov/0.0.0": [str(folder / "data.bin"), 8, half],
         "cov/1.0.0": [str(folder / "data.bin"), 8 + half, half],
     }
+    if parquet:
+        mapper = fsspec.implementations.reference.LazyReferenceMapper
+        table = mapper.create(str(folder / "refs.parquet"), fs=fsspec.filesystem("file"), record_size=1000)
+        for key, value in refs.items():
+            table[key] = value.encode() if isinstance(value, str) else value
+        table.flush()
+        return folder / "refs.parquet"
     (folder / "refs.json").write_text(json.dumps({"version": 1, "refs": refs}))
     return folder / "refs.json"
 
@@ -179,6 +186,17 @@ def test_references(tmp_path, how):
     assert verify_store(tmp_path / "t", source=place, source_options=options).ok
     again = invert_store(place, tmp_path / "t", variable="cov", source_options=options, tile_size=720)
     assert again.tiles_now == 0
+
+
+@pytest.mark.filterwarnings("ignore:The 'fastparquet' engine")  # fsspec's default
+def test_references_in_parquet(tmp_path):
+    pytest.importorskip("kerchunk.df", reason="kerchunk is not installed")
+    a = conditioned(40, 3, 10)
+    place = f"reference://::{write_references(tmp_path, a, parquet=True)}"
+    assert invert_store(place, tmp_path / "t", variable="cov", tile_size=720).complete
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "t")["inverse"][...], inverse(a))
+    assert verify_store(tmp_path / "t", source=place).ok
+    assert invert_store(place, tmp_path / "t", variable="cov", tile_size=720).tiles_now == 0
 
 
 def test_places_of_obstore(tmp_path, source):
