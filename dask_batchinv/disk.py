@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -55,20 +54,28 @@ def _identity_above(link: str) -> tuple[int, int] | None:
 
 
 def exchange(a: str, b: str) -> None:
-    """Let two folders change places: in one step, where the system can do that, else in three."""
+    """Let two folders change places: in one step, where the system can do that, else in three.
+
+    A break between the three leaves what was `b` under the name that `between` returns.
+    """
     try:
         done = ctypes.CDLL(None, use_errno=True).renameat2(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE)
     except AttributeError:  # not Linux
         done = -1
     if done != 0:
-        between = f"{a}.{uuid.uuid4().hex}"
-        os.rename(b, between)
+        aside = between(a)
+        os.rename(b, aside)
         try:
             os.rename(a, b)
         except OSError:
-            os.rename(between, b)
+            os.rename(aside, b)
             raise
-        os.rename(between, a)
+        os.rename(aside, a)
+
+
+def between(a: str) -> str:
+    """Return where the other folder is meanwhile that changes places with `a` in several steps."""
+    return f"{a}-aside"
 
 
 def is_file_or_absent(path: str) -> bool:

@@ -35,7 +35,7 @@ from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.ledger import Ledger, forget_begin, record_begin, record_run
 from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State, Target
-from dask_batchinv.job.target.swap import place_beside, swap
+from dask_batchinv.job.target.swap import place_beside, put_back, swap
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
@@ -71,6 +71,11 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
 
     What replaces a finished target is built beside it, so that its readers lose nothing until all is done.
     """
+    if put_back(job.target):
+        raise TargetError(
+            f"{job.target.name} had been moved aside when its replacement was interrupted, and is in its place again: "
+            "run the command again, with --overwrite to go on with the replacement"
+        )
     if (beside := replacement(job)) is None:
         report = _run(job, options, on_progress)
         return replace(report, notes=(*report.notes, *_on_replacing(job)))

@@ -6,12 +6,12 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 
-from dask_batchinv.disk import exchange
+from dask_batchinv.disk import between, exchange
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.documents import ROOT
 from dask_batchinv.job.target.holder import LOCK
-from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock
+from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock, who_holds
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.location import Location, raised_as
@@ -61,6 +61,24 @@ def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None
             left = _remove(new, old)
         remove_stale_lock(target)  # which was that of the new one
         return left
+
+
+def put_back(target: Location) -> bool:
+    """Give what a break had left between two steps of a swap its place again; return whether that is the target's.
+
+    Only systems that cannot exchange two folders in one step have several.
+    """
+    beside = place_beside(target)
+    if beside is None or not beside.is_local or not os.path.lexists(between(beside.url)):
+        return False
+    aside = replace(beside, url=between(beside.url))
+    if not targets.inspect(aside).is_there or who_holds(aside):
+        return False
+    place = beside if os.path.lexists(target.url) else target
+    if os.path.lexists(place.url):
+        return False
+    os.rename(aside.url, place.url)
+    return place is target
 
 
 def _remove(location: Location, old: Target) -> str | None:
