@@ -20,7 +20,7 @@ from dask_batchinv._version import __version__
 from dask_batchinv.cli_options import cluster_options, job_options, json_option, source_options, target_options
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.placing import plan_for_unlike, plan_locally
-from dask_batchinv.job.driver.run import run_job
+from dask_batchinv.job.driver.run_job import run_job
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.plan.prepare import Job, prepare

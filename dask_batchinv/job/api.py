@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
-from dask_batchinv.job.driver.run import run_job
+from dask_batchinv.job.driver.run_job import run_job
 from dask_batchinv.job.form import Packed
 from dask_batchinv.job.options import BadChunks, JobOptions, Missing
 from dask_batchinv.job.outputs import Keep

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -15,15 +14,12 @@ from typing import Any
 import dask.config
 import numpy as np
 
-from dask_batchinv.job.driver.cluster_options import ClusterOptions, own_task
 from dask_batchinv.job.driver.cutting import spans_to_read_back, tasks_of
-from dask_batchinv.job.driver.executor import ClusterLostError, Executor, InProcess, Serial
-from dask_batchinv.job.driver.own_cluster import launched
-from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here
+from dask_batchinv.job.driver.executor import ClusterLostError, Executor
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
 from dask_batchinv.job.outputs import LEDGER
 from dask_batchinv.job.plan.plan import Plan, Workers
-from dask_batchinv.job.plan.prepare import Job, contents_of, encoding_of, plan_for, refuse_overlap, replacement
+from dask_batchinv.job.plan.prepare import Job, contents_of, encoding_of, refuse_overlap
 from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, RunRecord, RunTotals, ignore
@@ -33,9 +29,8 @@ from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.ledger import Ledger, forget_begin, record_begin, record_run
-from dask_batchinv.job.target.lock import Lock, locked, refuse_held, remove_stale_lock
+from dask_batchinv.job.target.lock import Lock, locked
 from dask_batchinv.job.target.state import State, Target
-from dask_batchinv.job.target.swap import place_beside, put_back, swap
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
@@ -64,76 +59,6 @@ MUTE = (
 MUTE_LAZY = (
     "what a lazy source is computed from is not looked at: if that changes under one token, --overwrite does all again"
 )
-
-
-def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = None) -> JobReport:
-    """Run a prepared job to its end and return the report, whatever it says.
-
-    What replaces a finished target is built beside it, so that its readers lose nothing until all is done.
-    """
-    if put_back(job.target):
-        raise TargetError(
-            f"{job.target.name} had been moved aside when its replacement was interrupted, and is in its place again: "
-            "run the command again, with --overwrite to go on with the replacement"
-        )
-    if (beside := replacement(job)) is None:
-        report = _run(job, options, on_progress)
-        return replace(report, notes=(*report.notes, *_on_replacing(job)))
-    with locked(job.target) as lock:
-        report = _run(beside, options, on_progress)
-        notes = report.notes
-        if report.exit_code != 1:
-            left = swap(beside.target, job.target, job.found, lock)
-            notes += () if left is None else (left,)
-        else:
-            notes += (f"{job.target.name} is what it was: what is done so far lies beside it, and the same command, "
-                      "with --overwrite, goes on with that",)  # fmt: skip
-    return replace(report, target=job.target.name, notes=notes)
-
-
-def _on_replacing(job: Job) -> list[str]:
-    """Return what to say of a finished target that was not replaced beside, and of what such a replacement has left."""
-    beside, notes = place_beside(job.target), []
-    if job.action == "create" and job.found.state is State.COMPLETE:
-        notes.append(f"{job.target.name} was removed before it was made anew: nothing could be built beside it")
-    elif beside is not None and beside.is_local and os.path.lexists(beside.url):
-        notes.append(
-            f"{beside.name} was left by an interrupted replacement: --overwrite goes on with it, or removes it"
-        )
-    return notes
-
-
-def _run(job: Job, options: ClusterOptions, on_progress: OnProgress | None) -> JobReport:
-    is_here = any(location.is_memory for location in (job.source.location, job.target))
-    found, on_progress = options.resolved(is_here=is_here), on_progress or ignore
-    nobody = Workers(0, 0, None)
-    idle = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
-    if (ledger := idle.nothing_to_do()) is not None:
-        remove_stale_lock(job.target)
-        return idle.report(ledger)
-    refuse_held(job.target)  # before workers are started, or asked
-    # Small jobs in tasks, which may be many, stay in their tasks.
-    if (here := plan_here(job, options if own_task() else found)) is not None:
-        workers = Workers(1, here.limits.threads, None)
-        return Run(job, here, workers, InProcess(workers.threads), on_progress, looks=idle.looks)()
-    with ExitStack() as held:
-        helper = held.enter_context(launched()) if found.is_local else None
-        # Not before it is needed: to import Dask's cluster takes as long as a small job.
-        from dask_batchinv.job.driver.cluster import connect, count_gpus, meet_workers
-        from dask_batchinv.job.driver.dispatch import Dispatcher
-
-        client, kinds = held.enter_context(connect(found, helper))
-        if not found.is_local:
-            gpus = count_gpus(job.options.device, client, found.only_workers)
-            kinds = [replace(kinds[0], gpus=gpus), *kinds[1:]]
-        plan, workers = plan_for_unlike(job, kinds)
-        plan = replace(plan, where=found.where(client))
-        introduction, silent = meet_workers(client, job.source, job.target, found.only_workers)
-        executor = Dispatcher(
-            client, introduction, plan.room, is_own=found.is_local, restart_stalled=found.restart_stalled,
-            only=found.only_workers,
-        )  # fmt: skip
-        return Run(job, plan, workers, executor, on_progress, RunTotals(events=list(silent)), idle.looks)()
 
 
 @dataclass
