@@ -102,7 +102,9 @@ def _by_number(text: str, size: int) -> range | None:
 
 def _by_label(text: str, labels: Index) -> range | None:
     try:
-        if _RANGE in text and text not in labels:
+        # Of times Pandas takes more for a label than is one, such as a time and two dots.
+        is_label = labels.inferred_type == "string" and text in labels
+        if _RANGE in text and not is_label:
             first, _, last = text.partition(_RANGE)
             found = labels.slice_indexer(*(_label(end, labels) if end else None for end in (first, last)))
         else:

@@ -198,15 +198,15 @@ def _compare_with_source(task: VerifyTask, stack: Array, found: Products, region
         ratios = _ratios_to_products(task, stack[good], {role: part[good] for role, part in found.items()})
     else:
         ratios = np.zeros(good.sum())
+    wrong = np.zeros(len(info), bool)
     if "inverse" in found:
         matrices = read_part(stack[good], options.assume_a, lower=options.lower)
         ratios = np.maximum(ratios, residual_ratios(matrices, found["inverse"][good]))
-        wrong = np.zeros(len(info), bool)
         wrong[good] = _is_other_rcond(matrices, found["inverse"][good], found["rcond"][good])
-        _refuse(wrong, region, "good, but have another rcond")
     large = np.zeros(len(info), bool)
     large[good] = ~(ratios <= LARGEST_RATIO)
     _refuse(large, region, f"not the inverses: their residuals are over {LARGEST_RATIO:g} n eps |A| |X|")
+    _refuse(wrong, region, "good, but have another rcond")
     least = options.min_rcond * (1 - np.finfo(found["rcond"].dtype).eps)  # it may have been rounded down
     _refuse(good & (found["rcond"] < least), region, f"good, but their rcond is below {options.min_rcond:g}")
     failed = ~good & (info != int(Info.UNREADABLE)) & (info != int(Info.MASKED))
