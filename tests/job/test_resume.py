@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from dask_batchinv import TargetError, invert_store, verify_store
-from dask_batchinv.job.driver import run as driver
+from dask_batchinv.job.driver.run_job import run_job
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.executor import Serial
 from dask_batchinv.job.options import JobOptions
@@ -283,7 +283,7 @@ def test_what_appears_at_the_target_after_the_job_was_prepared_is_not_touched(tm
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "precious").write_text("x")
     with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
-        driver.run_job(job, ClusterOptions(client=client))
+        run_job(job, ClusterOptions(client=client))
     assert (tmp_path / "t" / "precious").read_text() == "x"
 
 
@@ -294,7 +294,7 @@ def test_a_target_that_another_run_has_begun_meanwhile_is_not_touched(tmp_path, 
     invert_store(source, tmp_path / "t", client=client)
     before = tree(tmp_path / "t")
     with pytest.raises(TargetError, match="another run has begun"):
-        driver.run_job(job, ClusterOptions(client=client))
+        run_job(job, ClusterOptions(client=client))
     assert tree(tmp_path / "t") == before
 
 
