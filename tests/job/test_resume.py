@@ -9,9 +9,10 @@ import pytest
 import xarray as xr
 
 from dask_batchinv import TargetError, invert_store, verify_store
-from dask_batchinv.job.driver.run_job import run_job
+from dask_batchinv.job.driver import run as driver
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.executor import Serial
+from dask_batchinv.job.driver.run_job import run_job
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import plan_for, prepare
