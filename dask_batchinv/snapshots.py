@@ -24,7 +24,7 @@ def locate_snapshot(place: Any, token: str | None) -> SnapshotLocation:
     Parameters
     ----------
     place
-        The store, or the session that it is of.
+        What Icechunk's ``readonly_session`` returns, or its store.
     token
         By what it is known, whichever snapshot of it is read; by default by that, so that another is another source.
 
@@ -63,7 +63,7 @@ class SnapshotLocation(Location):
     """A location in a snapshot."""
 
     session: Any = field(default=None, compare=False)
-    """The session, which reads nothing else."""
+    """Icechunk's, of this snapshot alone."""
     path: str = ""
     """The path in it."""
 

@@ -77,7 +77,7 @@ def test_a_target_that_cannot_be_written_is_judged_all_the_same(tmp_path, source
     monkeypatch.setattr("dask_batchinv.job.driver.verify.locked", refused)
     report = verify_store(tmp_path / "t", source=source, client=client)
     assert [tile.number for tile in report.bad_tiles] == [2]
-    assert report.problems == ("what the source refutes could not be taken out of the ledger: read-only",)
+    assert report.problems == ("what is not right could not be noted in the ledger, for the next run: read-only",)
 
 
 def test_chunks_that_were_not_there_are_part_of_what_a_tile_was_made_from(tmp_path, source, client):

@@ -106,7 +106,6 @@ def test_what_xarray_has(tmp_path):
 
 
 def test_netcdf(tmp_path):
-    pytest.importorskip("scipy.io")
     ds = xr.Dataset({"cov": (("t", "row", "col"), A.reshape(60, 3, 3).astype("f4")), "t": np.arange(60)})
     ds.to_netcdf(tmp_path / "s.nc", engine="scipy")
     with xr.open_dataset(tmp_path / "s.nc", engine="scipy", chunks={"t": 20}) as opened:

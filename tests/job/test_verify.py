@@ -13,6 +13,7 @@ from dask_batchinv.job.target.target import inspect
 from dask_batchinv.job.worker.verify_tiles import residual_ratios
 from dask_batchinv.location import Location
 from tests.support.stacks import assert_same_bits, conditioned, residual_ratio
+from tests.support.targets import tree
 
 
 def test_verify_finds_any_flipped_bit(done, client):
@@ -33,6 +34,24 @@ def test_verify_finds_any_flipped_bit(done, client):
         ]
         (path / name).write_bytes(content)
     assert verify_store(path, source=source, client=client).ok
+
+
+def test_what_rots_without_a_trace_is_repaired_by_the_run_after_verify(tmp_path, make_source, monkeypatch):
+    """A bit of a disk, which changes no time of the file: a run that looks at times alone has nothing to do."""
+    monkeypatch.setattr("dask_batchinv.job.seen.mark_of", lambda array, key, says: len(f"{array}/{key}") + says.size)
+    source, path = make_source(conditioned(40, 3, 10)), tmp_path / "t"
+    invert_store(source, path, tile_size=720)
+    before = tree(path / "inverse")
+    content = bytearray((path / "inverse/c.2.0.0").read_bytes())
+    content[9] ^= 1
+    (path / "inverse/c.2.0.0").write_bytes(content)
+    assert invert_store(source, path, tile_size=720).tiles_now == 0
+    assert [tile.number for tile in verify_store(path).bad_tiles] == [2]
+    report = invert_store(source, path, tile_size=720)
+    assert [tile.number for tile in report.damaged_tiles] == [2]
+    assert report.tiles_now == 1
+    assert tree(path / "inverse") == before
+    assert verify_store(path, source=source).ok
 
 
 def change(path, name, index, value):

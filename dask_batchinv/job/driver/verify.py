@@ -1,4 +1,4 @@
-"""Verifies a whole target: every chunk is read, and its account checked; what a source refutes is forgotten."""
+"""Verifies a whole target: every chunk is read, its account checked, and what is not right left to the next run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, i
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.results import TileResult, TileRow
+from dask_batchinv.job.seen import UNKNOWN
 from dask_batchinv.job.source.formed import open_any
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target import target as targets
@@ -45,6 +46,7 @@ class _Found:
     verified: list[VerifiedTile] = field(default_factory=list)
     bad: list[TileResult[Any]] = field(default_factory=list)
     refuted: list[int] = field(default_factory=list)
+    doubted: list[int] = field(default_factory=list)
     matrices: int = 0
 
 
@@ -82,7 +84,7 @@ def verify(
                 _add(result, ledger, found)
             seconds = time.monotonic() - start
             tell(Progress("verifying", tiling.n_matrices, found.matrices, 0, 0, len(found.bad), seconds))
-    if found.refuted and (problem := _forget(location, target, found.refuted)):
+    if (found.refuted or found.doubted) and (problem := _hand_over(location, target, found)):
         problems.append(problem)
     rows = [tile.row for tile in found.verified]
     return VerifyReport(
@@ -126,12 +128,17 @@ def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> Non
     if not is_done:
         error = "not recorded in the ledger: run the job again"
     elif (tile := result.value) is not None:
-        if tile.missing and not ledger.row(result.number).filled:  # what stands in its place proves nothing
+        recorded = ledger.row(result.number)
+        if unlike := _unlike_ledger(tile.row, recorded):
+            found.doubted.append(result.number)
+        if tile.missing and not recorded.filled:  # what stands in its place proves nothing
             error = f"the source has changed: {tile.missing}"
         else:
-            error = tile.refuted or _unlike_ledger(tile.row, ledger.row(result.number))
+            error = tile.refuted or unlike or tile.unread
             if tile.refuted:
                 found.refuted.append(result.number)
+    else:
+        found.doubted.append(result.number)
     if result.value is not None:
         found.verified.append(result.value)
         found.matrices += result.value.row.matrices
@@ -139,18 +146,24 @@ def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> Non
         found.bad.append(TileResult(result.number, None, error))
 
 
-def _forget(location: Location, target: Target, numbers: list[int]) -> str | None:
-    """Take tiles that a source refutes out of the ledger, so that the next run does them; return why that failed."""
+def _hand_over(location: Location, target: Target, found: _Found) -> str | None:
+    """Leave to the next run what was found: it does what a source refutes, and reads back what else is not right.
+
+    Return why that failed. What cannot be read now may be right, so that this is not taken out of the ledger.
+    """
     try:
         with locked(location) as lock:
             writer = Writer(location, lock)
             ledger = Ledger(location, target, writer=writer, durable=True)
-            for number in numbers:
+            doubted = np.array(found.doubted, np.int64)
+            ledger.note("target_seen", doubted, np.full(len(doubted), UNKNOWN))
+            for number in found.refuted:
                 ledger.forget(number)
-            targets.set_complete(writer, target, False)
+            if found.refuted:
+                targets.set_complete(writer, target, False)
             ledger.flush()
     except Exception as error:  # whatever a file system may raise
-        return clean(f"what the source refutes could not be taken out of the ledger: {error}")
+        return clean(f"what is not right could not be noted in the ledger, for the next run: {error}")
     return None
 
 

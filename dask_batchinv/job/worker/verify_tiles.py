@@ -28,6 +28,7 @@ from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import computed_dtype
 from dask_batchinv.storage import DamagedChunkError, MissingChunkError
+from dask_batchinv.text import clean
 
 #: The multiples of the golden ratio, taken modulo 1, are spread evenly.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -75,6 +76,8 @@ class VerifiedTile:
     """What the source says against it."""
     missing: str | None = None
     """Which chunk of the source is not there."""
+    unread: str | None = None
+    """Why the source could not be compared with it."""
 
 
 def verify_tiles(task: VerifyTask, numbers: range) -> list[TileResult[VerifiedTile]]:
@@ -92,17 +95,21 @@ def _verify_tile(task: VerifyTask, number: int) -> list[TileResult[VerifiedTile]
             checksums[output.role] = _checksum(task, array, output, key)
     found = _as_computed(parts, task)
     _check_account(found, region)
+    row = TileRow.of(found["info"], found["rcond"], checksums)
     ratios, refuted, missing = np.empty(0), None, None
     if task.source is not None and task.tiling.n and _is_sampled(number, task.sample):
-        with _reading("the source"):
-            stack, codes, missing = _read_source(task, task.source, number, found["info"])
+        try:
+            with _reading("the source"):
+                stack, codes, missing = _read_source(task, task.source, number, found["info"])
+        except Exception as error:
+            unread = clean(f"{type(error).__name__}: {error}")
+            return [TileResult(number, VerifiedTile(row, 0, 0.0, unread=unread))]
         try:
             masked = np.zeros(len(found["info"]), bool) if codes is None else codes.reshape(-1) == int(Info.MASKED)
             _refuse((found["info"] == int(Info.MASKED)) != masked, region, "not masked as the source has it")
             ratios = _compare_with_source(task, stack.reshape(-1, *stack.shape[-2:]), found, region)
         except ValueError as error:
             refuted = str(error)
-    row = TileRow.of(found["info"], found["rcond"], checksums)
     return [TileResult(number, VerifiedTile(row, len(ratios), float(ratios.max(initial=0.0)), refuted, missing))]
 
 
