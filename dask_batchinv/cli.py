@@ -295,7 +295,8 @@ def _plan(job: Job, cluster: ClusterOptions) -> Plan:
 
     with connect(cluster) as (client, (first, *others)):
         gpus = count_gpus(job.options.device, client, cluster.only_workers)
-        return plan_for_unlike(job, [replace(first, gpus=gpus), *others])[0]
+        made, _ = plan_for_unlike(job, [replace(first, gpus=gpus), *others])
+        return replace(made, where=cluster.where(client))
 
 
 def _print_plan(made: Plan, as_json: bool) -> None:

@@ -96,7 +96,8 @@ cluster_options = _options(
     click.option("--scheduler-file", metavar="FILE", help="The file to which a running scheduler wrote its address."),
     click.option("--wait-for-workers", type=click.IntRange(1), metavar="N",
                  help="Begin when a running scheduler has so many workers. Default: 1."),
-    click.option("--for", "wait", metavar="TIME", help="How long to wait for them, such as 2h. Default: 30s."),
+    click.option("--for", "wait", metavar="TIME",
+                 help="How long to wait for them, and for --scheduler-file, such as 2h. Default: 30s."),
     click.option("--only-workers", metavar="PATTERN", multiple=True,
                  help="Use only workers of a running scheduler whose name, address or host matches, such as 'gpu-*', "
                       "or that have a resource: 'resource:NAME'. May be given several times."),

@@ -148,7 +148,7 @@ def invert_store(
     wait_for_workers : int, optional
         Begin when a running cluster has so many workers; by default one.
     wait : str or float, optional
-        How long to wait for them, ``"2h"`` or in seconds; by default half a minute.
+        How long to wait for them, and for `scheduler_file`, ``"2h"`` or in seconds; by default half a minute.
     only_workers : sequence of str
         Of a running cluster, use only workers whose name, address or host matches one of these patterns, ``"gpu-*"``,
         or that have a resource, ``"resource:NAME"``.

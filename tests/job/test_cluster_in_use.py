@@ -1,14 +1,17 @@
 """Clusters that are there already: found as everything in Dask finds them, waited for, made to grow, used in part."""
 
 import contextlib
+import threading
 import time
 from types import SimpleNamespace
 
 import dask
 import pytest
+from click.testing import CliRunner
 from distributed import Client, LocalCluster, Worker, get_worker, worker_client
 
 from dask_batchinv import ClusterError, invert_store, verify_store
+from dask_batchinv.cli import main
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.placing import plan_for_unlike
 from dask_batchinv.job.driver.roster import Worker as Known
@@ -80,13 +83,27 @@ def test_a_scheduler_is_found_by_its_file(tmp_path, source, cluster):
     assert "tiles" in cluster.scheduler.task_prefixes
 
 
+def test_the_file_of_a_scheduler_that_starts_is_waited_for(tmp_path, source, cluster):
+    file = tmp_path / "scheduler.json"
+    file.touch()
+    writer = threading.Timer(1, file.write_text, [f'{{"address": "{cluster.scheduler_address}"}}'])
+    writer.start()
+    assert invert_store(source, tmp_path / "t", scheduler_file=file, tile_size=720).complete
+    writer.join()
+
+
+def test_a_plan_says_on_which_cluster_a_job_would_run(tmp_path, source, cluster):
+    arguments = ["plan", str(source), str(tmp_path / "t"), "--scheduler", cluster.scheduler_address]
+    assert f"workers of {cluster.scheduler_address}" in CliRunner().invoke(main, arguments).output
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"address": 1', "\0" * 100])
 def test_a_scheduler_file_that_says_nothing(tmp_path, source, content):
     file = tmp_path / "scheduler.json"
     if content is not None:
         file.write_text(content)
     with pytest.raises(ClusterError, match=r"no address of a scheduler in .*scheduler.json"):
-        invert_store(source, tmp_path / "t", scheduler_file=file)
+        invert_store(source, tmp_path / "t", scheduler_file=file, wait=0.1)
     assert not (tmp_path / "t").exists()
 
 

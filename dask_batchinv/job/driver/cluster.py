@@ -62,7 +62,7 @@ def connect(options: ClusterOptions, helper: Helper | None = None) -> Iterator[t
         with _seceded(), Demand(options.client, "tiles") as demand:
             yield options.client, _workers_of(options.client, options, demand)
     elif not options.is_local:
-        address = options.scheduler or _address_in(options.scheduler_file)
+        address = options.scheduler or _address_in(options.scheduler_file, _wait_of(options))
         _check_address(address, insecure=options.insecure)
         try:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
@@ -88,15 +88,24 @@ def _seceded() -> Iterator[None]:
     yield
 
 
-def _address_in(file: str | os.PathLike[str] | None) -> str:
-    """Return the address that a scheduler has written to a file."""
-    try:
-        with open(os.fspath(file or ""), "rb") as stream:
-            found = json_object(stream.read(SCHEDULER_FILE_NBYTES), f"the scheduler file {file}")
-        return str(found["address"])
-    except (OSError, ValueError, KeyError) as error:
-        text = f"no address of a scheduler in {file}: {type(error).__name__}: {error}"
-        raise ClusterError(clean(text)) from harmless(error)
+def _address_in(file: str | os.PathLike[str] | None, seconds: float) -> str:
+    """Return the address that a scheduler has written to a file; wait for one that was started just now."""
+    start = time.monotonic()
+    while True:
+        try:
+            with open(os.fspath(file or ""), "rb") as stream:
+                found = json_object(stream.read(SCHEDULER_FILE_NBYTES), f"the scheduler file {file}")
+            return str(found["address"])
+        except (OSError, ValueError, KeyError) as error:
+            if time.monotonic() - start > seconds:
+                text = f"no address of a scheduler in {file}: {type(error).__name__}: {error}"
+                raise ClusterError(clean(text)) from harmless(error)
+        time.sleep(0.2)
+
+
+def _wait_of(options: ClusterOptions) -> float:
+    """Return how many seconds to wait for a running cluster."""
+    return WORKER_SECONDS if options.wait is None else float(parse_timedelta(options.wait))
 
 
 def _check_address(address: str, *, insecure: bool) -> None:
@@ -141,7 +150,7 @@ def _workers_of(client: Client, options: ClusterOptions, demand: Demand) -> list
     What is shown of it last keeps a worker there until the job begins.
     """
     wanted = options.wait_for_workers or 1
-    seconds = WORKER_SECONDS if options.wait is None else float(parse_timedelta(options.wait))
+    seconds = _wait_of(options)
     start, only = time.monotonic(), options.only_workers
     while len(known := known_workers(client, only)) < wanted:
         waited = time.monotonic() - start

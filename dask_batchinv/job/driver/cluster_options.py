@@ -34,7 +34,7 @@ class ClusterOptions:
     wait_for_workers: int | None = None
     """How many workers of a running cluster to wait for; by default one."""
     wait: str | float | None = None
-    """How long, such as "2h" or in seconds; by default half a minute."""
+    """How long, and for the scheduler's file, such as "2h" or in seconds; by default half a minute."""
     only_workers: Sequence[str] = ()
     """Which of its workers to use: patterns of names or addresses, or ``resource:NAME``; by default all."""
     workers: int | None = None

@@ -126,8 +126,7 @@ def _do_alone(task: TileTask, number: int, kept: KeptChunk | None) -> list[TileR
             if not (made.info[number] == int(Info.UNREADABLE)).any():  # a mask leaves out all that is in them
                 made.write(task)
                 return made.results(task, time.perf_counter() - start)
-            bad: Any = {"error": naming(made.bad), "is_final": all_final(made.bad),
-                   "bad_chunks": made.bad}  # fmt: skip
+            bad: Any = {"error": naming(made.bad), "is_final": all_final(made.bad), "bad_chunks": made.bad}
             # Of nothing at all nothing is written: it may be the wrong array.
             if task.options.bad_chunks == "error" and (made.info[number] == int(Info.UNREADABLE)).all():
                 return [TileResult(number, None, **bad)]
