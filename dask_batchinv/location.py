@@ -25,6 +25,7 @@ from dask_batchinv.disk import Stamp, chunk_folders, identity, is_file_or_absent
 from dask_batchinv.known import Known, known_of, told_of
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import CleanError, clean, harmless, remember_options, remember_url, without_user
+from dask_batchinv.transaction import Transaction
 from dask_batchinv.urls import CACHES, EXTRAS, is_chain, joined, opened, resolved
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ T = TypeVar("T")
 JSON_NBYTES = 16 * 2**20
 
 
+#: File systems take names of 255 bytes.
+_NAME_NBYTES = 200
 #: So many files are asked for at once, where none are listed.
 _ASKED_AT_ONCE = 16
 
@@ -123,6 +126,34 @@ class Location:
     def is_memory(self) -> bool:
         """Whether it lives in the memory of one process."""
         return self.url.startswith("memory://")
+
+    @property
+    def transaction(self) -> Transaction | None:
+        """What makes writes last together, in a store that knows commits; None where each lasts by itself."""
+        return None
+
+    def commit(self, message: str) -> None:
+        """Make what was written last, in a store that knows commits; elsewhere it does already."""
+
+    def forked(self) -> Location:
+        """Return a place for the writes of one task; itself, but where its `changes` must be merged."""
+        return self
+
+    @property
+    def changes(self) -> Any:
+        """What is to be merged of what was written to a place that was `forked`, or None."""
+        return None
+
+    def beside(self, ending: str) -> Location | None:
+        """Return the place of a hidden folder beside this one, by its name and an ending; None if there is none."""
+        above, _, name = self.url.rstrip("/").rpartition("/")
+        if self.is_local:
+            # What is mounted cannot change places with anything.
+            fits = len(os.fsencode(name)) <= _NAME_NBYTES
+            possible = fits and not os.path.ismount(self.url) and os.access(above or "/", os.W_OK)
+        else:
+            possible = not is_chain(self.url) and "?" not in self.url and above.count("/") >= 2 and bool(name)
+        return replace(self, url=f"{above}/.{name}{ending}") if possible else None
 
     def __truediv__(self, part: str) -> Location:
         if self.is_local:

@@ -12,6 +12,7 @@ from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 
 from dask_batchinv.location import Location
+from dask_batchinv.repositories.locate import PREFIX, locate_repository
 from dask_batchinv.storage import innermost
 
 #: Of a file system, what is not of the store but of the process that uses it.
@@ -35,6 +36,8 @@ def locate(place: Any, options: Mapping[str, Any] | None = None) -> Location:
     """
     if isinstance(place, Location):
         return place
+    if is_repository(place):
+        return locate_repository(place, options)
     path = ""
     if isinstance(place, (zarr.Array, zarr.Group)):
         place, path = place.store_path.store, place.store_path.path
@@ -46,6 +49,13 @@ def locate(place: Any, options: Mapping[str, Any] | None = None) -> Location:
     if location.is_local and options:
         raise ValueError(f"{location.name} is on a disk of this machine, which takes no options: {', '.join(options)}")
     return location / path if path else location
+
+
+def is_repository(place: Any) -> bool:
+    """Tell whether a place is a repository of Icechunk, or a URL of one."""
+    if isinstance(place, str):
+        return place.startswith(PREFIX)
+    return type(place).__module__.partition(".")[0] == "icechunk" and hasattr(place, "readonly_session")
 
 
 def _url_of(place: Any) -> tuple[str | os.PathLike[str], Mapping[str, Any]]:
@@ -64,6 +74,8 @@ def _url_of(place: Any) -> tuple[str | os.PathLike[str], Mapping[str, Any]]:
         return place, {}
     if type(place).__module__ == "zarr.storage._obstore" or type(place).__module__.partition(".")[0] == "obstore":
         return _url_of_obstore(getattr(place, "store", place))
+    if type(place).__module__.partition(".")[0] == "icechunk":
+        raise ValueError(f"of Icechunk pass the repository, which a {type(place).__name__} does not tell")
     raise ValueError(
         f"a {type(place).__name__} is no place that worker processes could open: pass its path or URL, and what the "
         "file system of fsspec needs as source_options or target_options. For arrays in memory there is `inverse`"

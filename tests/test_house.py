@@ -15,12 +15,13 @@ PACKAGE = Path(dask_batchinv.__file__).parent
 #: The floors, from the ground up: a room (a module, or a folder with all that is in it) may import what is on lower
 #: floors, and nothing of its own floor.
 FLOORS = [
-    ["text", "disk", "known"],
+    ["text", "disk", "known", "transaction"],
     ["urls", "_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "torch_tensors"],
     ["kernels.cpu", "kernels.cuda", "location", "chunks"],
-    ["kernels", "unfinished", "places", "snapshots"],
+    ["repositories"],
+    ["kernels", "unfinished", "places"],
     ["out"],
     ["options"],
     ["containers", "job.allowed", "job.tiling", "job.form"],

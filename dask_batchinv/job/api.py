@@ -22,8 +22,8 @@ from dask_batchinv.job.target.state import options_of
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import RefusedError, SourceError, TargetError
-from dask_batchinv.places import locate
-from dask_batchinv.snapshots import locate_snapshot
+from dask_batchinv.places import is_repository, locate
+from dask_batchinv.repositories.snapshots import locate_snapshot
 from dask_batchinv.stack import AssumeAWord, Device
 from dask_batchinv.text import harmless
 
@@ -304,7 +304,7 @@ def _source(
 ) -> Location | Source:
     """Return where a source is, or what it is computed from."""
     package = type(place).__module__.partition(".")[0]
-    if package == "icechunk":
+    if package == "icechunk" and not is_repository(place):
         try:
             return locate_snapshot(place, token)
         except ValueError as error:

@@ -96,6 +96,8 @@ class TileResult(Generic[T]):
     """How often it was tried."""
     bad_chunks: tuple[BadChunk, ...] = ()
     """What could not be read, where all else of it was done."""
+    changes: Any = None
+    """What its task has written, with other tiles, where that is to be merged before it lasts."""
 
     def __post_init__(self) -> None:
         if self.error is not None:

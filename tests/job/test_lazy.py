@@ -21,7 +21,7 @@ A = conditioned(60, 3, 10).reshape(6, 10, 3, 3)
 
 @pytest.fixture(scope="module")
 def workers():
-    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None, set_as_default=False) as client:
+    with Client(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", set_as_default=False) as client:
         yield client
 
 

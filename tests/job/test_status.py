@@ -86,7 +86,7 @@ def test_another_process_sees_it_and_does_not_see_one_that_was_killed(source, tm
 
 
 def test_what_each_worker_did(source, tmp_path):
-    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None, set_as_default=False) as client:
+    with Client(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", set_as_default=False) as client:
         report = invert_store(source, tmp_path / "t", tile_size=720, client=client)
     assert 1 <= len(report.per_worker) <= report.workers == 2
     assert sum(figures.tiles for figures in report.per_worker.values()) == 10

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import dask.config
@@ -24,7 +25,7 @@ from dask_batchinv.job.report.account import make_account
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, RunRecord, RunTotals, ignore
 from dask_batchinv.job.report.tiles import FailedTile
-from dask_batchinv.job.results import TileResult
+from dask_batchinv.job.results import TileResult, TileRow
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
@@ -46,6 +47,9 @@ FLUSH_SECONDS = 1.0
 #: How often the ledger is written at the end of a run before that is given up, and seconds between, doubled each time.
 FINAL_ATTEMPTS = 5
 FLUSH_BACK_OFF_SECONDS = 0.25
+#: In a store that knows commits the first has about so many tasks for each thread, later ones as many more, each time
+#: at most so many times more, as take so many seconds: what a killed run has not committed is done again.
+FIRST_BATCH_TASKS, LARGEST_GROWTH, BATCH_SECONDS = 4, 4.0, 60.0
 #: What was written to the source before may still be written to at the same time, as the clocks of file systems tick.
 SETTLING_SECONDS = 0.06
 #: What to say of a store that tells too little.
@@ -170,6 +174,7 @@ class Run:
             if target.state is State.COMPLETE or (target.encoding.zarr_format == 2 and job.action != "create"):
                 targets.set_complete(writer, target, False)
         self._forget_unwanted(ledger)
+        writer.commit(f"{target.state.value}, {tiling.n_matrices:,} matrices")  # workers see what is committed
         return lock, writer, target, ledger
 
     def _bring_up_to_date(self, target: Target, ledger: Ledger, writer: Writer, lock: Lock, seen: Seen) -> None:
@@ -188,7 +193,9 @@ class Run:
             self._flush(ledger, FINAL_ATTEMPTS)
 
     def _note_begin(self, ledger: Ledger, writer: Writer, lock: Lock) -> None:
-        """Note for others how far the target is."""
+        """Note for others how far the target is, unless they see commits."""
+        if self.job.target.transaction is not None:
+            return
         begin = {
             "run": lock.run, "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "matrices_before": ledger.total("matrices"), "where": self.plan.where, "workers": self.workers.count,
@@ -304,7 +311,7 @@ class Run:
         self, work: Any, task: Any, spans: Iterable[range], attempts: int, lock: Lock | None
     ) -> Iterator[TileResult[Any] | Heartbeat]:
         """Yield the results of tiles, and note what happens to workers."""
-        holder = None if lock is None else lock.run
+        holder = lock.run if lock is not None and lock.run else None
         for result in self.executor.run(work, task, spans, attempts=attempts, holder=holder):
             if isinstance(result, WorkerEvent):
                 self.totals.events.append(result)
@@ -325,7 +332,7 @@ class Run:
         without_inverse = sum(ledger.failed.values())
         numbers = np.flatnonzero(among & ~ledger.done)
         spans = tasks_of(numbers, self.plan, self.workers.count * self.workers.threads)
-        for result in self._results(invert_tiles, self.task(lock.run), spans, self._attempts, lock):
+        for result in self._inverted(spans, ledger, lock):
             if not isinstance(result, Heartbeat):
                 totals.add(result, self.job.options.bad_chunks)
                 if result.value is not None:
@@ -338,12 +345,38 @@ class Run:
             if cause := totals.common_cause():
                 totals.stopped = f"the first {len(totals.failed):,} tiles failed, all for one cause: {cause}"
                 return
-            if ledger.has_changes and now - flushed > FLUSH_SECONDS:
+            if ledger.has_changes and now - flushed > FLUSH_SECONDS and self.job.target.transaction is None:
                 self._flush(ledger)
                 flushed = now
             self._tell(
                 Progress("inverting", n_matrices, done, before, without_inverse, len(totals.failed), now - start)
             )
+
+    def _inverted(
+        self, spans: Iterator[range], ledger: Ledger, lock: Lock
+    ) -> Iterator[TileResult[TileRow] | Heartbeat]:
+        """Yield the results of tiles. In a store that knows commits those of a batch last together, with their rows."""
+        target, task, attempts = self.job.target, self.task(lock.run), self._attempts
+        if (transaction := target.transaction) is None:
+            yield from self._results(invert_tiles, task, spans, attempts, lock)
+            return
+        size = FIRST_BATCH_TASKS * max(1, self.workers.count * self.workers.threads)
+        while batch := list(islice(spans, size)):
+            self._flush(ledger, FINAL_ATTEMPTS)
+            if self.totals.stopped is not None:
+                return
+            start, merged = time.monotonic(), None
+            task = replace(task, target=target.forked())
+            for result in self._results(invert_tiles, task, batch, attempts, lock):
+                if not isinstance(result, Heartbeat):
+                    if result.changes is not None and result.changes is not merged:
+                        merged = result.changes
+                        transaction.merge(merged)
+                    if result.stops:
+                        spans = iter(())
+                    result = replace(result, changes=None)
+                yield result
+            size = max(1, round(size * min(LARGEST_GROWTH, BATCH_SECONDS / (time.monotonic() - start))))
 
     def task(self, holder: str) -> TileTask:
         """Return what workers need to know to invert tiles of a target."""
@@ -382,6 +415,7 @@ class Run:
             if self._is_done(ledger):
                 targets.open_as_reader(location)
                 targets.set_complete(writer, target, True)
+            writer.commit("complete" if self._is_done(ledger) else "stopped")
 
     def _is_done(self, ledger: Ledger) -> bool:
         return bool(ledger.done.all()) and self.totals.stopped is None and not self.totals.failed

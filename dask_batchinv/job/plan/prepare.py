@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -86,7 +86,7 @@ def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved
     location = targets.parse_location(target)
     opened = source if isinstance(source, Source) else _open_source(source, options, location)
     _refuse_reserved_names(opened, options.outputs)
-    _check_encoding(opened, options)
+    _check_encoding(opened, options, location)
     options.stored_dtype(opened.decoded_dtype)
     _refuse_long_attributes(opened)
     refuse_overlap(opened, location)
@@ -202,14 +202,17 @@ def encoding_of(job: Job, tiling: Tiling) -> Encoding:
     if options.shards is not None:
         sizes = zip(job.source.dims, tiling.tile, strict=True)
         inner = tuple(min(size, options.chunks.get(dim, size)) for dim, size in sizes)
-    return Encoding(parse_compress(options.compress), inner, options.zarr_format)
+    separator: Literal[".", "/"] = "." if job.target.transaction is None else "/"
+    return Encoding(parse_compress(options.compress), inner, options.zarr_format, separator)
 
 
-def _check_encoding(source: Source, options: JobOptions) -> None:
+def _check_encoding(source: Source, options: JobOptions, target: Location) -> None:
     """Raise RefusedError if the chunks of the target cannot be stored as is wanted."""
     parse_compress(options.compress)
     if options.zarr_format not in (2, 3):
         raise RefusedError(f"there is no Zarr format {options.zarr_format} here: take 3, or 2")
+    if options.zarr_format == 2 and target.transaction is not None:
+        raise RefusedError(f"{target.name} can hold no Zarr format 2: Icechunk stores format 3 alone")
     if options.zarr_format == 2 and options.shards is not None:
         raise RefusedError("there are no shards in Zarr format 2: leave --shards out")
     batch = [dim for axis, dim in enumerate(source.dims) if axis not in source.core]

@@ -259,3 +259,4 @@ class Ledger:
             chunk.seal()
             self._writer.replace(_key(self._name, number), chunk.stored.tobytes(), synced=self._durable)
             self._dirty.remove(number)
+        self._writer.commit(f"{self.done.sum():,} of {len(self._rows):,} tiles")

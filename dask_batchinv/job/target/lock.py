@@ -59,6 +59,17 @@ class Lock:
         return json.dumps({"run": self.run, "holder": _holder(), "at": _now(), **more}).encode()
 
 
+class _Nobody(Lock):
+    """What a run holds of a store that knows commits: nothing that anyone could look for."""
+
+    def __init__(self, target: Location):
+        super().__init__(target)
+        self.run = ""
+
+    def confirm(self) -> None:
+        """Nobody can take over."""
+
+
 class _FileLock(Lock):
     """A lock of the operating system, on a file in the target."""
 
@@ -114,13 +125,21 @@ def locked(target: Location) -> Iterator[Lock]:
 
     On a disk it is a lock of the operating system, which ends with the process. Where there is none, as in an object
     store, it is a lease that is renewed: a run that finds one watches it for a while, by its own clock, and takes it
-    over if nobody renews it.
+    over if nobody renews it. Where a store knows commits, nothing is locked: what others have changed meanwhile shows
+    when changes are committed, and what is not committed at the end is forgotten.
 
     Raises
     ------
     TargetError
         If another run is at work on the target, or what has the name of the lock is none of ours.
     """
+    if (transaction := target.transaction) is not None:
+        transaction.begin()
+        try:
+            yield _Nobody(target)
+        finally:
+            transaction.end()
+        return
     held = _lock_file(target) if target.is_local else None
     if held is None:
         with _Lease(target) as lease:

@@ -15,24 +15,14 @@ from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock, who_h
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.location import Location, raised_as
-from dask_batchinv.urls import is_chain
 
 #: What the name of a target ends with that is to take another one's place.
 _ENDING = ".dask_batchinv-new"
-#: File systems take names of 255 bytes.
-_NAME_NBYTES = 200
 
 
 def place_beside(target: Location) -> Location | None:
     """Return where a target is built that is to take this one's place; None if it must be built in its place."""
-    above, _, name = target.url.rstrip("/").rpartition("/")
-    if target.is_local:
-        # What is mounted cannot change places with anything.
-        fits = len(os.fsencode(name)) <= _NAME_NBYTES
-        possible = fits and not os.path.ismount(target.url) and os.access(above or "/", os.W_OK)
-    else:
-        possible = not is_chain(target.url) and "?" not in target.url and above.count("/") >= 2 and bool(name)
-    return replace(target, url=f"{above}/.{name}{_ENDING}") if possible else None
+    return target.beside(_ENDING)
 
 
 def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None:
@@ -54,6 +44,11 @@ def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None
     with raised_as(OSError, f"{new.name} could not take the place of {target.name}", "; run the command again"):
         with locked(new):
             lock.confirm()
+            if (transaction := target.transaction) is not None:
+                transaction.exchange(new, target)
+                left = _remove(new, old)
+                target.commit("what was replaced is removed")
+                return left
             if not target.is_local:
                 _copy(new, target, old, lock)
                 return None

@@ -143,10 +143,12 @@ def _outputs_in(mark: Mark) -> Outputs:
 
 def _encoding_in(mark: Mark) -> Encoding:
     known: dict[str, Any] = _checked(mark["encoding"], dict)
-    inner, zarr_format = known.get("inner"), known.get("format")
-    if zarr_format not in (2, 3) or any(type(size) is not int or size < 1 for size in inner or ()):
+    inner, zarr_format, separator = known.get("inner"), known.get("format"), known.get("separator", ".")
+    sizes_are_right = all(type(size) is int and size > 0 for size in inner or ())
+    if zarr_format not in (2, 3) or separator not in (".", "/") or not sizes_are_right:
         raise ValueError("its mark is damaged: how its chunks are stored makes no sense")
-    return Encoding(parse_compress(known.get("compress")), None if inner is None else tuple(inner), zarr_format)
+    inner = None if inner is None else tuple(inner)
+    return Encoding(parse_compress(known.get("compress")), inner, zarr_format, separator)
 
 
 def _tiling_in(mark: Mark) -> dict[str, Any]:
@@ -224,7 +226,9 @@ def create(
         if old.state is not State.ABSENT:
             _clear(location, old, writer)
         writer.create(ROOT, documents[ROOT])
-        for_each(location, lambda key: writer.create(key, documents[key]), documents.keys() - {ROOT})
+        # What describes an array before what is in it.
+        others = sorted(documents.keys() - {ROOT}, key=lambda key: not key.endswith(ROOT))
+        for_each(location, lambda key: writer.create(key, documents[key]), others)
         writer.change(
             ROOT, lambda root: with_attributes(root or documents[ROOT], marked(False, mark | {"ready": True}))
         )
@@ -241,6 +245,7 @@ def _mark_of(target: Target, contents: Contents) -> Mark:
             "compress": contents.encoding.compress,
             "inner": contents.encoding.inner,
             "format": contents.encoding.zarr_format,
+            "separator": contents.encoding.separator,
         },
         "ledger": target.ledger,
         "shape": list(contents.tiling.shape),
@@ -306,7 +311,7 @@ def _refuse_taken(location: Location, target: Target, contents: Contents) -> Non
 
 def _write(writer: Writer, documents: Documents, contents: Contents, changed: set[str]) -> None:
     """Write documents of a target in place of others, the group's own last, and leave to users what is theirs."""
-    for key in sorted(documents, key=lambda key: key == ROOT):
+    for key in sorted(documents, key=lambda key: (key == ROOT, not key.endswith(ROOT))):
         if key in (ROOT, *(f"{output.name}/{ROOT}" for output in contents.outputs)):
             writer.change(key, partial(_with_theirs, documents[key], contents.outputs, changed))
         else:
@@ -424,7 +429,7 @@ def look(location: Location, contents: Contents) -> Seen:
     for output in contents.outputs:
         shape, chunk = tiling.shape_of(output.extent), tiling.chunk_of(output.extent)
         if 0 not in shape:  # else it has no chunks
-            grid = ChunkGrid(shape, chunk, encoding.prefix(output.extent, tiling), ".")
+            grid = ChunkGrid(shape, chunk, encoding.prefix(output.extent, tiling), encoding.separator)
             bound = encoding.bound(tiling, output, contents.dtype)
             key = partial(encoding.key, tiling, extent=output.extent)
             arrays.append(Written(output.name, output.extent, grid, key, *bound))

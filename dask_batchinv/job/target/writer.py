@@ -51,6 +51,10 @@ class Writer:
             old = None
         self._target.replace(key, change(old), stamp, synced=True)
 
+    def commit(self, message: str) -> None:
+        """Make what was written last, where a store knows commits; elsewhere it does already."""
+        self._target.commit(message)
+
     def delete_all(self, keys: list[str]) -> None:
         """Delete keys, in order."""
         self._lock.confirm()

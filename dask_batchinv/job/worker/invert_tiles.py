@@ -58,7 +58,7 @@ class TileTask:
     target: Location
     """Where to write."""
     holder: str
-    """Which run holds the target: another one may have taken its place since."""
+    """Which run holds the target: another one may have taken its place since. Empty where nobody can."""
     tiling: Tiling
     """Which region each tile has."""
     options: JobOptions
@@ -74,7 +74,7 @@ class TileTask:
 
     def for_span(self, span: range) -> TileTask:
         """Return it with what some tiles need, where they are computed."""
-        return replace(self, source=self.source.part_for(self.tiling, span))
+        return replace(self, source=self.source.part_for(self.tiling, span), target=self.target.forked())
 
     @property
     def outputs(self) -> Outputs:
@@ -94,6 +94,13 @@ class TileTask:
 
 def invert_tiles(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     """Do tiles. May be done again, by anyone: it writes the same bytes to the same keys."""
+    results = _do(task, numbers)
+    if (changes := task.target.changes) is None:
+        return results
+    return [result if result.value is None else replace(result, changes=changes) for result in results]
+
+
+def _do(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     spans = [*task.tiling.spans(numbers, task.together)]
     if task.ahead and len(spans) > 1:
         return _do_overlapping(task, spans)
@@ -330,7 +337,7 @@ def _as_stored(task: TileTask, made: Products) -> Products:
 
 def _check_holder(task: TileTask) -> None:
     """Hold back a worker that was cut off for so long that its target was taken over meanwhile, or sees another one."""
-    if holder_of(task.target) != task.holder:
+    if task.holder and holder_of(task.target) != task.holder:
         raise LostTargetError(f"{task.target.name} was removed, replaced, or is another place on this worker")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -16,6 +18,11 @@ from dask_batchinv.location import Location
 from dask_batchinv.storage import GuardedStore
 
 T = TypeVar("T")
+
+#: What keys of a session can be: of documents of Zarr format 3, and of chunks.
+_KEY = re.compile(r"(.+/)?(zarr\.json|c(/\d+)*)")
+#: So many chunks are asked for their sizes at a time.
+_ASKED_AT_ONCE = 256
 
 
 def locate_snapshot(place: Any, token: str | None) -> SnapshotLocation:
@@ -36,8 +43,8 @@ def locate_snapshot(place: Any, token: str | None) -> SnapshotLocation:
     session = getattr(place, "session", place)
     if not hasattr(session, "snapshot_id") or not session.read_only:
         raise ValueError(
-            f"of Icechunk pass the store of a session that cannot change, repo.readonly_session(...).store, not a "
-            f"{type(place).__name__}"
+            f"of Icechunk pass the repository, or the store of a session that cannot change, "
+            f"repo.readonly_session(...).store, not a {type(place).__name__}"
         )
     return SnapshotLocation(f"icechunk://{token or session.snapshot_id}", {}, session)
 
@@ -49,9 +56,17 @@ class _Prefixed(GuardedStore):
         super().__init__(store)
         self._prefix = f"{prefix}/" if prefix else ""
 
+    def _with_store(self, store: Any) -> Any:
+        # What Zarr makes of it to read alone.
+        return _Prefixed(store, self._prefix.rstrip("/"))
+
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         """Return the value of a key."""
         return await self._store.get(self._prefix + key, prototype, byte_range)
+
+    async def set(self, key: str, value: Any) -> None:
+        """Store the value of a key."""
+        await self._store.set(self._prefix + key, value)
 
     async def exists(self, key: str) -> bool:
         """Tell whether there is a key."""
@@ -73,13 +88,26 @@ class SnapshotLocation(Location):
     def __truediv__(self, part: str) -> SnapshotLocation:
         return replace(self, url=f"{self.url}/{part}", path=f"{self.path}/{part}".lstrip("/"))
 
+    def contains(self, other: Location) -> bool:
+        """Tell whether `other` is this location: what is read of a snapshot does not change, whatever lies in it."""
+        return isinstance(other, SnapshotLocation) and (self._repository, self.path) == (other._repository, other.path)
+
+    @property
+    def _repository(self) -> str:
+        return self.url.partition("?")[0] if "?" in self.url else self.url.removesuffix(self.path)
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether it lives in the memory of one process."""
+        return self.url.startswith("icechunk+memory:")
+
     def store(self, *, read_only: bool = False) -> zarr.abc.store.Store:
         """Return a Zarr store for this location."""
         return _Prefixed(self.session.store, self.path)
 
     def read(self, key: str, limit: int | None = None) -> bytes:
         """Return what is stored under `key`; FileNotFoundError if there is no such key."""
-        value = sync(self.store().get(key, default_buffer_prototype()))
+        value = sync(self.store().get(key, default_buffer_prototype())) if _KEY.fullmatch(key) else None
         if value is None:
             raise FileNotFoundError(f"{key} is not in {self.name}")
         content: bytes = value.to_bytes()
@@ -107,10 +135,47 @@ class SnapshotLocation(Location):
 
         return sync(listed())
 
+    def nbytes(self, key: str) -> int | None:
+        """Return the size of what is stored under a key; None if nothing is."""
+        return self._sizes([key])[0]
+
+    def _sizes(self, keys: list[str]) -> list[int | None]:
+        """Return the sizes of what is stored under some keys."""
+        store, prefix = self.session.store, f"{self.path}/" if self.path else ""
+
+        async def size(key: str) -> int | None:
+            try:
+                return int(await store.getsize(prefix + key))
+            except (FileNotFoundError, KeyError):
+                return None
+
+        async def sizes() -> list[int | None]:
+            found: list[int | None] = []
+            for start in range(0, len(keys), _ASKED_AT_ONCE):
+                found += await asyncio.gather(*map(size, keys[start : start + _ASKED_AT_ONCE]))
+            return found
+
+        return sync(sizes())
+
     def look(self, keys: Callable[[], Iterable[tuple[str, T]]]) -> Iterator[tuple[str, T | None, Known]]:
-        """Yield the key of each chunk inside, and of which snapshot it is: more is not known of it."""
-        for key in self.keys():
+        """Yield the key of each chunk of the array here, and what is known of it: of a snapshot which that is."""
+        places = self._chunks()
+        for key in map(key_of, places):
             yield key, None, Known(None, str(self.session.snapshot_id), None)
+
+    def _chunks(self) -> list[tuple[int, ...]]:
+        """Return the places of the chunks of the array here that are stored."""
+
+        async def listed() -> list[tuple[int, ...]]:
+            found = self.session.chunk_coordinates(f"/{self.path}")
+            return [tuple(place) async for place in found]
+
+        return sync(listed()) if "zarr.json" in self.children() else []
 
     def _filesystem(self) -> tuple[Any, str]:
         raise ValueError(f"{self.name} is a snapshot of Icechunk: it can be read, but not be written")
+
+
+def key_of(place: tuple[int, ...]) -> str:
+    """Return the key of a chunk."""
+    return "/".join(("c", *map(str, place)))
