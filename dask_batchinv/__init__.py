@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SingularMatrixError,
         SourceError,
         TargetError,
+        TargetInUseError,
     )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "SingularMatrixError",
     "SourceError",
     "TargetError",
+    "TargetInUseError",
     "VerifyReport",
     "inverse",
     "inverse_ex",

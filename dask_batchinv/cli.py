@@ -62,17 +62,23 @@ class _Commands(click.Group):
         with _clean_usage_errors():
             return super().make_context(*args, **options)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        self._as_json = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
-        with _clean_usage_errors():
+        with _clean_usage_errors(self._as_json):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _clean_usage_errors() -> Iterator[None]:
+def _clean_usage_errors(as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
         error.message = clean(error.message)  # type: ignore[misc]  # final, for type checkers
+        if as_json:
+            _say(_json({"error": {"kind": type(error).__name__, "message": error.message}, "exit_code": REFUSED}))
         raise
 
 
@@ -181,7 +187,7 @@ def verify_command(sample: float, as_json: bool, quiet: bool, **arguments: Any) 
             heed = partial(_heed, interrupts, on_progress)
             report = verify(target, source, ClusterOptions(**arguments), sample, heed)
         _print(report, as_json)
-        sys.exit(0 if report.ok else 1)
+        sys.exit(report.exit_code)
 
 
 _CLUSTER_ARGUMENTS = (
@@ -300,7 +306,7 @@ def _plan(job: Job, cluster: ClusterOptions) -> Plan:
 
 
 def _print_plan(made: Plan, as_json: bool) -> None:
-    _say(_json(made.to_json()) if as_json else made.describe())
+    _say(_json(made.to_json() | {"exit_code": 0}) if as_json else made.describe())
 
 
 def _print(report: Any, as_json: bool) -> None:

@@ -255,6 +255,10 @@ class TargetError(RefusedError):
     """The target is in the way, unsafe, or belongs to another job."""
 
 
+class TargetInUseError(TargetError):
+    """Another run is at work on the target: later this one may run."""
+
+
 class PlanError(RefusedError, MemoryError):
     """No plan fits the memory of the workers."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import tempfile
 
 import dask
 import numcodecs
@@ -22,6 +25,16 @@ from tests.support.targets import spoilt
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=1000, deadline=None)
 settings.load_profile("ci")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # those have it from who starts them
+        os.environ[fake_cupy.FOLDER] = tempfile.mkdtemp(prefix="emulated-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[fake_cupy.FOLDER])
 
 
 def pytest_collection_modifyitems(config, items):

@@ -17,6 +17,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from dask_batchinv.chunks.decompression import compressed_nbytes
+from dask_batchinv.requests import COUNT
 from dask_batchinv.storage import ChunkSizeError, GuardedStore, MissingChunkError, StrictStore, innermost
 
 #: Of so many chunks it is known whether they were there; of others the store is asked again.
@@ -52,6 +53,7 @@ class BoundedStore(GuardedStore):
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         """Return the value of a key; ChunkSizeError if it is too long or too short."""
+        COUNT.add()
         if self._root is not None:
             self._check_file(key)
         if isinstance(byte_range, RangeByteRequest):
@@ -92,6 +94,7 @@ class BoundedStore(GuardedStore):
             If it is too long or too short, or no file.
         """
         assert self._root is not None
+        COUNT.add()
         path = os.path.join(self._root, key)
         try:
             # A pipe would else be waited for.

@@ -19,6 +19,7 @@ from zarr.core.sync import sync
 
 from dask_batchinv.buffers import BUFFERS, LEAST_NBYTES
 from dask_batchinv.disk import write_file
+from dask_batchinv.requests import COUNT
 from dask_batchinv.storage import innermost
 
 #: A CRC-32C has so many: every chunk of ours ends with its own.
@@ -85,6 +86,7 @@ def write_chunks(chunks: Iterable[tuple[zarr.Array[Any], str, Sealed]], *, synce
     """
     elsewhere = []
     for array, key, chunk in chunks:
+        COUNT.add()
         inner = innermost(array.store)
         if isinstance(inner, zarr.storage.LocalStore):
             write_file(os.path.join(inner.root, key), [chunk.stored.data], synced=synced)

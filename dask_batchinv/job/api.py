@@ -95,7 +95,7 @@ def invert_store(
         stands for one. Packed numbers (``scale_factor``, ``_FillValue``, …) are decoded as Xarray decodes them, missing
         ones to NaN. A Dask array, a DataArray or a Dataset is computed tile by tile, and stored nowhere: so stacks in
         any format that Xarray opens are inverted. Where memory is planned, what computing it takes is not known. Of
-        Icechunk, the store of a session that cannot change.
+        Icechunk the store of a session that cannot change, or a repository, or its URL.
     target : as `source`
         A Zarr group to create, or to continue: ``inverse`` ``(*, n, n)``, ``info`` and ``rcond`` ``(*,)``, with
         the dimension names, coordinates and attributes that `Dataset.linalg.inv` would give. `xarray.open_zarr` opens
@@ -103,7 +103,7 @@ def invert_store(
     source_options, target_options : mapping, optional
         What the file systems of fsspec are given (``storage_options``), such as credentials, ``anon`` or
         ``endpoint_url``. Workers get them, and they are never shown. By default credentials come from the environment,
-        as the file system expects them.
+        as the file system expects them. Of a repository of Icechunk, its ``group`` and ``branch``.
     token : str, optional
         By what a lazy source is known, so that the job goes on with the same one; by default Dask's own name of it,
         which for what is random, or made by functions without a name, is another one in each process. Or a repository

@@ -92,6 +92,8 @@ class TileResult(Generic[T]):
     """How long it took."""
     cpu_milliseconds: int = 0
     """For how long of that it has computed."""
+    requests: int = 0
+    """Requests of its process to stores since the last result: for chunks, or parts of them, read or written."""
     attempts: int = 1
     """How often it was tried."""
     bad_chunks: tuple[BadChunk, ...] = ()
@@ -116,6 +118,8 @@ class WorkerFigures:
     """Time that its threads were at work on them."""
     cpu_seconds: float = 0.0
     """For how long of that they have computed."""
+    requests: int = 0
+    """Requests to stores: for chunks, or parts of them, read or written."""
 
     def add(self, results: Iterable[TileResult[Any]]) -> None:
         """Add the results of tiles."""
@@ -124,6 +128,7 @@ class WorkerFigures:
             self.failed += result.error is not None
             self.seconds += result.milliseconds / 1000
             self.cpu_seconds += result.cpu_milliseconds / 1000
+            self.requests += result.requests
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,8 @@ from dask_batchinv.kernels.cuda import launch
 from dask_batchinv.kernels.device import why_unusable
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+#: The variable with the folder of what was compiled.
+FOLDER = "DASK_BATCHINV_EMULATED"
 #: So few that the blocks of a kernel have to take turns.
 BLOCKS = 2
 _KERNELS = Path(launch.__file__).with_name("inverse.cu")
@@ -66,15 +69,15 @@ def array(a: Any) -> ndarray:
 @functools.cache
 def _library(options: tuple[str, ...]) -> ctypes.CDLL:
     assert COMPILER
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-    try:
-        path = folder / "kernels.so"
+    # For all processes of a run of tests: each takes seconds to compile.
+    path = Path(os.environ[FOLDER]) / f"{hashlib.sha256(' '.join(options).encode()).hexdigest()}.so"
+    if not path.exists():
+        made = path.with_suffix(f".{os.getpid()}")
         command = [COMPILER, "-x", "c++", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w",
-                   "-fno-strict-aliasing", f'-DKERNELS="{_KERNELS}"', *options, _HEADER, "-o", path]  # fmt: skip
+                   "-fno-strict-aliasing", f'-DKERNELS="{_KERNELS}"', *options, _HEADER, "-o", made]  # fmt: skip
         subprocess.run(command, check=True)
-        return ctypes.CDLL(str(path))
-    finally:
-        shutil.rmtree(folder)
+        made.rename(path)
+    return ctypes.CDLL(str(path))
 
 
 class _Module:

@@ -368,9 +368,10 @@ def test_regions_and_appends_by_xarray(tmp_path, client):
     assert_inverse_of(source / "cov", target)
 
 
-def test_appended_a_hundred_times_it_is_what_one_run_gives(tmp_path, client):
+@pytest.mark.parametrize("times", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_appended_many_times_it_is_what_one_run_gives(tmp_path, client, times):
     source, target = tmp_path / "s", tmp_path / "t"
-    a = conditioned(12 + 100 * 3, 2, 10)
+    a = conditioned(12 + times * 3, 2, 10)
     options = {"client": client, "tile_size": 8 * 32}
     array = zarr.create_array(source, shape=(12, 2, 2), chunks=(8, 2, 2), dtype=float)
     array[...] = a[:12]

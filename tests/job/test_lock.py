@@ -10,7 +10,7 @@ import time
 import fsspec
 import pytest
 
-from dask_batchinv import TargetError, invert_store
+from dask_batchinv import TargetError, TargetInUseError, invert_store
 from dask_batchinv.job.target import lock
 from dask_batchinv.job.target.lock import LOCK, locked
 from dask_batchinv.location import Location, TakenOverError
@@ -21,7 +21,7 @@ from tests.support.targets import tree
 def test_a_busy_target_is_refused_before_workers_are_asked(tmp_path, make_source, monkeypatch):
     monkeypatch.setattr("dask_batchinv.job.driver.cluster.connect", None)
     source, target = make_source(conditioned(4, 3, 10)), tmp_path / "t"
-    with locked(Location.parse(target)), pytest.raises(TargetError, match="another run is writing"):
+    with locked(Location.parse(target)), pytest.raises(TargetInUseError, match="another run is writing"):
         invert_store(source, target, workers=1)
     target.mkdir()
     (target / LOCK).symlink_to(tmp_path / "mine")

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 
+import dask
 import psutil
 import pytest
 
@@ -122,6 +123,7 @@ def test_workers_that_lose_the_process_that_started_them_end_and_the_job_is_resu
                     process.kill()
         time.sleep(0.05)
 
-    with pytest.raises(JobFailedError, match="scheduler"):
+    waits = dask.config.set({"distributed.comm.timeouts.connect": "2s"})  # else half a minute for the lost scheduler
+    with waits, pytest.raises(JobFailedError, match="scheduler"):
         invert_store(source, tmp_path / "t", workers=1, tile_size=72, on_progress=kill)
     assert invert(source, tmp_path / "t")

@@ -86,19 +86,19 @@ def prepare_local(folder, chunk=(8, 3, 3), tile="1MiB", m=64, **options):
 
 @pytest.mark.parametrize("compressors", [zarr.codecs.Crc32cCodec(), zarr.codecs.ZstdCodec()], ids=["crc32c", "zstd"])
 def test_a_read_unit_that_is_cut_is_read_once(tmp_path, threads, opened, compressors):  # noqa: F811
-    job = prepare_local(tmp_path, (320, 3, 3), 72, 960, compressors=compressors)
+    job = prepare_local(tmp_path, (80, 3, 3), 72, 240, compressors=compressors)
     plan = plan_for(job, Workers(1, 2, None))
-    assert (plan.per_unit, plan.tiling.n_tiles, plan.read_amplification) == (320, 960, 1)
-    assert [len(task) for task in tasks_of(np.arange(960), plan, 2)] == [320, 320, 320]
+    assert (plan.per_unit, plan.tiling.n_tiles, plan.read_amplification) == (80, 240, 1)
+    assert [len(task) for task in tasks_of(np.arange(240), plan, 2)] == [80, 80, 80]
     invert_store(tmp_path / "local", tmp_path / "t", client=threads, tile_size=72)
     assert sorted(opened) == ["c/0/0/0", "c/1/0/0", "c/2/0/0"]
     assert verify_store(tmp_path / "t", source=tmp_path / "local", client=threads).ok
 
 
 def test_a_read_unit_of_which_parts_can_be_read_is_no_reason_to_keep_tiles_together(tmp_path, threads):
-    job = prepare_local(tmp_path, (320, 3, 3), 72, 960, compressors=None)
+    job = prepare_local(tmp_path, (80, 3, 3), 72, 240, compressors=None)
     plan = plan_for(job, Workers(1, 2, None))
-    assert (plan.per_unit, plan.tiling.n_tiles, plan.read_amplification) == (1, 960, 1)
+    assert (plan.per_unit, plan.tiling.n_tiles, plan.read_amplification) == (1, 240, 1)
     invert_store(tmp_path / "local", tmp_path / "t", client=threads, tile_size=72)
     assert verify_store(tmp_path / "t", source=tmp_path / "local", client=threads).ok
 

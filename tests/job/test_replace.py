@@ -15,6 +15,7 @@ import zarr
 from dask_batchinv import inverse, invert_store, verify_store
 from dask_batchinv.disk import exchange
 from dask_batchinv.job.api import JobFailedError
+from dask_batchinv.job.target import swap
 from dask_batchinv.outcome import TargetError
 from tests.support.stacks import assert_same_bits, conditioned
 from tests.support.targets import read_target, tree
@@ -91,6 +92,19 @@ def test_an_interrupted_one_goes_on_and_the_old_one_stays(source, place):
     assert 0 < report.tiles_now < 10
     assert_same_bits(inverses(place), inverse(A, assume_a="sym"))
     assert not exists(beside(place))
+
+
+def test_one_that_is_interrupted_when_all_is_done_is_done(source, tmp_path, monkeypatch):
+    invert_store(source, tmp_path / "t")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(swap, "_remove", interrupted)
+    report = invert_store(source, tmp_path / "t", overwrite=True, assume_a="sym")
+    assert any("has a part of what was replaced" in note for note in report.notes)
+    monkeypatch.undo()
+    assert invert_store(source, tmp_path / "t", assume_a="sym").tiles_now == 0
 
 
 def test_one_that_cannot_be_finished_leaves_the_old_one(source, place):

@@ -92,7 +92,24 @@ def test_what_each_worker_did(source, tmp_path):
     assert sum(figures.tiles for figures in report.per_worker.values()) == 10
     assert sum(figures.failed for figures in report.per_worker.values()) == 0
     assert report.cpu_seconds == pytest.approx(sum(f.cpu_seconds for f in report.per_worker.values()), abs=0.01)
+    # Ten chunks of the source, and of three arrays of the target.
+    assert report.requests == sum(figures.requests for figures in report.per_worker.values()) == 40
     assert report.started <= report.ended
     kept = status(tmp_path / "t")[1]["runs"][-1]
     assert kept["per_worker"].keys() == report.per_worker.keys()
     assert kept["cpu_seconds"] == report.cpu_seconds
+    here = invert_store(source, tmp_path / "u", tile_size=720)
+    assert (here.requests, here.per_worker) == (40, {})
+
+
+def test_an_interrupted_run_leaves_its_record(source, tmp_path):
+    def stop(progress):
+        if progress.matrices_done > 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert_store(source, tmp_path / "t", tile_size=720, on_progress=stop)
+    found = status(tmp_path / "t")[1]
+    (run,) = found["runs"]
+    assert (run["stopped"], found["at_work"]) == ("interrupted", None)
+    assert 0 < run["tiles_now"] <= found["tiles_done"] <= 10

@@ -109,6 +109,11 @@ class Run:
                 self._finish(target, ledger, writer, lock)
             except TakenOverError as error:  # nothing is written any more: the target is another run's, or has gone
                 self.totals.stopped = str(error)
+            except KeyboardInterrupt:
+                self.totals.stopped = "interrupted"
+                self._keep_record(writer)
+                writer.commit("interrupted")
+                raise
             return self.report(ledger)
 
     def nothing_to_do(self) -> Ledger | None:
@@ -409,13 +414,16 @@ class Run:
             targets.remove_partial_chunks(location, target.members)
             if self._is_done(ledger):
                 self._look_for_losses(target, ledger)
-            with suppress(Exception):  # the disk may be full: the report matters more
-                record_run(writer, self._record().to_json())
-                forget_begin(writer)
+            self._keep_record(writer)
             if self._is_done(ledger):
                 targets.open_as_reader(location)
                 targets.set_complete(writer, target, True)
             writer.commit("complete" if self._is_done(ledger) else "stopped")
+
+    def _keep_record(self, writer: Writer) -> None:
+        with suppress(Exception):  # the disk may be full: the report matters more
+            record_run(writer, self._record().to_json())
+            forget_begin(writer)
 
     def _is_done(self, ledger: Ledger) -> bool:
         return bool(ledger.done.all()) and self.totals.stopped is None and not self.totals.failed

@@ -98,7 +98,7 @@ class JobReport(RunRecord, Account):
             lines = [
                 f"time             {self.seconds:.1f} s, {format_bytes(self.bytes_read)} read at "
                 f"{format_bytes(self.bytes_read / self.seconds)}/s, {format_bytes(self.bytes_written)} written",
-                f"computing        {self.cpu_seconds:.1f} s of CPU time",
+                f"computing        {self.cpu_seconds:.1f} s of CPU time, {self.requests:,} requests for chunks",
                 f"workers          {self.workers} with {self.threads_per_worker} thread(s): {self.where}; "
                 f"{self.kernel}",
             ]

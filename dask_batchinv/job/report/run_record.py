@@ -63,6 +63,8 @@ class RunRecord:
     """Time of this run in which it inverted."""
     cpu_seconds: float
     """For how long of that threads have computed, all together; without those of libraries that they waited for."""
+    requests: int
+    """Requests to stores: for chunks, or parts of them, read or written."""
     per_worker: dict[str, WorkerFigures]
     """What each worker did, by its address; nothing where the job ran in its own process."""
     bytes_read: int
@@ -106,6 +108,7 @@ class RunTotals:
     retries: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    requests: int = 0
     read_back: int = 0
     failed: list[TileResult[Any]] = field(default_factory=list)
     bad_chunks: dict[str, BadChunk] = field(default_factory=dict)
@@ -126,6 +129,7 @@ class RunTotals:
         """Count a tile that was done or given up, or of which a part was done."""
         self.retries += result.attempts - 1
         self.cpu_seconds += result.cpu_milliseconds / 1000
+        self.requests += result.requests
         self.bad_chunks |= {chunk.key: chunk for chunk in result.bad_chunks}
         if result.value is not None:
             self.tiles += 1
@@ -167,6 +171,8 @@ class RunTotals:
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=self.seconds,
             cpu_seconds=round(self.cpu_seconds, 3),
+            # Where there are workers, also for tiles that were tried again.
+            requests=sum(figures.requests for figures in used.values()) or self.requests,
             per_worker={clean(address): figures for address, figures in used.items()},
             bytes_read=round(plan.nbytes_in * share),
             bytes_written=round(plan.nbytes_out * share),

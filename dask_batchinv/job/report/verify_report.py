@@ -42,9 +42,14 @@ class VerifyReport:
         """Whether the target is complete and right as far as was checked."""
         return self.complete and not (self.bad_tiles or self.problems) and self.tiles_read == self.tiles
 
+    @property
+    def exit_code(self) -> int:
+        """0 if all is right, else 1."""
+        return 0 if self.ok else 1
+
     def to_json(self) -> dict[str, Any]:
         """Return the report for machines."""
-        return asdict(self) | {"ok": self.ok}
+        return asdict(self) | {"ok": self.ok, "exit_code": self.exit_code}
 
     def __str__(self) -> str:
         lines = [

@@ -20,7 +20,7 @@ from typing import Any
 from dask_batchinv.disk import make_folders
 from dask_batchinv.job.target.holder import LOCK, read_lock
 from dask_batchinv.location import Location, TakenOverError, raised_as
-from dask_batchinv.outcome import TargetError
+from dask_batchinv.outcome import TargetError, TargetInUseError
 from dask_batchinv.text import harmless
 
 #: A lease is renewed this often, and given up for dead after so many renewals that did not come.
@@ -255,8 +255,8 @@ def _holder() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _busy(target: Location, holder: object) -> TargetError:
-    return TargetError(f"another run is writing to {target.name} ({holder or 'unknown'}): wait for it or stop it")
+def _busy(target: Location, holder: object) -> TargetInUseError:
+    return TargetInUseError(f"another run is writing to {target.name} ({holder or 'unknown'}): wait for it or stop it")
 
 
 class _Lease(Lock):

@@ -15,6 +15,7 @@ from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock, who_h
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.location import Location, raised_as
+from dask_batchinv.text import clean
 
 #: What the name of a target ends with that is to take another one's place.
 _ENDING = ".dask_batchinv-new"
@@ -46,14 +47,14 @@ def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None
             lock.confirm()
             if (transaction := target.transaction) is not None:
                 transaction.exchange(new, target)
-                left = _remove(new, old)
+                left = _removed(new, old)
                 target.commit("what was replaced is removed")
                 return left
             if not target.is_local:
                 _copy(new, target, old, lock)
                 return None
             exchange(new.url, target.url)
-            left = _remove(new, old)
+            left = _removed(new, old)
         remove_stale_lock(target)  # which was that of the new one
         return left
 
@@ -74,6 +75,14 @@ def put_back(target: Location) -> bool:
         return False
     os.rename(aside.url, place.url)
     return place is target
+
+
+def _removed(location: Location, old: Target) -> str | None:
+    try:
+        return _remove(location, old)
+    except (Exception, KeyboardInterrupt) as error:
+        # All is done: who runs the same command again would replace what has just taken its place.
+        return clean(f"{location.name} has a part of what was replaced, remove it: {type(error).__name__}: {error}")
 
 
 def _remove(location: Location, old: Target) -> str | None:

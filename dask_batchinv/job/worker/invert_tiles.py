@@ -41,6 +41,7 @@ from dask_batchinv.kernels import InverseEx, invert_block
 from dask_batchinv.kernels.device import device_for
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import Info
+from dask_batchinv.requests import COUNT
 from dask_batchinv.stack import Device, computed_dtype
 
 #: Requests to stores at a time, for each thread of a worker.
@@ -95,6 +96,7 @@ class TileTask:
 def invert_tiles(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     """Do tiles. May be done again, by anyone: it writes the same bytes to the same keys."""
     results = _do(task, numbers)
+    results[0] = replace(results[0], requests=COUNT.take())
     if (changes := task.target.changes) is None:
         return results
     return [result if result.value is None else replace(result, changes=changes) for result in results]
