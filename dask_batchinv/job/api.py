@@ -17,7 +17,7 @@ from dask_batchinv.job.report.run_record import OnProgress, ignore
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.source.selection import as_text
 from dask_batchinv.job.source.source import Source
-from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.state import options_of
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.location import Location
@@ -294,7 +294,7 @@ def verify_store(
         memory_limit, insecure=insecure,
     )  # fmt: skip
     there = _located(target, target_options, TargetError)
-    options = JobOptions() if source is None else options_of(targets.existing(there)[1])
+    options = JobOptions() if source is None else options_of(existing(there)[1])
     made_from = None if source is None else _source(source, source_options, options, None)
     return verify(there, made_from, cluster, sample, on_progress or ignore)
 

@@ -16,8 +16,8 @@ import numpy as np
 import xarray as xr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.target import existing
 from tests.support.stacks import conditioned
 
 #: Tiles of a little more than half a MiB, so that each is a task of its own.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dask_batchinv import DeviceError, IllConditionedWarning, SingularMatrixError, inverse, inverse_ex, invert_store
+from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.target import existing
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
 from tests.gpu import fake_cupy

@@ -16,7 +16,7 @@ from dask_batchinv.chunks.bounded_store import BoundedStore
 from dask_batchinv.cli import main
 from dask_batchinv.job.plan import prepare as preparing
 from dask_batchinv.job.report.account import account_of
-from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.found import inspect
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.known import Known
 from dask_batchinv.location import Location
@@ -599,7 +599,7 @@ def test_nothing_is_read_and_no_cluster_started_where_nothing_has_changed(tmp_pa
     read.clear()
     assert job(stack).exit_code == 0
     assert not [key for key in read if "c/" in key or "c." in key]
-    assert targets.inspect(Location.parse(tmp_path / "t")).shape == (60, 3, 3)
+    assert inspect(Location.parse(tmp_path / "t")).shape == (60, 3, 3)
 
 
 @pytest.mark.parametrize(

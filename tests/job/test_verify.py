@@ -7,9 +7,9 @@ import pytest
 import zarr
 
 from dask_batchinv import TargetError, inverse_ex, invert_store, verify_store
+from dask_batchinv.job.target.found import inspect
 from dask_batchinv.job.target.ledger import COLUMNS
 from dask_batchinv.job.target.state import State
-from dask_batchinv.job.target.target import inspect
 from dask_batchinv.job.worker.verify_tiles import residual_ratios
 from dask_batchinv.location import Location
 from tests.support.stacks import assert_same_bits, conditioned, residual_ratio

@@ -3,8 +3,8 @@
 import numpy as np
 import zarr
 
+from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.target import existing
 from tests.support.stacks import conditioned
 
 

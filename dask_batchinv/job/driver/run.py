@@ -29,6 +29,7 @@ from dask_batchinv.job.results import TileResult, TileRow
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
+from dask_batchinv.job.target.found import inspect
 from dask_batchinv.job.target.ledger import Ledger, forget_begin, record_begin, record_run
 from dask_batchinv.job.target.lock import Lock, locked
 from dask_batchinv.job.target.state import State, Target
@@ -163,7 +164,7 @@ class Run:
         if job.action == "create":
             refuse_overlap(job.source, job.target)  # again: something may have been mounted or linked meanwhile
             targets.create(job.target, job.fingerprint, self.contents, writer, job.found, job.replaces)
-        target = targets.inspect(job.target)  # again: another run may have been at work until now
+        target = inspect(job.target)  # again: another run may have been at work until now
         was = tiling if job.action == "create" else job.found.tiling
         if not target.is_there or (target.fingerprint, target.tiling) != (job.fingerprint, was):
             raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")

@@ -26,6 +26,7 @@ from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import visibly_damaged_keys
+from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.lock import locked
 from dask_batchinv.job.target.state import State, Target, differences, options_of, shrunk
@@ -60,7 +61,7 @@ def verify(
     """Do what `verify_store` promises."""
     if not 0 <= sample <= 1:
         raise RefusedError(f"sample must be between 0 and 1, got {sample}")
-    location, target = targets.existing(path)
+    location, target = existing(path)
     tiling = target.tiling
     opened = None if source is None else _same_source(source, target)
     ledger, found, problems = Ledger(location, target), _Found(), []

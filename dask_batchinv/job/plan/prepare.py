@@ -18,10 +18,10 @@ from dask_batchinv.job.plan.plan import Limits, Plan, StackLayout, Workers, make
 from dask_batchinv.job.source.formed import open_any
 from dask_batchinv.job.source.mask import Mask
 from dask_batchinv.job.source.source import Source
-from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.documents import refuse_long
 from dask_batchinv.job.target.encoding import Encoding, parse_compress
+from dask_batchinv.job.target.found import inspect, other_format, parse_location, refuse_foreign, refuse_links
 from dask_batchinv.job.target.state import Action, Fingerprint, State, Target, decide, differences, shrunk
 from dask_batchinv.job.target.swap import place_beside
 from dask_batchinv.job.tiling import Tiling
@@ -83,7 +83,7 @@ def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved
     SourceError, TargetError, RefusedError
         With what to change; nothing was written.
     """
-    location = targets.parse_location(target)
+    location = parse_location(target)
     opened = source if isinstance(source, Source) else _open_source(source, options, location)
     _refuse_reserved_names(opened, options.outputs)
     _check_encoding(opened, options, location)
@@ -92,13 +92,13 @@ def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved
     refuse_overlap(opened, location)
     kernel = choose_kernel(options.assume_a, options.device)
     fingerprint = _fingerprint(opened, options, kernel)
-    found = targets.inspect(location)
+    found = inspect(location)
     if moved and found.fingerprint:
         fingerprint |= {"source": found.fingerprint["source"]}
     changed = differences(found.fingerprint, fingerprint) or shrunk(found.shape, opened.shape, opened.dims)
     action = decide(found.state, same_job=not changed, overwrite=options.overwrite)
     if action == "refuse" and found.state is State.OTHER_FORMAT:
-        raise TargetError(f"{targets.other_format(location, found)}, or pass --overwrite to replace it")
+        raise TargetError(f"{other_format(location, found)}, or pass --overwrite to replace it")
     if action == "refuse" and not found.fingerprint:
         raise TargetError(
             f"{location.name} is what was left when a target was being replaced: pass --overwrite again, or choose "
@@ -110,7 +110,7 @@ def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved
             "to replace it"
         )
     if found.state is not State.ABSENT and not changed:
-        targets.refuse_links(location, found)
+        refuse_links(location, found)
     return Job(opened, location, options, kernel, fingerprint, found, action)
 
 
@@ -130,10 +130,10 @@ def replacement(job: Job) -> Job | None:
         return None
     if (beside := place_beside(job.target)) is None:
         return None
-    targets.refuse_links(job.target, job.found)
-    targets.refuse_foreign(job.target, job.found)
+    refuse_links(job.target, job.found)
+    refuse_foreign(job.target, job.found)
     refuse_overlap(job.source, beside)
-    found = targets.inspect(beside)
+    found = inspect(beside)
     if job.found.state is State.BEGUN and (found.state, found.replaces) != (State.COMPLETE, job.found.generation):
         return None
     goes_on = (
@@ -153,7 +153,7 @@ def _open_source(source: Place, options: JobOptions, target: Location) -> Source
         dims = None
         if options.dims is None and options.form.is_usual:
             with suppress(Exception):  # whatever is there: it is looked at later
-                dims = targets.inspect(target).fingerprint.get("dims")
+                dims = inspect(target).fingerprint.get("dims")
         if dims is None:
             raise
         with suppress(SourceError):

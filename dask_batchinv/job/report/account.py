@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.chunks import open_array
+from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger
 from dask_batchinv.job.target.state import Fingerprint, State
 from dask_batchinv.job.tiling import Tiling
@@ -98,7 +98,7 @@ def account_of(path: str | os.PathLike[str]) -> Account:
     TargetError
         If there is none of ours.
     """
-    location, target = targets.existing(path)
+    location, target = existing(path)
     ledger = Ledger(location, target)
     return make_account(location, target.fingerprint, target.tiling, ledger, complete=target.state is State.COMPLETE)
 

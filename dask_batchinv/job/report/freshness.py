@@ -16,6 +16,7 @@ from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, prepare
 from dask_batchinv.job.report.account import Account, make_account
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
 from dask_batchinv.job.target import target as targets
+from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger, begin_of, runs_of
 from dask_batchinv.job.target.lock import who_holds
 from dask_batchinv.job.target.state import State, Target, options_of
@@ -158,7 +159,7 @@ def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any]
     TargetError
         If there is no target of ours.
     """
-    location, target = targets.existing(path)
+    location, target = existing(path)
     ledger, made = Ledger(location, target), target.fingerprint
     account = make_account(location, made, target.tiling, ledger, complete=target.state is State.COMPLETE)
     try:

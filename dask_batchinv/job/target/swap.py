@@ -10,6 +10,7 @@ from dask_batchinv.disk import between, exchange
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.documents import ROOT
+from dask_batchinv.job.target.found import foreign_keys, inspect
 from dask_batchinv.job.target.holder import LOCK
 from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock, who_holds
 from dask_batchinv.job.target.state import State, Target
@@ -68,7 +69,7 @@ def put_back(target: Location) -> bool:
     if beside is None or not beside.is_local or not os.path.lexists(between(beside.url)):
         return False
     aside = replace(beside, url=between(beside.url))
-    if not targets.inspect(aside).is_there or who_holds(aside):
+    if not inspect(aside).is_there or who_holds(aside):
         return False
     place = beside if os.path.lexists(target.url) else target
     if os.path.lexists(place.url):
@@ -88,7 +89,7 @@ def _removed(location: Location, old: Target) -> str | None:
 def _remove(location: Location, old: Target) -> str | None:
     """Remove a target that was replaced; return what to say if there is something in it that is not ours."""
     keys = location.keys()
-    if others := targets.foreign_keys(keys, old):
+    if others := foreign_keys(keys, old):
         return f"{location.name} has what was replaced, because of {', '.join(others[:3])} in it, which is not ours"
     # The document by which it is ours last, so that a break leaves it in place.
     location.delete_all(sorted(keys, key=lambda key: key == ROOT))
@@ -104,7 +105,7 @@ def _copy(new: Location, target: Location, old: Target, lock: Lock) -> None:
     keys = [key for key in mine if key != LOCK]
     for_each(target, lambda key: new.copy_to(target, key), [key for key in keys if key != ROOT])
     gone = [key for key in theirs if key not in {*keys, LOCK}]
-    target.delete_all([key for key in gone if not targets.foreign_keys([key], old)])
+    target.delete_all([key for key in gone if not foreign_keys([key], old)])
     lock.confirm()
     new.copy_to(target, ROOT)
     new.delete_all(sorted(keys, key=lambda key: key == ROOT))
