@@ -130,7 +130,7 @@ class Branch:
         return last, commit_id
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BranchLocation(SnapshotLocation):
     """A location on a branch; `session` is the `Branch`. Other processes get what was committed of it last."""
 
@@ -228,7 +228,7 @@ class BranchLocation(SnapshotLocation):
             yield key, None, Known(size, last.get(place, first), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForkLocation(SnapshotLocation):
     """A location to which one task writes; `session` is its fork."""
 

@@ -13,6 +13,7 @@ import zarr.abc.store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+from dask_batchinv.address import Address
 from dask_batchinv.known import Known
 from dask_batchinv.location import Location
 from dask_batchinv.storage import GuardedStore
@@ -73,7 +74,7 @@ class _Prefixed(GuardedStore):
         return await self._store.exists(self._prefix + key)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SnapshotLocation(Location):
     """A location in a snapshot."""
 
@@ -88,7 +89,7 @@ class SnapshotLocation(Location):
     def __truediv__(self, part: str) -> SnapshotLocation:
         return replace(self, url=f"{self.url}/{part}", path=f"{self.path}/{part}".lstrip("/"))
 
-    def contains(self, other: Location) -> bool:
+    def contains(self, other: Address) -> bool:
         """Tell whether `other` is this location: what is read of a snapshot does not change, whatever lies in it."""
         return isinstance(other, SnapshotLocation) and (self._repository, self.path) == (other._repository, other.path)
 
