@@ -108,6 +108,10 @@ class Address:
         above = ("/" + "/".join(others[1:end]) for end in range(len(others), 0, -1))
         return folder is not None and any(identity(path) == folder for path in above)
 
+    def holds(self, other: Address) -> bool:
+        """Tell whether what is written here may be written to `other`."""
+        return self.contains(other)
+
     def has_chunks_in(self, others: Iterable[Address]) -> bool:
         """Tell whether files of the Zarr array here lie among the chunks of others, by whatever link or mount."""
         paths = [path for other in others if (path := other._folder())]

@@ -17,5 +17,8 @@ class Transaction(Protocol):
     def merge(self, fork: Any) -> None:
         """Add the changes of a fork, as `Location.changes` returns them."""
 
+    def changed_by_others(self, array: Any) -> set[tuple[int, ...]]:
+        """Return the places of chunks of an array, which is a location, that others have changed since it has begun."""
+
     def exchange(self, one: Any, other: Any) -> None:
         """Let what is at two places, which are locations, change these, in one commit."""

@@ -153,7 +153,7 @@ def look_at_source(
     tells, count = True, 0
     for files, all_tell in _files(location, grid, ""):
         tells, count = tells and all_tell, count + len(files.places)
-        for numbers, which in _tiles_of(files.places, grid, tiling, axes, start):
+        for numbers, which in tiles_of(files.places, grid, tiling, axes, start):
             np.add.at(sums, numbers, files.marks[which])
             np.logical_or.at(unsure, numbers, files.unsure[which])
     if any(start) or meaning:
@@ -197,7 +197,7 @@ def look_at_target(location: Location, arrays: Iterable[Written], tiling: Tiling
         inside = location / array.name
         found = np.zeros(tiling.n_tiles, bool)
         for files, _ in _files(inside, array.grid, array.name):
-            for numbers, which in _tiles_of(files.places, array.grid, tiling, tiling.axes(array.extent)):
+            for numbers, which in tiles_of(files.places, array.grid, tiling, tiling.axes(array.extent)):
                 np.add.at(sums, numbers, files.marks[which])
                 found[numbers] = array.fits(files.sizes[which])
         for number in map(int, np.flatnonzero(~found)):
@@ -256,7 +256,7 @@ def _is_young(says: Known, now: int) -> bool:
     return now - says.changed < (_TICK_NS if says.changed % _SECOND_NS else _COARSE_TICK_NS)
 
 
-def _tiles_of(
+def tiles_of(
     places: Numbers, grid: ChunkGrid, tiling: Tiling, axes: tuple[int, ...], origin: tuple[int, ...] = ()
 ) -> Iterator[tuple[Numbers, npt.NDArray[np.intp]]]:
     """Yield numbers of tiles that chunks are in, and which chunks those are: one is in several if they are smaller."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from urllib.parse import quote_plus
 
 from zarr.buffer.cpu import Buffer
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from dask_batchinv.disk import Stamp
@@ -24,6 +27,8 @@ from dask_batchinv.repositories.snapshots import SnapshotLocation, key_of
 T = TypeVar("T")
 
 _DOCUMENT = "zarr.json"
+#: So often groups are made again that others make at the same time.
+_ATTEMPTS = 5
 #: In what the node of a document that is none of Zarr's holds it.
 _CONTENT = "content"
 
@@ -41,29 +46,47 @@ class Branch:
 
     def __init__(self, repository: Any, name: str):
         self._repository, self._name = repository, name
-        self.end()
+        self._writes, self._begun, self._own = False, "", set[str]()
+        self._changes: dict[str, Any] = {}
+        self._opening = threading.Lock()
+        self._session = self._open()
+
+    def _open(self) -> Any:
+        if self._writes:
+            return self._repository.writable_session(self._name)
+        return self._repository.readonly_session(branch=self._name)
+
+    @property
+    def _now(self) -> Any:
+        """The session, opened where there is none: what then fails is tried again by who asked for it."""
+        with self._opening:  # threads that write at the same time write to one
+            if self._session is None:
+                self._session = self._open()
+                self._begun = self._begun or str(self._session.snapshot_id)
+            return self._session
 
     def begin(self) -> None:
         """Begin a transaction, with what the branch has now."""
-        self._session = self._repository.writable_session(self._name)
+        self._writes, self._session = True, None
+        self._begun, self._own = "", set()
 
     def end(self) -> None:
         """Forget what was not committed, and see what the branch has now."""
-        self._session = self._repository.readonly_session(branch=self._name)
+        self._writes, self._session = False, None
 
     @property
     def store(self) -> Any:
         """The Zarr store of the session."""
-        return self._session.store
+        return self._now.store
 
     @property
     def snapshot_id(self) -> str:
         """The last commit that is seen here."""
-        return str(self._session.snapshot_id)
+        return str(self._now.snapshot_id)
 
     def chunk_coordinates(self, path: str) -> Any:
         """Yield, asynchronously, the places of the chunks of an array."""
-        return self._session.chunk_coordinates(path)
+        return self._now.chunk_coordinates(path)
 
     def snapshot(self) -> Any:
         """Return a session of what was committed last, which other processes can read."""
@@ -71,11 +94,11 @@ class Branch:
 
     def fork(self) -> Any:
         """Return what other processes can write to; nothing may be uncommitted."""
-        return self._session.fork()
+        return self._now.fork()
 
     def merge(self, fork: Any) -> None:
         """Add what was written to a fork."""
-        self._session.merge(fork)
+        self._now.merge(fork)
 
     def commit(self, message: str) -> None:
         """Make what was written last, on top of what others have committed, and go on.
@@ -85,17 +108,42 @@ class Branch:
         TakenOverError
             If others have changed the same.
         """
-        if not self._session.has_uncommitted_changes:
-            return
+        if self._session is not None and self._session.has_uncommitted_changes:
+            self._commit(self._session, message)
+
+    def _commit(self, session: Any, message: str) -> None:
         import icechunk  # not before it is needed, and only where it is
 
         try:
-            self._session.commit(message, rebase_with=icechunk.ConflictDetector())
+            self._own.add(session.commit(message, rebase_with=icechunk.ConflictDetector()))
         except icechunk.ConflictError as error:
             raise TakenOverError(
                 f"what this run has changed was changed by another commit to branch {self._name} as well: {error}"
             ) from error
-        self.begin()
+        self._session = None
+
+    def make_groups(self, paths: Iterable[str]) -> None:
+        """Make groups where there are none, in a commit of its own, for others may make them at the same time.
+
+        Raises
+        ------
+        ValueError
+            If there is an array.
+        """
+        for attempt in range(_ATTEMPTS):
+            for path in paths:
+                key = f"{path}/{_DOCUMENT}".lstrip("/")
+                sync(self.store.set_if_not_exists(key, Buffer.from_bytes(_group({}))))
+                found = sync(self.store.get(key, default_buffer_prototype()))
+                if found is not None and json_object(found.to_bytes(), key).get("node_type") == "array":
+                    raise ValueError(f"{path} is an array: nothing can lie in it")
+            try:
+                self.commit("dask_batchinv: groups for what comes")
+                return
+            except TakenOverError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                self._session = None
 
     @property
     def moves(self) -> bool:
@@ -104,14 +152,29 @@ class Branch:
 
     def exchange(self, one: Any, other: Any) -> None:
         """Let the groups at two places change these, in one commit; nothing else may be uncommitted."""
-        import icechunk
-
         session = self._repository.rearrange_session(self._name)
-        between = f"{one.path}-between"
+        between = f"{one.path}-{uuid.uuid4().hex}"  # in no commit
         for old, new in ((one.path, between), (other.path, one.path), (between, other.path)):
             session.move(f"/{old}", f"/{new}")
-        session.commit(f"dask_batchinv, {other.path}: replaced", rebase_with=icechunk.ConflictDetector())
-        self.begin()
+        self._commit(session, f"dask_batchinv, {other.path}: replaced")
+
+    def changed_by_others(self, array: Any) -> set[tuple[int, ...]]:
+        """Return the places of chunks of an array, which is a location, that others have changed since it has begun."""
+        changed = set[tuple[int, ...]]()
+        for commit in self._repository.ancestry(snapshot_id=self.snapshot_id):
+            if commit.id == self._begun or commit.parent_id is None:
+                break
+            if commit.id not in self._own:
+                found = self._changes_of(commit).updated_chunks
+                changed |= {tuple(place) for place in found.get(f"/{array.path}", ())}
+        return changed
+
+    def _changes_of(self, commit: Any) -> Any:
+        """Return what a commit has changed, which never changes itself."""
+        if commit.id not in self._changes:
+            found = self._repository.diff(from_snapshot_id=commit.parent_id, to_snapshot_id=commit.id)
+            self._changes[commit.id] = found
+        return self._changes[commit.id]
 
     def last_changes(self, path: str) -> tuple[dict[tuple[int, ...], str], str]:
         """Return by which commit chunks of an array were changed last, and by which all others."""
@@ -121,7 +184,7 @@ class Branch:
             if commit.parent_id is None:
                 break
             commit_id = commit.id
-            changes = self._repository.diff(from_snapshot_id=commit.parent_id, to_snapshot_id=commit_id)
+            changes = self._changes_of(commit)
             for place in changes.updated_chunks.get(node, ()):
                 last.setdefault(tuple(place), commit_id)
             if node in changes.new_arrays:
@@ -159,7 +222,7 @@ class BranchLocation(SnapshotLocation):
         if not name or not self.transaction.moves:
             return None
         path = f"{above}{mark}.{name}{ending}"
-        return replace(self, url=self.url.removesuffix(self.path) + path, path=path)
+        return replace(self, url=f"{self.url.partition('group=')[0]}group={quote_plus(path, safe='/')}", path=path)
 
     def is_writable(self) -> bool:
         """Tell whether it can be written, as far as that can be told beforehand."""
@@ -176,17 +239,11 @@ class BranchLocation(SnapshotLocation):
         """Store bytes under `key`; they last once they are committed."""
         if _is_wrapped(key):
             key, content = f"{key}/{_DOCUMENT}", _group({_CONTENT: content.decode()})
-        if key == _DOCUMENT:
-            self._make_groups_above()
+        if key == _DOCUMENT and self.path and not self.exists():
+            names = self.path.split("/")
+            self.transaction.make_groups(["/".join(names[:end]) for end in range(len(names))])
         sync(self.store().set(key, Buffer.from_bytes(content)))
         return self.stamp(key)
-
-    def _make_groups_above(self) -> None:
-        """Make the groups that this one lies in, where they are missing: nothing can be moved into one that is not."""
-        store, names = self.session.store, self.path.split("/")
-        for end in range(len(names) if self.path else 0):
-            above = "/".join((*names[:end], _DOCUMENT))
-            sync(store.set_if_not_exists(above, Buffer.from_bytes(_group({}))))
 
     def replace(self, key: str, content: bytes, expected: Stamp, *, synced: bool = False) -> Stamp:
         """Store bytes under `key` if it still holds what `expected` was returned for; return the new stamp."""
@@ -268,4 +325,4 @@ def _group(attributes: dict[str, str]) -> bytes:
 
 def _is_wrapped(key: str) -> bool:
     """Tell whether a document is none of Zarr's: Icechunk stores no others, and keeps it as attributes of a group."""
-    return key.endswith(".json") and not key.endswith(_DOCUMENT)
+    return key.rpartition("/")[2] in ("run.json", "runs.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -34,12 +35,19 @@ def locate_repository(place: Any, options: Mapping[str, Any] | None = None) -> S
     ValueError
         If there is none.
     """
+    if not isinstance(options, (Mapping, type(None))):
+        raise ValueError(f"options of a repository are a mapping, got a {type(options).__name__}")
     if isinstance(place, str):
         base, _, query = place.partition("?")
-        asked = dict(parse_qsl(query, keep_blank_values=True))
-        repository = _opened(base, options or {})
+        pairs = parse_qsl(query, keep_blank_values=True)
+        asked: dict[str, Any] = dict(pairs)
+        if len(asked) < len(pairs):
+            raise ValueError(f"{base}?... says something twice")
+        base, repository = _opened(base, options or {})
     else:
         base, asked, repository = _url_of(place), dict(options or {}), place
+    if wrong := sorted(str(name) for name, value in asked.items() if not isinstance(value, str)):
+        raise ValueError(f"of a repository of Icechunk {', '.join(wrong)} is a text")
     if others := sorted(asked.keys() - {*_ASKED}):
         raise ValueError(f"of a repository of Icechunk {', '.join(_ASKED)} can be said, not {', '.join(others)}")
     path = "/".join(filter(None, str(asked.get("group", "")).split("/")))
@@ -65,36 +73,40 @@ def _url_of(repository: Any) -> str:
     kind = said.get("type", "storage")
     protocol = _PROTOCOLS.get(kind, "s3" if kind.startswith("S3") else kind.partition(" ")[0].lower())
     parts = [said[name].strip("/") for name in ("path", "account", "container", "bucket", "prefix") if said.get(name)]
-    if protocol == "memory":
+    if protocol == "file":
+        parts = [os.path.realpath(said["path"]).lstrip("/")]
+    elif protocol == "memory":
         parts = [f"{id(repository):x}"]
     return f"{PREFIX}{protocol}://{'/' if protocol == 'file' else ''}{'/'.join(parts)}"
 
 
-def _opened(url: str, options: Mapping[str, Any]) -> Any:
-    """Return the repository of a URL."""
+def _opened(url: str, options: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the one name of a repository, and the repository."""
     remember_options(options)
     protocol, _, rest = url.removeprefix(PREFIX).partition("://")
+    protocol = {"s3a": "s3", "gcs": "gs", "abfs": "az"}.get(protocol, protocol)
+    rest = os.path.realpath(rest) if protocol == "file" else rest.strip("/")
     try:
         import icechunk  # an extra
     except ImportError as error:
         raise ValueError(
             f"{error}: pip install 'dask_batchinv[icechunk]', here and on all workers; it needs Python 3.12"
         ) from error
-    first, _, prefix = rest.strip("/").partition("/")
+    first, _, prefix = rest.partition("/")
     named = options or {"from_env": True}
     try:
         if protocol == "file":
             storage = icechunk.local_filesystem_storage(rest, **options)
-        elif protocol in ("s3", "s3a"):
+        elif protocol == "s3":
             storage = icechunk.s3_storage(bucket=first, prefix=prefix, **named)
-        elif protocol in ("gs", "gcs"):
+        elif protocol == "gs":
             storage = icechunk.gcs_storage(bucket=first, prefix=prefix, **named)
-        elif protocol in ("az", "abfs"):
+        elif protocol == "az":
             container, _, prefix = prefix.partition("/")
             storage = icechunk.azure_storage(account=first, container=container, prefix=prefix, **named)
         else:
             raise ValueError(f"expected {PREFIX}file://, s3://, gs:// or az://, got {url}")
-        return icechunk.Repository.open(storage)
+        return f"{PREFIX}{protocol}://{rest}", icechunk.Repository.open(storage)
     except icechunk.RepositoryNotFoundError as error:
         raise ValueError(
             f"there is no repository of Icechunk at {url}: create one first, icechunk.Repository.create(...)"

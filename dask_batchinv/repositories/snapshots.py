@@ -93,6 +93,12 @@ class SnapshotLocation(Location):
         """Tell whether `other` is this location: what is read of a snapshot does not change, whatever lies in it."""
         return isinstance(other, SnapshotLocation) and (self._repository, self.path) == (other._repository, other.path)
 
+    def holds(self, other: Address) -> bool:
+        """Tell whether `other` is this location or lies inside it."""
+        if not isinstance(other, SnapshotLocation) or self._repository != other._repository:
+            return False
+        return f"{other.path}/".startswith(f"{self.path}/".lstrip("/"))
+
     @property
     def _repository(self) -> str:
         return self.url.partition("?")[0] if "?" in self.url else self.url.removesuffix(self.path)

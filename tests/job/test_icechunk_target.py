@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -13,9 +14,19 @@ import zarr
 from click.testing import CliRunner
 from distributed import Client
 
-from dask_batchinv import ClusterError, JobFailedError, RefusedError, TargetError, inverse, invert_store, verify_store
+from dask_batchinv import (
+    ClusterError,
+    JobFailedError,
+    RefusedError,
+    TargetError,
+    TargetInUseError,
+    inverse,
+    invert_store,
+    verify_store,
+)
 from dask_batchinv.cli import main
 from dask_batchinv.job.driver import run
+from dask_batchinv.repositories import branches
 from tests.support.stacks import assert_same_bits, conditioned
 
 icechunk = pytest.importorskip("icechunk", reason="Icechunk is not installed: it needs Python 3.12")
@@ -83,10 +94,10 @@ def test_a_repository_is_a_target(source, repo):
     assert_same_bits(found["inverse"].values, inverse(A))
     assert found["t"].values.tolist() == list(range(400))
     assert (found.attrs["complete"], found.attrs["title"]) == (1, "tests")
-    assert (messages(repo)[0], messages(repo)[-1]) == (BEGUN, DONE)
+    assert (messages(repo)[1], messages(repo)[-1]) == (BEGUN, DONE)
     assert verify_store(repo, target_options=GROUP, source=source).ok
     assert invert(source, repo).tiles_now == 0
-    assert len(messages(repo)) == 4  # nothing was written
+    assert len(messages(repo)) == 5  # nothing was written
 
 
 def test_on_worker_processes(source, repo):
@@ -258,3 +269,146 @@ def test_what_is_refused(source, repo, tmp_path):
         invert_store(source, repo, variable="cov", target_options={"group": "g", "tag": "v0"})
     assert not messages(repo)
     assert not os.path.exists(tmp_path / "nowhere")
+
+
+# --- what was found by those who tried to break it ---------------------------------------------------------------
+
+
+def test_what_others_change_of_an_earlier_batch_is_done_again(source, repo, monkeypatch):
+    small_batches(monkeypatch)
+    theirs = partial(commit, repo, lambda root: root["results/inv/inverse"].__setitem__(slice(0, 5), 0))
+    left = [theirs]
+
+    def late(progress):
+        if progress.matrices_done >= 150 and left:
+            left.pop()()
+
+    with pytest.raises(JobFailedError, match=r"1 tiles of .* were changed by other commits meanwhile"):
+        invert(source, repo, on_progress=late)
+    assert not opened(repo).attrs["complete"]
+    assert invert(source, repo).tiles_now == 1
+    assert_same_bits(opened(repo)["inverse"].values, inverse(A))
+
+
+def test_what_others_put_in_the_place_of_the_old_one_is_not_replaced(source, repo):
+    invert(source, repo)
+
+    def theirs():
+        session = repo.writable_session("main")
+        made = xr.Dataset({"inverse": ("q", np.arange(7.0))}, attrs={"owner": "theirs"})
+        made.to_zarr(session.store, group="results/inv", mode="w", consolidated=False, zarr_format=3)
+        session.commit("theirs")
+
+    with pytest.raises(ConnectionError, match="was changed by others meanwhile; what was built lies in"):
+        invert(source, repo, min_rcond=1e-9, overwrite=True, on_progress=once(theirs))
+    assert opened(repo).attrs["owner"] == "theirs"
+    assert opened(repo)["inverse"].values.tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(("shape", "more", "axis"), [((200, 3, 3), 100, 0), ((3, 4, 3, 3), 3, 1)])
+def test_it_grows_where_that_moves_the_rows_of_its_ledger(tmp_path, repo, shape, more, axis):
+    rng = np.random.default_rng(0)
+    array = zarr.create_array(tmp_path / "a", shape=shape, chunks=(1,) * (len(shape) - 2) + (3, 3), dtype="f8")
+    array[...] = rng.normal(size=shape)
+    invert_store(tmp_path / "a", repo, tile_size=72, target_options=GROUP)
+    array.append(rng.normal(size=(*shape[:axis], more, *shape[axis + 1 :])), axis=axis)
+    assert invert_store(tmp_path / "a", repo, tile_size=72, target_options=GROUP).complete
+    assert_same_bits(opened(repo)["inverse"].values, inverse(array[...]))
+    assert invert_store(tmp_path / "a", repo, tile_size=72, target_options=GROUP).tiles_now == 0
+
+
+def test_one_in_memory_gets_all_batches(source, monkeypatch):
+    small_batches(monkeypatch)
+    repo = icechunk.Repository.create(icechunk.in_memory_storage())
+    assert invert(source, repo).complete
+    assert_same_bits(opened(repo)["inverse"].values, inverse(A))
+
+
+def test_two_groups_are_begun_at_the_same_time(source, repo, storage, monkeypatch):
+    real, left = branches.Branch.make_groups, ["once"]
+
+    def late(self, paths):
+        if left:
+            left.pop()
+            invert(source, icechunk.Repository.open(storage), target_options={"group": "results/other"})
+        real(self, paths)
+
+    monkeypatch.setattr(branches.Branch, "make_groups", late)
+    assert invert(source, repo).complete
+    assert {*zarr.open_group(repo.readonly_session("main").store, mode="r")["results"]} == {"inv", "other"}
+
+
+def test_two_runs_at_a_new_group(source, repo, storage, monkeypatch):
+    real, left = branches.Branch.commit, ["once"]
+
+    def late(self, message):
+        if "begun" in message and left:
+            left.pop()
+            invert(source, icechunk.Repository.open(storage))
+        real(self, message)
+
+    monkeypatch.setattr(branches.Branch, "commit", late)
+    with pytest.raises(TargetInUseError, match="changed by another run meanwhile"):
+        invert(source, repo)
+    assert invert(source, repo).tiles_now == 0
+
+
+@pytest.mark.parametrize("error", [icechunk.IcechunkError("passes"), KeyboardInterrupt()])
+def test_an_exchange_that_was_committed_is_done_whatever_comes_then(source, repo, monkeypatch, error):
+    invert(source, repo)
+    real = branches.Branch.exchange
+
+    def broken(self, one, other):
+        real(self, one, other)
+        raise error
+
+    monkeypatch.setattr(branches.Branch, "exchange", broken)
+    assert invert(source, repo, min_rcond=1e-9, overwrite=True).complete
+    monkeypatch.undo()
+    assert [*zarr.open_group(repo.readonly_session("main").store, mode="r")["results"]] == ["inv"]
+    assert invert(source, repo, min_rcond=1e-9).tiles_now == 0
+
+
+@pytest.mark.parametrize("which", [2, 4, 6, 9])
+def test_a_session_that_cannot_be_opened_once_loses_nothing(source, repo, monkeypatch, which):
+    small_batches(monkeypatch)
+    real, asked = branches.Branch._open, []
+
+    def fails_once(self):
+        asked.append(1)
+        if len(asked) == which:
+            raise icechunk.IcechunkError("passes")
+        return real(self)
+
+    monkeypatch.setattr(branches.Branch, "_open", fails_once)
+    with suppress(OSError, JobFailedError, TargetError):  # all that a run may end with
+        invert(source, repo)
+    assert len(asked) >= which
+    monkeypatch.undo()
+    assert invert(source, repo).complete
+    assert_same_bits(opened(repo)["inverse"].values, inverse(A))
+
+
+def test_a_target_is_not_replaced_by_its_own_inverse(source, repo, tmp_path):
+    invert(source, repo)
+    os.symlink(tmp_path / "repo", tmp_path / "link")
+    for place, options, variable in (
+        (repo, {"group": ""}, "results/inv/inverse"),
+        (f"icechunk+file://{tmp_path / 'link'}?group=results/inv", None, "inverse"),
+    ):
+        with pytest.raises(TargetError, match="source"):
+            invert(place, repo, variable=variable, source_options=options, overwrite=True)
+    with pytest.raises(OSError, match="is an array: nothing can lie in it"):
+        invert(source, repo, target_options={"group": "results/inv/inverse/deep"})
+
+
+def test_arrays_may_have_any_name_and_groups_are_texts(source, repo):
+    options = {"names": {"inverse": "x.json"}, "target_options": {"group": "a b/c&d"}}
+    for overwrite in (False, True):
+        assert invert(source, repo, overwrite=overwrite, **options).complete
+    root = zarr.open_group(repo.readonly_session("main").store, mode="r")
+    assert_same_bits(root["a b/c&d/x.json"][...], inverse(A))
+    assert [*root["a b"]] == ["c&d"]
+    for wrong in ({"group": None}, {"group": 5}, ["group", "x"]):
+        with pytest.raises(TargetError, match=r"is a text|are a mapping"):
+            invert(source, repo, target_options=wrong)

@@ -38,7 +38,8 @@ from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
 from dask_batchinv.location import TakenOverError, raised_as
-from dask_batchinv.outcome import SourceError, TargetError
+from dask_batchinv.outcome import SourceError, TargetError, TargetInUseError
+from dask_batchinv.requests import COUNT
 from dask_batchinv.text import clean
 
 #: What to do about a store that fails.
@@ -98,22 +99,31 @@ class Run:
     def __post_init__(self) -> None:
         self._tell = Guarded(self.on_progress)
         self._made: dict[int, int] = {}
+        self._has_record = False
+        COUNT.take()  # of what was before
 
     def __call__(self) -> JobReport:
         """Bring the target to its end, and return the report."""
         with ExitStack() as held:
             seen = self.looks.source = self.looks.source or self._look_at_source()
             self.totals.has_chunks = seen.count > 0
-            lock, writer, target, ledger = self._begin(held)
+            try:
+                lock, writer, target, ledger = self._begin(held)
+            except TakenOverError as error:
+                text = f"{self.job.target.name} was changed by another run meanwhile, run the command again: {error}"
+                raise TargetInUseError(text) from error
             try:
                 self._bring_up_to_date(target, ledger, writer, lock, seen)
                 self._finish(target, ledger, writer, lock)
             except TakenOverError as error:  # nothing is written any more: the target is another run's, or has gone
+                if isinstance(error.__context__, KeyboardInterrupt):  # what was recorded before could not be written
+                    raise KeyboardInterrupt from error
                 self.totals.stopped = str(error)
             except KeyboardInterrupt:
                 self.totals.stopped = "interrupted"
                 self._keep_record(writer)
-                writer.commit("interrupted")
+                with suppress(Exception):
+                    writer.commit("interrupted")
                 raise
             return self.report(ledger)
 
@@ -180,7 +190,8 @@ class Run:
             if target.state is State.COMPLETE or (target.encoding.zarr_format == 2 and job.action != "create"):
                 targets.set_complete(writer, target, False)
         self._forget_unwanted(ledger)
-        writer.commit(f"{target.state.value}, {tiling.n_matrices:,} matrices")  # workers see what is committed
+        with raised_as(OSError, f"{job.target.name} cannot be opened", AGAIN):
+            writer.commit(f"{target.state.value}, {tiling.n_matrices:,} matrices")  # workers see what is committed
         return lock, writer, target, ledger
 
     def _bring_up_to_date(self, target: Target, ledger: Ledger, writer: Writer, lock: Lock, seen: Seen) -> None:
@@ -372,12 +383,14 @@ class Run:
             if self.totals.stopped is not None:
                 return
             start, merged = time.monotonic(), None
-            task = replace(task, target=target.forked())
+            with raised_as(OSError, f"{target.name} cannot be written", AGAIN):
+                task = replace(task, run=uuid.uuid4().hex, target=target.forked())
             for result in self._results(invert_tiles, task, batch, attempts, lock):
                 if not isinstance(result, Heartbeat):
                     if result.changes is not None and result.changes is not merged:
                         merged = result.changes
-                        transaction.merge(merged)
+                        with raised_as(OSError, f"what a worker has written to {target.name} is lost", AGAIN):
+                            transaction.merge(merged)
                     if result.stops:
                         spans = iter(())
                     result = replace(result, changes=None)
@@ -397,6 +410,7 @@ class Run:
         for attempt in range(attempts):
             try:
                 ledger.flush()
+                ledger.commit()
                 return
             except TakenOverError:
                 raise
@@ -422,6 +436,9 @@ class Run:
             writer.commit("complete" if self._is_done(ledger) else "stopped")
 
     def _keep_record(self, writer: Writer) -> None:
+        if self._has_record:
+            return
+        self._has_record = True
         with suppress(Exception):  # the disk may be full: the report matters more
             record_run(writer, self._record().to_json())
             forget_begin(writer)
@@ -437,6 +454,10 @@ class Run:
         location, found, before = self.job.target, self._look_at_target(), self.looks.target
         if keys := targets.damage(location, target, self.contents):
             self.totals.stopped = f"{', '.join(keys[:3])} of {location.name} was removed or damaged meanwhile"
+        elif (others := np.flatnonzero(targets.changed_by_others(location, self.contents))).size:
+            for number in map(int, others):
+                ledger.forget(number)
+            self.totals.stopped = f"{len(others)} tiles of {location.name} were changed by other commits meanwhile"
         elif (lost := np.flatnonzero(~found.whole)).size:
             for number in map(int, lost):
                 ledger.forget(number)

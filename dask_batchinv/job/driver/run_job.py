@@ -51,7 +51,9 @@ def _on_replacing(job: Job) -> list[str]:
     beside, notes = place_beside(job.target), []
     if job.action == "create" and job.found.state is State.COMPLETE:
         notes.append(f"{job.target.name} was removed before it was made anew: nothing could be built beside it")
-    elif beside is not None and beside.is_local and os.path.lexists(beside.url):
+    elif beside is not None and (
+        os.path.lexists(beside.url) if beside.is_local else beside.transaction is not None and beside.exists()
+    ):
         notes.append(
             f"{beside.name} was left by an interrupted replacement: --overwrite goes on with it, or removes it"
         )

@@ -163,6 +163,7 @@ def _hand_over(location: Location, target: Target, found: _Found) -> str | None:
             if found.refuted:
                 targets.set_complete(writer, target, False)
             ledger.flush()
+            ledger.commit()
     except Exception as error:  # whatever a file system may raise
         return clean(f"what is not right could not be noted in the ledger, for the next run: {error}")
     return None

@@ -252,7 +252,7 @@ def refuse_overlap(source: Source, target: Location) -> None:
     for location in (source.root, *source.locations):
         if location.contains(target):
             raise TargetError(f"the target {target.name} is, or lies inside, the source {location.name}")
-        if any(part.contains(location) for part in inside):
+        if any(part.holds(location) for part in inside):
             raise TargetError(f"the source {location.name} lies inside the target {target.name}")
     for location in (*source.locations, *(coordinate.node.location for coordinate in source.coordinates)):
         if location.has_chunks_in(inside):

@@ -259,4 +259,8 @@ class Ledger:
             chunk.seal()
             self._writer.replace(_key(self._name, number), chunk.stored.tobytes(), synced=self._durable)
             self._dirty.remove(number)
+
+    def commit(self) -> None:
+        """Make what was written to the target last, where a store knows commits."""
+        assert self._writer is not None
         self._writer.commit(f"{self.done.sum():,} of {len(self._rows):,} tiles")

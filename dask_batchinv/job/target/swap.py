@@ -15,8 +15,10 @@ from dask_batchinv.job.target.holder import LOCK
 from dask_batchinv.job.target.lock import Lock, locked, remove_stale_lock, who_holds
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
-from dask_batchinv.location import Location, raised_as
+from dask_batchinv.location import Location, TakenOverError, raised_as
+from dask_batchinv.outcome import TargetError
 from dask_batchinv.text import clean
+from dask_batchinv.transaction import Transaction
 
 #: What the name of a target ends with that is to take another one's place.
 _ENDING = ".dask_batchinv-new"
@@ -47,10 +49,8 @@ def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None
         with locked(new):
             lock.confirm()
             if (transaction := target.transaction) is not None:
-                transaction.exchange(new, target)
-                left = _removed(new, old)
-                target.commit("what was replaced is removed")
-                return left
+                _exchange_by_commit(transaction, new, target, old)
+                return _removed(new, old)
             if not target.is_local:
                 _copy(new, target, old, lock)
                 return None
@@ -58,6 +58,18 @@ def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None
             left = _removed(new, old)
         remove_stale_lock(target)  # which was that of the new one
         return left
+
+
+def _exchange_by_commit(transaction: Transaction, new: Location, target: Location, old: Target) -> None:
+    made = inspect(new).generation
+    if not _is_still(target, old):
+        raise TakenOverError(f"{target.name} was changed by others meanwhile; what was built lies in {new.name}")
+    try:
+        transaction.exchange(new, target)
+    except (Exception, KeyboardInterrupt):
+        transaction.begin()
+        if inspect(target).generation != made:  # else it was committed all the same
+            raise
 
 
 def put_back(target: Location) -> bool:
@@ -78,6 +90,14 @@ def put_back(target: Location) -> bool:
     return place is target
 
 
+def _is_still(location: Location, old: Target) -> bool:
+    try:
+        found = inspect(location)
+    except TargetError:  # it is not ours
+        return False
+    return (found.state, found.generation) == (old.state, old.generation)
+
+
 def _removed(location: Location, old: Target) -> str | None:
     try:
         return _remove(location, old)
@@ -88,11 +108,14 @@ def _removed(location: Location, old: Target) -> str | None:
 
 def _remove(location: Location, old: Target) -> str | None:
     """Remove a target that was replaced; return what to say if there is something in it that is not ours."""
+    if not _is_still(location, old):
+        return f"{location.name} has what was there instead of what was to be replaced: that is left to you"
     keys = location.keys()
     if others := foreign_keys(keys, old):
         return f"{location.name} has what was replaced, because of {', '.join(others[:3])} in it, which is not ours"
     # The document by which it is ours last, so that a break leaves it in place.
     location.delete_all(sorted(keys, key=lambda key: key == ROOT))
+    location.commit("what was replaced is removed")
     with suppress(OSError):
         os.rmdir(location.url)
     return None

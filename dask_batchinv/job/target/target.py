@@ -11,11 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import zarr
 
 from dask_batchinv.disk import PARTIAL
 from dask_batchinv.job.outputs import LEDGER, Outputs
-from dask_batchinv.job.seen import ChunkGrid, Seen, Written, look_at_target
+from dask_batchinv.job.seen import ChunkGrid, Flags, Seen, Written, look_at_target, tiles_of
 from dask_batchinv.job.target.at_once import for_each
 from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.contents import OF_FORMAT_2, Contents
@@ -192,11 +193,15 @@ def update(location: Location, target: Target, contents: Contents, writer: Write
     now = replace(target, shape=contents.tiling.shape, tile=contents.tiling.tile, members=tuple(contents.members))
     with raised_as(OSError, f"the target {location.name} could not be updated", "; run the command again"):
         changed = changed_names(recorded_digests(location), digests_of(contents))
-        if _moves_rows(target.tiling, now.tiling):
+        moves = _moves_rows(target.tiling, now.tiling)
+        if moves:
             number = int(target.ledger.partition("-")[2] or 0) + 1
             now = replace(now, ledger=f"tiles-{number}")
-            Ledger(location, target).moved_to(location, now, writer).flush()
         documents = _documents(now, contents)
+        if moves:
+            key = f"{LEDGER}/{now.ledger}/{ROOT}"
+            writer.create(key, documents[key])
+            Ledger(location, target).moved_to(location, now, writer).flush()
         _write(writer, {ROOT: documents[ROOT]}, contents, changed)
         damaged = [key for key in damaged_keys(location, documents) if key != ROOT]
         _write(writer, {key: documents[key] for key in damaged}, contents, changed)
@@ -239,6 +244,17 @@ def _attributes_in(document: bytes | None) -> dict[str, Any]:
     return {}
 
 
+def changed_by_others(location: Location, contents: Contents) -> Flags:
+    """Return of which tiles others have changed chunks since this run has begun, where a store with commits says so."""
+    tiling, changed = contents.tiling, np.zeros(contents.tiling.n_tiles, bool)
+    if (transaction := location.transaction) is not None:
+        for array in _written(contents):
+            places = np.array([*transaction.changed_by_others(location / array.name)], np.int64)
+            for numbers, _ in tiles_of(places, array.grid, tiling, tiling.axes(array.extent)) if len(places) else ():
+                changed[numbers] = True
+    return changed
+
+
 def look(location: Location, contents: Contents) -> Seen:
     """Return what the store says of the chunks of each tile, and whether all of them are there.
 
@@ -247,6 +263,12 @@ def look(location: Location, contents: Contents) -> Seen:
     OSError
         If it cannot be read.
     """
+    with raised_as(OSError, f"the target {location.name} cannot be looked at"):
+        return look_at_target(location, _written(contents), contents.tiling)
+
+
+def _written(contents: Contents) -> list[Written]:
+    """Return the arrays of a target that have chunks."""
     tiling, encoding, arrays = contents.tiling, contents.encoding, []
     for output in contents.outputs:
         shape, chunk = tiling.shape_of(output.extent), tiling.chunk_of(output.extent)
@@ -255,8 +277,7 @@ def look(location: Location, contents: Contents) -> Seen:
             bound = encoding.bound(tiling, output, contents.dtype)
             key = partial(encoding.key, tiling, extent=output.extent)
             arrays.append(Written(output.name, output.extent, grid, key, *bound))
-    with raised_as(OSError, f"the target {location.name} cannot be looked at"):
-        return look_at_target(location, arrays, tiling)
+    return arrays
 
 
 def open_as_reader(location: Location) -> None:

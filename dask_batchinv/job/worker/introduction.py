@@ -9,6 +9,7 @@ from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.holder import holder_of
 from dask_batchinv.job.versions import Versions, differing, versions
 from dask_batchinv.location import Location
+from dask_batchinv.requests import COUNT
 from dask_batchinv.text import clean
 
 
@@ -48,6 +49,7 @@ def place_of(target: Location) -> str | None:
 
 def introduce(introduction: Introduction) -> str | None:
     """Return why this worker is of no use, or None if it is."""
+    COUNT.take()  # of what was before
     if different := differing(introduction.versions, versions()):
         return f"it has other versions: {different}"
     source, target = introduction.source, introduction.target
