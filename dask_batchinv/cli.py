@@ -28,6 +28,7 @@ from dask_batchinv.job.report import display
 from dask_batchinv.job.report.freshness import Freshness, Status, check_job, status_of
 from dask_batchinv.job.report.run_record import OnProgress, Progress
 from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
+from dask_batchinv.job.target.swap import InterruptedWhenDone
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.location import Location, json_object
@@ -121,7 +122,10 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
         if check:
             _print_and_exit(check_job(job), as_json)
         with display.shown(enabled=not quiet) as on_progress:
-            report = run_job(job, cluster, partial(_heed, interrupts, on_progress))
+            try:
+                report = run_job(job, cluster, partial(_heed, interrupts, on_progress))
+            except InterruptedWhenDone as end:
+                report = end.report
         if as_json or not quiet or report.exit_code:
             _print(report, as_json)
         if report.exit_code == 1:

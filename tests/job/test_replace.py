@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from click.testing import CliRunner
 
 from dask_batchinv import inverse, invert_store, verify_store
+from dask_batchinv.cli import main
 from dask_batchinv.disk import exchange
 from dask_batchinv.job.api import JobFailedError
 from dask_batchinv.job.target import swap
@@ -101,8 +103,11 @@ def test_one_that_is_interrupted_when_all_is_done_is_done(source, tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(swap, "_remove", interrupted)
-    report = invert_store(source, tmp_path / "t", overwrite=True, assume_a="sym")
-    assert any("has a part of what was replaced" in note for note in report.notes)
+    arguments = ["run", str(source), str(tmp_path / "t"), "--overwrite", "--assume-a", "sym"]
+    ran = CliRunner().invoke(main, arguments)
+    assert (ran.exit_code, "has a part of what was replaced" in ran.stdout) == (0, True)
+    with pytest.raises(KeyboardInterrupt):  # a script does not go on
+        invert_store(source, tmp_path / "t", overwrite=True, assume_a="sym")
     monkeypatch.undo()
     assert invert_store(source, tmp_path / "t", assume_a="sym").tiles_now == 0
 

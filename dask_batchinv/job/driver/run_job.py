@@ -17,7 +17,7 @@ from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import OnProgress, RunTotals, ignore
 from dask_batchinv.job.target.lock import locked, refuse_held, remove_stale_lock
 from dask_batchinv.job.target.state import State
-from dask_batchinv.job.target.swap import place_beside, put_back, swap
+from dask_batchinv.job.target.swap import InterruptedWhenDone, place_beside, put_back, swap
 from dask_batchinv.outcome import TargetError
 
 
@@ -38,7 +38,11 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
         report = _run(beside, options, on_progress)
         notes = report.notes
         if report.exit_code != 1:
-            left = swap(beside.target, job.target, job.found, lock)
+            try:
+                left = swap(beside.target, job.target, job.found, lock)
+            except InterruptedWhenDone as end:
+                end.report = replace(report, target=job.target.name, notes=(*notes, str(end)))
+                raise
             notes += () if left is None else (left,)
         else:
             notes += (f"{job.target.name} is what it was: what is done so far lies beside it, and the same command, "

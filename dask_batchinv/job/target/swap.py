@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from dask_batchinv.disk import between, exchange
 from dask_batchinv.job.target import target as targets
@@ -22,6 +23,13 @@ from dask_batchinv.transaction import Transaction
 
 #: What the name of a target ends with that is to take another one's place.
 _ENDING = ".dask_batchinv-new"
+
+
+class InterruptedWhenDone(KeyboardInterrupt):
+    """All is done: who runs the same command again would replace what has just taken its place."""
+
+    report: Any = None
+    """The report of the run."""
 
 
 def place_beside(target: Location) -> Location | None:
@@ -102,8 +110,10 @@ def _removed(location: Location, old: Target) -> str | None:
     try:
         return _remove(location, old)
     except (Exception, KeyboardInterrupt) as error:
-        # All is done: who runs the same command again would replace what has just taken its place.
-        return clean(f"{location.name} has a part of what was replaced, remove it: {type(error).__name__}: {error}")
+        left = clean(f"{location.name} has a part of what was replaced, remove it: {type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptedWhenDone(left) from error
+        return left
 
 
 def _remove(location: Location, old: Target) -> str | None:
