@@ -48,7 +48,10 @@ class Address:
         if text.startswith(("file://", "local://")) and not is_chain(text):
             text = text.partition("://")[2]
         if is_chain(text):  # fsspec knows what it means
-            return cls(text.rstrip("/"), options)
+            above, _, last = text.rstrip("/").rpartition("::")
+            if last and "://" not in last:  # a path, which other processes know by its whole name alone
+                last = os.path.realpath(os.path.expanduser(last))
+            return cls(f"{above}::{last}", options)
         if "://" in text:
             head, _, query = text.partition("?")
             protocol, _, rest = head.partition("://")

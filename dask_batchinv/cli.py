@@ -32,7 +32,7 @@ from dask_batchinv.job.target.swap import InterruptedWhenDone
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.kernels.device import DeviceError
 from dask_batchinv.location import Location, json_object
-from dask_batchinv.outcome import RefusedError
+from dask_batchinv.outcome import RefusedError, SourceError, TargetError
 from dask_batchinv.places import locate
 from dask_batchinv.text import clean, clean_lines, clean_values
 
@@ -79,7 +79,8 @@ def _clean_usage_errors(as_json: bool = False) -> Iterator[None]:
     except click.ClickException as error:
         error.message = clean(error.message)  # type: ignore[misc]  # final, for type checkers
         if as_json:
-            _say(_json({"error": {"kind": type(error).__name__, "message": error.message}, "exit_code": REFUSED}))
+            told = {"kind": type(error).__name__, "message": clean(error.format_message())}
+            _say(_json({"error": told, "exit_code": REFUSED}))
         raise
 
 
@@ -286,7 +287,7 @@ def _locate(name: str, arguments: dict[str, Any]) -> Location:
     try:
         return locate(arguments.pop(name), _options_of(name, arguments))
     except ValueError as error:
-        raise RefusedError(f"{name}: {error}") from error
+        raise (SourceError if name == "source" else TargetError)(f"{name}: {error}") from error
 
 
 def _source_if_given(arguments: dict[str, Any]) -> Location | None:

@@ -50,6 +50,28 @@ def joined(url: str, part: str) -> str:
     return "::".join(links)
 
 
+def without(url: str, part: str) -> str:
+    """Return the URL of a place of which another one is that of a part.
+
+    Examples
+    --------
+    >>> without("zip://a/cov::/data/s.zip", "cov"), without("/data/s.zarr/cov", "cov")
+    ('zip://a::/data/s.zip', '/data/s.zarr')
+    """
+    links = url.split("::") if is_chain(url) else [url]
+    for place, link in enumerate(links):
+        head, mark, query = link.partition("?")
+        if head.endswith(f"/{part}"):
+            links[place] = head[: -len(part)].removesuffix("/").removesuffix(":/") + mark + query
+            if head.endswith(f"://{part}"):
+                links[place] = head[: -len(part)] + mark + query
+            break
+        if query.endswith(f"/{part}"):
+            links[place] = link[: -len(part) - 1]
+            break
+    return "::".join(links)
+
+
 def opened(url: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return what fsspec opens, and its options: with the query of a web server's URL, for keys are joined to that."""
     bare, mark, query = url.partition("?")

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from distributed import Client, LocalCluster, Worker, get_worker, worker_client
 
-from dask_batchinv import ClusterError, invert_store, verify_store
+from dask_batchinv import ClusterError, RefusedError, invert_store, verify_store
 from dask_batchinv.cli import main
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.placing import plan_for_unlike
@@ -124,7 +124,7 @@ def test_a_scheduler_file_that_says_nothing(tmp_path, source, content):
     ],
 )
 def test_options_that_contradict_each_other(tmp_path, source, options, match):
-    with pytest.raises(ClusterError, match=match):
+    with pytest.raises(RefusedError, match=match):
         invert_store(source, tmp_path / "t", **options)
 
 

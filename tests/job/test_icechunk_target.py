@@ -148,6 +148,15 @@ def test_who_changes_the_same_meanwhile_is_named(source, repo, monkeypatch):
     assert_same_bits(opened(repo)["inverse"].values, inverse(A))
 
 
+def test_status_knows_of_a_run(source, repo, tmp_path, monkeypatch):
+    small_batches(monkeypatch)
+    url, codes = f"icechunk+file://{tmp_path / 'repo'}?group=results/inv", []
+    invert(source, repo, on_progress=once(lambda: codes.append(command("status", url, "--json"))))
+    (code, text) = codes[0]
+    assert (code, json.loads(text)["at_work"]["holder"].split()[:2]) == (6, ["process", str(os.getpid())])
+    assert command("status", url)[0] == 0
+
+
 def test_a_killed_run_is_continued_from_its_last_commit(source, repo, tmp_path):
     script = """
 import os, sys
@@ -177,6 +186,7 @@ def test_it_follows_a_source_that_grows(source, repo):
         zarr.open_group(source)[name].append(new)
     report = invert(source, repo)
     assert (report.grown_from, report.tiles_now) == ((400, 3, 3), 6)
+    assert [message.rpartition(": ")[2] for message in messages(repo)].count("complete") == 2
     assert_same_bits(opened(repo)["inverse"].values, inverse(np.concatenate([A, more])))
     assert opened(repo)["t"].values.tolist() == list(range(455))
 
@@ -243,11 +253,13 @@ def test_commands(source, repo, tmp_path):
     assert (code, json.loads(text)["complete"]) == (0, True)
     assert json.loads(text)["target"] == f"icechunk+file://{tmp_path / 'repo'}?branch=main&group=results/inv"
     assert command("status", url)[0] == 0
+    assert command("status", tmp_path / "back")[0] == 2
     assert command("verify", url, "--source", source)[0] == 0
     # And back, from a tag.
     repo.create_tag("v1", snapshot_id=repo.lookup_branch("main"))
     back = f"icechunk+file://{tmp_path / 'repo'}?tag=v1"
     assert command("run", back, tmp_path / "t", "--variable", "results/inv/inverse")[0] == 0
+    assert command("status", tmp_path / "t")[0] == 0  # it finds the source again
     np.testing.assert_allclose(zarr.open_group(tmp_path / "t")["inverse"][...], A, rtol=1e-9)
 
 

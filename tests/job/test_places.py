@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from dask_batchinv import SourceError, TargetError, inverse, invert_store, verify_store
 from dask_batchinv.cli import main
+from dask_batchinv.job.report.freshness import status_of
 from dask_batchinv.location import Location
 from dask_batchinv.places import locate
 from tests.support.private import TOKEN
@@ -216,3 +217,15 @@ def test_what_a_store_needs_is_named(tmp_path):
         if importlib.util.find_spec(package) is None:
             with pytest.raises(SourceError, match=rf"pip install 'dask_batchinv\[{extra}\]', here and on all workers"):
                 invert_store(f"{protocol}://bucket/a.zarr", tmp_path / "t")
+
+
+def test_status_finds_a_source_in_an_archive_whatever_the_folder(tmp_path, monkeypatch, capsys):
+    with zarr.storage.ZipStore(tmp_path / "s.zip", mode="w") as store:
+        group = zarr.create_group(store)
+        group.create_array("cov", data=conditioned(40, 3, 10), chunks=(10, 3, 3))
+    monkeypatch.chdir(tmp_path)
+    assert invert_store("zip::s.zip", "t", variable="cov", tile_size=720).complete
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert invert_store("zip::../s.zip", "../t", variable="cov", tile_size=720).tiles_now == 0
+    assert status_of(Location.parse("../t")).exit_code == 0

@@ -14,7 +14,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
-from dask_batchinv.outcome import ClusterError
+from dask_batchinv.outcome import ClusterError, RefusedError
 from dask_batchinv.stack import Device
 
 #: Threads of a local worker with a GPU: enough that reading and writing go on meanwhile.
@@ -78,7 +78,7 @@ class ClusterOptions:
         try:
             parse_timedelta(self.wait)
         except (ValueError, KeyError, TypeError) as error:
-            raise ClusterError(f"{self.wait!r} is not a time such as 2h") from error
+            raise RefusedError(f"{self.wait!r} is not a time such as 2h") from error
 
     @property
     def is_local(self) -> bool:

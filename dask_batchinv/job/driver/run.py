@@ -31,7 +31,7 @@ from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.found import inspect
 from dask_batchinv.job.target.ledger import Ledger, forget_begin, record_begin, record_run
-from dask_batchinv.job.target.lock import Lock, locked
+from dask_batchinv.job.target.lock import Lock, holder, locked
 from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
@@ -63,7 +63,8 @@ MUTE = (
 
 #: And of what is computed.
 MUTE_LAZY = (
-    "what a lazy source is computed from is not looked at: if that changes under one token, --overwrite does all again"
+    "what a lazy source is computed from is not looked at: if that has changed, and not its name, --overwrite does all "
+    "again"
 )
 
 
@@ -99,7 +100,7 @@ class Run:
     def __post_init__(self) -> None:
         self._tell = Guarded(self.on_progress)
         self._made: dict[int, int] = {}
-        self._has_record = False
+        self._has_record, self._begun = False, dict[str, Any]()
         COUNT.take()  # of what was before
 
     def __call__(self) -> JobReport:
@@ -170,7 +171,7 @@ class Run:
         """Lock the target until the run ends, create or mend it, and open its ledger."""
         job, tiling = self.job, self.plan.tiling
         lock = held.enter_context(locked(job.target))
-        writer = Writer(job.target, lock)
+        writer = self._writer = Writer(job.target, lock)
         if job.action == "create":
             refuse_overlap(job.source, job.target)  # again: something may have been mounted or linked meanwhile
             targets.create(job.target, job.fingerprint, self.contents, writer, job.found, job.replaces)
@@ -191,7 +192,7 @@ class Run:
                 targets.set_complete(writer, target, False)
         self._forget_unwanted(ledger)
         with raised_as(OSError, f"{job.target.name} cannot be opened", AGAIN):
-            writer.commit(f"{target.state.value}, {tiling.n_matrices:,} matrices")  # workers see what is committed
+            writer.commit(f"begun, {tiling.n_matrices:,} matrices")  # workers see what is committed
         return lock, writer, target, ledger
 
     def _bring_up_to_date(self, target: Target, ledger: Ledger, writer: Writer, lock: Lock, seen: Seen) -> None:
@@ -200,7 +201,7 @@ class Run:
             if self.job.action != "create":
                 self._read_back(target, ledger, lock)
                 self._compare(target, ledger, lock, seen, ledger.done)
-            self._note_begin(ledger, writer, lock)
+            self._note_begin(ledger, lock)
             self._invert_tiles(ledger, lock, seen, ~ledger.done)
             self._look_again(target, ledger, lock, seen)
         except ClusterLostError as error:
@@ -209,16 +210,15 @@ class Run:
             # Also when interrupted: what is recorded is not done again, and damage that was found not forgotten.
             self._flush(ledger, FINAL_ATTEMPTS)
 
-    def _note_begin(self, ledger: Ledger, writer: Writer, lock: Lock) -> None:
-        """Note for others how far the target is, unless they see commits."""
-        if self.job.target.transaction is not None:
-            return
-        begin = {
-            "run": lock.run, "since": datetime.now(UTC).isoformat(timespec="seconds"),
-            "matrices_before": ledger.total("matrices"), "where": self.plan.where, "workers": self.workers.count,
+    def _note_begin(self, ledger: Ledger, lock: Lock) -> None:
+        """Note for others how far the target is; again with each commit, where these are the only signs."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._begun = self._begun or {
+            "run": lock.run, "since": now, "matrices_before": ledger.total("matrices"), "where": self.plan.where,
+            "workers": self.workers.count, "holder": holder(),
         }  # fmt: skip
         try:
-            record_begin(writer, begin)
+            record_begin(self._writer, self._begun | {"at": now})
         except TakenOverError:
             raise
         except Exception:  # whatever a file system may raise: it is for others to look at, and no more
@@ -379,6 +379,7 @@ class Run:
             return
         size = FIRST_BATCH_TASKS * max(1, self.workers.count * self.workers.threads)
         while batch := list(islice(spans, size)):
+            self._note_begin(ledger, lock)
             self._flush(ledger, FINAL_ATTEMPTS)
             if self.totals.stopped is not None:
                 return
@@ -469,6 +470,9 @@ class Run:
                 known[number] = written in (UNKNOWN, found.marks[number])
             numbers = np.flatnonzero(known)
             ledger.note("target_seen", numbers, found.recorded[numbers])
+            if location.transaction is not None:
+                ledger.flush()  # in the last commit
+                return
         self._flush(ledger, FINAL_ATTEMPTS)
 
     def report(self, ledger: Ledger) -> JobReport:

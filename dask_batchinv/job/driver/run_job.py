@@ -68,7 +68,7 @@ def _run(job: Job, options: ClusterOptions, on_progress: OnProgress | None) -> J
     is_here = any(location.is_memory for location in (job.source.location, job.target))
     found, on_progress = options.resolved(is_here=is_here), on_progress or ignore
     nobody = Workers(0, 0, None)
-    idle = Run(job, plan_for(job, nobody), nobody, Serial(), on_progress)
+    idle = Run(job, replace(plan_for(job, nobody), where="this process"), nobody, Serial(), on_progress)
     if (ledger := idle.nothing_to_do()) is not None:
         remove_stale_lock(job.target)
         return idle.report(ledger)

@@ -140,7 +140,7 @@ def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> Non
                 found.refuted.append(result.number)
     else:
         found.doubted.append(result.number)
-    if result.value is not None:
+    if result.value is not None and is_done:
         found.verified.append(result.value)
         found.matrices += result.value.row.matrices
     if error:

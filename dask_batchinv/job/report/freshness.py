@@ -17,13 +17,18 @@ from dask_batchinv.job.report.account import Account, make_account
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.found import existing
-from dask_batchinv.job.target.ledger import Ledger, begin_of, runs_of
+from dask_batchinv.job.target.ledger import Ledger, begin_of, runs_of, sign_of
 from dask_batchinv.job.target.lock import who_holds
 from dask_batchinv.job.target.state import State, Target, options_of
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location, Place
-from dask_batchinv.outcome import TargetError
+from dask_batchinv.outcome import SourceError, TargetError
+from dask_batchinv.places import locate
 from dask_batchinv.text import clean
+from dask_batchinv.urls import without
+
+#: What a source begins with that is known by its name alone: a snapshot that was passed as a session, or a lazy one.
+_NOT_TO_BE_OPENED = ("icechunk://", "lazy://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class AtWork:
     @classmethod
     def on(cls, target: Location, account: Account) -> AtWork | None:
         """Return the run that is at work on a target; None if none is."""
-        if (found := who_holds(target)) is None:
+        if (found := who_holds(target) or sign_of(target)) is None:
             return None
         begin = begin_of(target, str(found.get("run"))) or {}
         rate = None
@@ -168,8 +173,10 @@ def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any]
             bad_chunks="nan" if ledger.total("unreadable") and account.complete else "error",
             device="gpu" if made["kernel"].startswith("cuda") else "auto",
         )  # fmt: skip
-        then = made["source"].removesuffix(f"/{made['variable']}")
-        where = Location.parse(then, given) if source is None else source
+        then = without(made["source"], made["variable"]) if made["variable"] else made["source"]
+        if source is None and then.startswith(_NOT_TO_BE_OPENED):
+            raise SourceError("it is known by a name alone, not by where it is")
+        where = locate(then, given) if source is None else source
         freshness = check_job(prepare(where, path, options, moved=source is not None), ledger)
     except TargetError as error:
         freshness = _cannot_tell(target, str(error), up_to_date=False)

@@ -35,16 +35,25 @@ def parse_location(path: Place) -> Location:
         raise TargetError(str(error)) from harmless(error)
 
 
-def inspect(location: Location) -> Target:
-    """Return what is known of the target at a location.
+class NotOursError(TargetError):
+    """Something is there that we did not make."""
+
+
+def inspect(location: Location, *, advice: bool = True) -> Target:
+    """Return what is known of the target at a location; with an `advice` to who wants one there where it is not ours.
 
     Raises
     ------
     TargetError
         If something is there that is not ours, or the location cannot be read.
     """
-    with raised_as(TargetError, f"the target {location.name} cannot be read"):
-        return _inspect(location)
+    try:
+        with raised_as(TargetError, f"the target {location.name} cannot be read"):
+            return _inspect(location)
+    except NotOursError as error:
+        if not advice:
+            raise
+        raise NotOursError(f"{error}: choose another target path, or delete it yourself") from error
 
 
 def _inspect(location: Location) -> Target:
@@ -63,10 +72,7 @@ def _inspect(location: Location) -> Target:
     # Attributes travel with data that a user makes from a target; the ledger does not.
     copied = mark is not None and mark.get("ready") and not location.is_kept(LEDGER)
     if mark is None or copied:
-        raise TargetError(
-            f"{location.name} exists and is not a target of dask_batchinv: choose another target path, or delete it "
-            "yourself"
-        )
+        raise NotOursError(f"{location.name} exists and is not a target of dask_batchinv")
     members = tuple(mark.get("names", ()))
     if mark.get("format") != FORMAT:
         return Target(State.OTHER_FORMAT, {"format": mark.get("format")}, members=members)
@@ -148,7 +154,7 @@ def _tiling_in(mark: Mark) -> dict[str, Any]:
 def existing(path: Place) -> tuple[Location, Target]:
     """Return where a target is, and what is known of it; TargetError if none of ours is there to be read."""
     location = parse_location(path)
-    target = inspect(location)
+    target = inspect(location, advice=False)
     if target.state is State.OTHER_FORMAT:
         raise TargetError(other_format(location, target))
     if not target.is_there:

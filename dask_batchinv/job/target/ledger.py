@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ _FEWEST_ROWS = 2**8
 _RUNS, _RECORDS = 100, "runs.json"
 #: And of that at work, how far the target was when it began.
 _AT_WORK = "run.json"
+#: Who has committed nothing for so long, which is some batches, is taken for dead.
+_SILENT_SECONDS = 300.0
 
 
 def create(group: zarr.Group, name: str, n_tiles: int, attributes: dict[str, Any]) -> None:
@@ -135,6 +138,17 @@ def begin_of(target: Location, run: str) -> dict[str, Any] | None:
     with suppress(ValueError):
         found = (target / LEDGER).read_json(_AT_WORK)
         return found if found and found.get("run") == run else None
+    return None
+
+
+def sign_of(target: Location) -> dict[str, Any] | None:
+    """Return what a run has committed of itself that may be at work still, in a store that knows commits."""
+    if target.transaction is None:
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        found = (target / LEDGER).read_json(_AT_WORK)
+        if found and (datetime.now(UTC) - datetime.fromisoformat(found["at"])).total_seconds() < _SILENT_SECONDS:
+            return found
     return None
 
 

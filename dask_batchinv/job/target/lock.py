@@ -56,7 +56,7 @@ class Lock:
         return TakenOverError(f"{self._target.name} was removed, replaced or taken over by another run")
 
     def _content(self, **more: Any) -> bytes:
-        return json.dumps({"run": self.run, "holder": _holder(), "at": _now(), **more}).encode()
+        return json.dumps({"run": self.run, "holder": holder(), "at": _now(), **more}).encode()
 
 
 class _Nobody(Lock):
@@ -251,7 +251,8 @@ def _age_of(lease: dict[str, Any]) -> float:
         return 0.0
 
 
-def _holder() -> str:
+def holder() -> str:
+    """Return what is said of this process."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
