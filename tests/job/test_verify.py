@@ -152,3 +152,12 @@ def test_what_is_known_of_a_target(tmp_path, make_source, client):
     assert target.state is State.COMPLETE
     assert target.fingerprint["assume_a"] == "general"
     assert target.fingerprint["generation of the kernel"] == 1
+
+
+def test_of_many_tiles_that_are_not_recorded_the_first_are_named(tmp_path, make_source, client):
+    source = make_source(conditioned(130, 3, 10), chunks=(1, 3, 3))
+    invert_store(source, tmp_path / "t", client=client, tile_size=72)
+    (tmp_path / "t/ledger/tiles/c/0/0").unlink()
+    report = verify_store(tmp_path / "t", client=client)
+    assert (len(report.bad_tiles), report.tiles_read, report.ok) == (100, 0, False)
+    assert any("130 tiles are not recorded in the ledger, of which 100 are named" in each for each in report.problems)

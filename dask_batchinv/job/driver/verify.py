@@ -36,6 +36,8 @@ from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import FAILURE_KINDS, RefusedError, TargetError
 from dask_batchinv.text import clean
 
+#: So many tiles that are not recorded are named.
+_NAMED_TILES = 100
 #: What mends a target.
 AGAIN = ": run the command again that made it"
 
@@ -48,6 +50,7 @@ class _Found:
     bad: list[TileResult[Any]] = field(default_factory=list)
     refuted: list[int] = field(default_factory=list)
     doubted: list[int] = field(default_factory=list)
+    unrecorded: int = 0
     matrices: int = 0
 
 
@@ -87,6 +90,8 @@ def verify(
             tell(Progress("verifying", tiling.n_matrices, found.matrices, 0, 0, len(found.bad), seconds))
     if (found.refuted or found.doubted) and (problem := _hand_over(location, target, found)):
         problems.append(problem)
+    if found.unrecorded > _NAMED_TILES:
+        problems.append(f"{found.unrecorded:,} tiles are not recorded in the ledger, of which {_NAMED_TILES} are named")
     rows = [tile.row for tile in found.verified]
     return VerifyReport(
         target=location.name,
@@ -127,7 +132,9 @@ def _add(result: TileResult[VerifiedTile], ledger: Ledger, found: _Found) -> Non
     """Compare a tile with the ledger, and add it to what was found."""
     error, is_done = result.error, bool(ledger.done[result.number])
     if not is_done:
-        error = "not recorded in the ledger: run the job again"
+        found.unrecorded += 1
+        # Of a target that was just begun there are many, all alike.
+        error = "not recorded in the ledger: run the job again" if found.unrecorded <= _NAMED_TILES else None
     elif (tile := result.value) is not None:
         recorded = ledger.row(result.number)
         if unlike := _unlike_ledger(tile.row, recorded):
