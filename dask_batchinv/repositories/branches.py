@@ -1,6 +1,6 @@
 """Icechunk: a group on a branch of a repository as a place that is written, commit by commit.
 
-Nobody is locked out. Workers write to forks of the session of a run, which are merged; what others commit to the branch
+Nobody is locked out. Workers write to forks of what a run has open, which are merged; what others commit to the branch
 meanwhile stays, and is an error only if it is the same that the run has changed.
 """
 
@@ -58,7 +58,7 @@ class Branch:
 
     @property
     def _now(self) -> Any:
-        """The session, opened where there is none: what then fails is tried again by who asked for it."""
+        """What is open, opened where nothing is: what then fails is tried again by who asked for it."""
         with self._opening:  # threads that write at the same time write to one
             if self._session is None:
                 self._session = self._open()
@@ -76,7 +76,7 @@ class Branch:
 
     @property
     def store(self) -> Any:
-        """The Zarr store of the session."""
+        """The Zarr store of what is open."""
         return self._now.store
 
     @property

@@ -25,7 +25,7 @@ from dask_batchinv import (
     verify_store,
 )
 from dask_batchinv.cli import main
-from dask_batchinv.job.driver import run
+from dask_batchinv.job.driver import batches, run
 from dask_batchinv.repositories import branches
 from tests.support.stacks import assert_same_bits, conditioned
 
@@ -73,7 +73,7 @@ def commit(repo, change, message="theirs"):
 
 def small_batches(monkeypatch):
     monkeypatch.setattr(run, "tasks_of", lambda numbers, plan, threads: (range(k, k + 1) for k in map(int, numbers)))
-    monkeypatch.setattr(run, "LARGEST_GROWTH", 1.0)
+    monkeypatch.setattr(batches, "LARGEST_GROWTH", 1.0)
 
 
 def once(do):
@@ -162,8 +162,8 @@ def test_a_killed_run_is_continued_from_its_last_commit(source, repo, tmp_path):
 import os, sys
 import icechunk
 from dask_batchinv import invert_store
-from dask_batchinv.job.driver import run
-run.LARGEST_GROWTH = 1.0
+from dask_batchinv.job.driver import batches, run
+batches.LARGEST_GROWTH = 1.0
 run.tasks_of = lambda numbers, plan, threads: (range(k, k + 1) for k in map(int, numbers))
 repo = icechunk.Repository.open(icechunk.local_filesystem_storage(sys.argv[2]))
 def die(progress):

@@ -9,12 +9,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import dask.config
 import numpy as np
 
+from dask_batchinv.job.driver.batches import in_batches
 from dask_batchinv.job.driver.cutting import spans_to_read_back, tasks_of
 from dask_batchinv.job.driver.executor import ClusterLostError, Executor
 from dask_batchinv.job.events import Heartbeat, WorkerEvent
@@ -37,7 +37,7 @@ from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.compare_tiles import CompareTask, compare_tiles
 from dask_batchinv.job.worker.invert_tiles import TileTask, invert_tiles
 from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
-from dask_batchinv.location import TakenOverError, raised_as
+from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.outcome import SourceError, TargetError, TargetInUseError
 from dask_batchinv.requests import COUNT
 from dask_batchinv.text import clean
@@ -49,9 +49,6 @@ FLUSH_SECONDS = 1.0
 #: How often the ledger is written at the end of a run before that is given up, and seconds between, doubled each time.
 FINAL_ATTEMPTS = 5
 FLUSH_BACK_OFF_SECONDS = 0.25
-#: In a store that knows commits the first has about so many tasks for each thread, later ones as many more, each time
-#: at most so many times more, as take so many seconds: what a killed run has not committed is done again.
-FIRST_BATCH_TASKS, LARGEST_GROWTH, BATCH_SECONDS = 4, 4.0, 60.0
 #: What was written to the source before may still be written to at the same time, as the clocks of file systems tick.
 SETTLING_SECONDS = 0.06
 #: What to say of a store that tells too little.
@@ -372,31 +369,25 @@ class Run:
     def _inverted(
         self, spans: Iterator[range], ledger: Ledger, lock: Lock
     ) -> Iterator[TileResult[TileRow] | Heartbeat]:
-        """Yield the results of tiles. In a store that knows commits those of a batch last together, with their rows."""
-        target, task, attempts = self.job.target, self.task(lock.run), self._attempts
-        if (transaction := target.transaction) is None:
-            yield from self._results(invert_tiles, task, spans, attempts, lock)
-            return
-        size = FIRST_BATCH_TASKS * max(1, self.workers.count * self.workers.threads)
-        while batch := list(islice(spans, size)):
+        """Yield the results of tiles."""
+        target, task = self.job.target, self.task(lock.run)
+        transaction = target.transaction
+
+        def invert(place: Location, some: Iterable[range]) -> Iterator[TileResult[TileRow] | Heartbeat]:
+            # What is kept open for a run is that of its batch.
+            mine = task if transaction is None else replace(task, run=uuid.uuid4().hex, target=place)
+            return self._results(invert_tiles, mine, some, self._attempts, lock)
+
+        def commit() -> bool:
             self._note_begin(ledger, lock)
             self._flush(ledger, FINAL_ATTEMPTS)
-            if self.totals.stopped is not None:
-                return
-            start, merged = time.monotonic(), None
-            with raised_as(OSError, f"{target.name} cannot be written", AGAIN):
-                task = replace(task, run=uuid.uuid4().hex, target=target.forked())
-            for result in self._results(invert_tiles, task, batch, attempts, lock):
-                if not isinstance(result, Heartbeat):
-                    if result.changes is not None and result.changes is not merged:
-                        merged = result.changes
-                        with raised_as(OSError, f"what a worker has written to {target.name} is lost", AGAIN):
-                            transaction.merge(merged)
-                    if result.stops:
-                        spans = iter(())
-                    result = replace(result, changes=None)
-                yield result
-            size = max(1, round(size * min(LARGEST_GROWTH, BATCH_SECONDS / (time.monotonic() - start))))
+            return self.totals.stopped is None
+
+        if transaction is None:
+            yield from invert(target, spans)
+        else:
+            threads = self.workers.count * self.workers.threads
+            yield from in_batches(target, transaction, spans, threads, commit, invert)
 
     def task(self, holder: str) -> TileTask:
         """Return what workers need to know to invert tiles of a target."""
