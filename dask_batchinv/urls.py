@@ -62,9 +62,8 @@ def without(url: str, part: str) -> str:
     for place, link in enumerate(links):
         head, mark, query = link.partition("?")
         if head.endswith(f"/{part}"):
-            links[place] = head[: -len(part)].removesuffix("/").removesuffix(":/") + mark + query
-            if head.endswith(f"://{part}"):
-                links[place] = head[: -len(part)] + mark + query
+            above = head[: -len(part)]
+            links[place] = (above if above.endswith("://") else above[:-1]) + mark + query
             break
         if query.endswith(f"/{part}"):
             links[place] = link[: -len(part) - 1]

@@ -183,6 +183,7 @@ def test_what_is_refused_is_told_in_json_too(tmp_path, make_source):
     assert told["error"]["message"] in err
     assert json.loads(cli("run", source, "--json", code=2)[0])["error"]["message"] == "Missing argument 'TARGET'."
     assert json.loads(cli("plan", source, tmp_path / "t", "--json")[0])["exit_code"] == 0
+    assert json.loads(cli("status", source, "--json", code=2)[0])["error"]["kind"] == "TargetError"
     out, err = cli("status", source, code=2)
     assert "is not a target" in err
     assert "delete" not in err

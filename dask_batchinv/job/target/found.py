@@ -35,7 +35,7 @@ def parse_location(path: Place) -> Location:
         raise TargetError(str(error)) from harmless(error)
 
 
-class NotOursError(TargetError):
+class _NotOursError(TargetError):
     """Something is there that we did not make."""
 
 
@@ -50,10 +50,9 @@ def inspect(location: Location, *, advice: bool = True) -> Target:
     try:
         with raised_as(TargetError, f"the target {location.name} cannot be read"):
             return _inspect(location)
-    except NotOursError as error:
-        if not advice:
-            raise
-        raise NotOursError(f"{error}: choose another target path, or delete it yourself") from error
+    except _NotOursError as error:
+        what_to_do = ": choose another target path, or delete it yourself" if advice else ""
+        raise TargetError(f"{error}{what_to_do}") from error
 
 
 def _inspect(location: Location) -> Target:
@@ -72,7 +71,7 @@ def _inspect(location: Location) -> Target:
     # Attributes travel with data that a user makes from a target; the ledger does not.
     copied = mark is not None and mark.get("ready") and not location.is_kept(LEDGER)
     if mark is None or copied:
-        raise NotOursError(f"{location.name} exists and is not a target of dask_batchinv")
+        raise _NotOursError(f"{location.name} exists and is not a target of dask_batchinv")
     members = tuple(mark.get("names", ()))
     if mark.get("format") != FORMAT:
         return Target(State.OTHER_FORMAT, {"format": mark.get("format")}, members=members)
