@@ -214,13 +214,17 @@ def test_a_flipped_bit_in_a_new_store_is_noticed(tmp_path):
 
 def peak_of(call):
     """Return how many bytes a call allocates at its peak, beyond what is there already."""
+
+    def once():
+        tracemalloc.start()
+        try:
+            call()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
     call()  # what is compiled and cached is not of the call
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    return min(once() for _ in range(3))  # other threads' allocations, such as a cluster's, are counted too
 
 
 @pytest.mark.parametrize("on_error", ["raise", "nan"])
