@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 #: Rises when one of our own kernels gives other bits than before for any matrix. A target goes on with the kernels that
 #: began it, or not at all.
-GENERATION = 1
+GENERATION = 2
 
 #: The structures of which one triangle is read, and says what is in the other.
 MIRRORED = ("symmetric", "hermitian", "positive definite")

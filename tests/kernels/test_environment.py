@@ -12,7 +12,8 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from dask_batchinv.kernels import invert_block, lapack
+from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels.cpu import dispatch
 from dask_batchinv.kernels.emit import environment
 from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
@@ -114,7 +115,7 @@ def test_after_an_error_it_is_as_before_too(monkeypatch, mode):
         assert now() & mode == 0
         raise MemoryError
 
-    monkeypatch.setattr(lapack, "invert", fail)
+    monkeypatch.setattr(dispatch, "invert", fail)
     with disturbed(mode):
         before = now()
         with pytest.raises(MemoryError):

@@ -35,7 +35,7 @@ def digest_of_bits(structure, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("structure", ["general", "positive definite"])
+@pytest.mark.parametrize("structure", ["general", "positive definite", "symmetric", "hermitian"])
 def test_the_bits_are_those_of_the_generation(structure, dtype):
     recorded = json.loads(RECORDED.read_text())[str(GENERATION)]
     # If this fails, and the change is meant: raise GENERATION, and record what the new one gives.

@@ -1,4 +1,4 @@
-"""The matrices of LAPACK's own tests: types 1 to 11 of xLATB4 for general ones, 1 to 9 for positive definite ones."""
+"""The matrices of LAPACK's own tests: types 1 to 11 of xLATB4 for general ones, 1 to 9 or 10 for the others."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ TYPES = {
         "near overflow",
     ),
 }
+TYPES["symmetric"] = TYPES["hermitian"] = (*TYPES["positive definite"], "last rows and columns zero")
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,25 @@ def sample(rng: np.random.Generator, kind: str, type_: str, m: int, n: int, dtyp
     eps = np.finfo(dtype).eps / 2  # LAPACK's: what one rounding can do
     cond = {"cond sqrt(0.1/eps)": (0.1 / eps) ** 0.5, "cond 0.1/eps": 0.1 / eps}.get(type_, 2.0)
     values = _singular_values(rng, m, n, cond)
+    if kind in ("symmetric", "hermitian"):
+        values *= rng.choice([-1, 1], values.shape)
     wide = np.result_type(dtype, np.float64)
     if type_ == "diagonal":
         a = values[:, :, None] * np.eye(n)
     else:
         q = orthogonal(rng, m, n, wide)
-        p = orthogonal(rng, m, n, wide) if kind == "general" else q
+        p = orthogonal(rng, m, n, wide) if kind == "general" else q.conj() if kind == "symmetric" else q
         a = (q * values[:, None, :]) @ p.conj().swapaxes(1, 2)
     if "triangular" in type_:
         # The singular values stay.
         r = np.linalg.qr(a)[1]
         a = r if type_.startswith("upper") else r.swapaxes(1, 2)
     first = {"first": 0, "last": n - 1, "middle": n // 2}.get(type_.split()[0])
-    if type_ == "last columns zero":
-        first = n // 2
-        a[:, :, first:] = 0
-    elif first is not None and "column" in type_:
-        a[:, :, first] = 0
-        if kind == "positive definite":
-            a[:, first, :] = 0
+    if first is not None and "zero" in type_:
+        zero = slice(first := n // 2, n) if "columns" in type_ else first
+        a[:, :, zero] = 0
+        if "row" in type_:
+            a[:, zero, :] = 0
     if type_.startswith("near"):
         limits = np.finfo(dtype)
         small = 0.25 * float(limits.tiny) / (2 * eps)

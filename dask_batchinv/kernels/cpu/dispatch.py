@@ -30,8 +30,10 @@ from dask_batchinv.kernels.cpu import (
     interleaved_ldl,
     registers_gauss_jordan,
     registers_ldl,
+    registers_symmetric,
     within_gauss_jordan,
     within_sweep,
+    within_symmetric,
 )
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.emit import compiler
@@ -82,6 +84,14 @@ LAYOUTS = (
     Layout("registers", "positive definite", {"f": 7, "d": 7, "F": 4, "D": 4}, registers_ldl.write, _PER_LANE),
     Layout("interleaved", "positive definite", {"f": 40, "d": 36, "F": 40, "D": 40}, interleaved_ldl.write, _PER_LANE),
     Layout("within", "positive definite", _ALL_512, within_sweep.write, within_sweep.workspace),
+    *(
+        layout
+        for word in ("symmetric", "hermitian")
+        for layout in (
+            Layout("registers", word, {"f": 6, "d": 6, "F": 4, "D": 4}, registers_symmetric.write, _PER_LANE),
+            Layout("within", word, _ALL_512, within_symmetric.write, within_symmetric.workspace),
+        )
+    ),
 )
 STRUCTURES = frozenset(layout.structure for layout in LAYOUTS)
 
@@ -90,6 +100,8 @@ STRUCTURES = frozenset(layout.structure for layout in LAYOUTS)
 def spec_of(n: int, dtype: np.dtype[Any] | str, structure: AssumeA, vector_nbytes: int) -> KernelSpec:
     """Return what a kernel for vectors of a width is written for."""
     dtype = np.dtype(dtype)
+    if structure == "hermitian" and dtype.kind == "f":
+        structure = "symmetric"
     real_nbytes = dtype.itemsize // (2 if dtype.kind == "c" else 1)
     return KernelSpec(structure, n, dtype, vector_nbytes // real_nbytes)
 
@@ -158,10 +170,9 @@ def _tested(workspace: Workspace) -> int:
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
-    reference = partial(lapack.invert, structure=structure)
     kernel = _load(spec_of(n, a.dtype, structure, compiler.vector_nbytes()))
     if kernel is None:
-        reference(a, out, info, rcond)
+        lapack.invert(a, out, info, rcond, structure=structure)
         return
     # As many as are copied at a time, where they must be.
     step = max(kernel.workspace.group, lapack.GROUP_NBYTES // (n * n * a.itemsize))
@@ -170,13 +181,28 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Assume
     else:
         for start in range(0, m, step):
             _on_copies(partial(_run, kernel), slice(start, start + step), a, out, info, rcond)
+    double = np.result_type(a, np.float64)
     unfinished = np.flatnonzero(info < int(Info.NOT_FINITE))
     for start in range(0, len(unfinished), step):
         part = unfinished[start : start + step]
-        # What overflowed on the way, in single precision, need not in double.
         overflowed = info[part] == int(Info.OVERFLOW)
-        _on_copies(reference, part[overflowed], a, out, info, rcond)
+        # What overflowed on the way need not in double precision, nor the way that LAPACK takes.
+        again = partial(lapack.invert if a.dtype == double else partial(_in_wider, dtype=double), structure=structure)
+        _on_copies(again, part[overflowed], a, out, info, rcond)
+        # No pivot was zero, whatever LAPACK makes of what became infinite.
+        info[part[overflowed & (info[part] > 0)]] = Info.OVERFLOW
         _on_copies(partial(_find_rcond, structure=structure), part[~overflowed], a, out, info, rcond)
+
+
+def _in_wider(a: Array, out: Array, info: Array, rcond: Array, *, dtype: np.dtype[Any], structure: AssumeA) -> None:
+    """Invert matrices in a wider dtype than theirs."""
+    wide, wide_rcond = np.empty(out.shape, dtype), np.empty(rcond.shape)
+    invert(a.astype(dtype), wide, info, wide_rcond, structure=structure)
+    with np.errstate(over="ignore", under="ignore"):
+        out[:], rcond[:] = wide, wide_rcond
+    overflow = (info == int(Info.GOOD)) & ~np.isfinite(out).all(axis=(1, 2))
+    info[overflow] = Info.OVERFLOW
+    out[overflow] = complex(np.nan, np.nan) if out.dtype.kind == "c" else np.nan
 
 
 def _find_rcond(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:

@@ -25,8 +25,9 @@ from dask_batchinv.kernels.cpu.within_workspace import (
     across,
     each_block,
     each_vector,
-    first_lane,
+    find_largest,
     for_rows_outside,
+    only,
     prefetch_next,
     report,
     settle,
@@ -35,9 +36,6 @@ from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.transpose import transpose
 from dask_batchinv.kernels.emit.values import INT, Value
-
-#: Vectors of a column up to which the search for a pivot is unrolled.
-_SEARCHED_AT_ONCE = 16
 
 
 def workspace(spec: KernelSpec) -> Workspace:
@@ -172,30 +170,14 @@ class _Panel:
 
 def _search(panel: _Panel, q: int) -> Value:
     """Find the largest number of a column in rows that have not been pivots; note its size, return its row."""
-    a, e, s = panel.a, panel.e, panel.a.s
+    a, e = panel.a, panel.e
 
     def key(v: Value) -> Value:
         return e.select(e.mask_from(a.get(a.used, v)), e.numbers(-1.0), panel.load(q, v).size())
 
-    if s.vectors <= _SEARCHED_AT_ONCE:
-        keys = [key(e.integer(v)) for v in range(s.vectors)]
-        best = keys
-        while len(best) > 1:
-            best = [e.larger(*best[i : i + 2]) if i + 1 < len(best) else best[i] for i in range(0, len(best), 2)]
-        largest = across(e, best[0], e.larger)
-        row = first_lane(e, [key.eq(largest) for key in keys])
-    else:
-        kept, first = e.variable(e.numbers(-1.0)), e.variable(e.integer(s.length))
-        with e.loop(0, s.vectors) as v:
-            kept.set(e.larger(key(v), kept.get()))
-        largest = across(e, kept.get(), e.larger)
-        with e.loop(0, s.vectors) as v:
-            found = first_lane(e, [key(v).eq(largest)]) + v * e.lanes
-            first.set(e.unsigned("umin", first.get(), found))
-        row = first.get()
+    largest, row = find_largest(a, key)
     e.store(e.lane(largest, 0), e.at(a.pivot_sizes, panel.k0 + q))
-    # Where overflow has made NaN of all keys, any row will do.
-    return e.unsigned("umin", row, e.integer(s.n - 1))
+    return row
 
 
 class _Step:
@@ -229,14 +211,9 @@ class _Step:
                 replacing = self.inverse.where(here, replacing * minus)
                 panel.store(replacing, self.p, v)
             for q, factor in zip(columns, factors, strict=True):
-                panel.store(_only(~here, panel.load(q, v)).plus_product(factor, replacing), q, v)
+                panel.store(only(~here, panel.load(q, v)).plus_product(factor, replacing), q, v)
 
         each_vector(e, panel.a.s.vectors, body)
-
-
-def _only(mask: Value, number: Number) -> Number:
-    """Return a number where the mask is set, else zero."""
-    return number.where(mask, Number(number.e, tuple(number.e.numbers(0.0) for _ in number.parts)))
 
 
 def _update_others(panel: _Panel, index: Value, width: int) -> None:
@@ -251,7 +228,7 @@ def _update_others(panel: _Panel, index: Value, width: int) -> None:
 
         def body(v: Value) -> None:
             stay = e.mask_from(a.get(a.others, v))
-            sums = [_only(stay, columns.load(t, v)) for t in range(count)]
+            sums = [only(stay, columns.load(t, v)) for t in range(count)]
             for p in range(width):
                 replacing = panel.load(p, v)
                 sums = [total.plus_product(f[p], replacing) for f, total in zip(factors, sums, strict=True)]

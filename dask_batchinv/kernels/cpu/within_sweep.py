@@ -13,30 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from llvmlite import ir
 
-from dask_batchinv.kernels.cpu import scaling
-from dask_batchinv.kernels.cpu.scaling import larger_sum, without_sign_of_zero
+from dask_batchinv.kernels.cpu import within_triangle
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
+from dask_batchinv.kernels.cpu.symmetric_pivots import Symmetry
 from dask_batchinv.kernels.cpu.within_workspace import (
     PANEL,
     Shape,
     WorkspaceMatrix,
-    across,
     each_block,
-    each_vector,
-    each_vector_of_row,
     for_rows_outside,
     prefetch_next,
     report,
-    settle,
 )
 from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.number import Number, constant_number
-from dask_batchinv.kernels.emit.transpose import exchange, load_columns, store_columns, transpose
+from dask_batchinv.kernels.emit.transpose import exchange, load_columns, store_columns
 from dask_batchinv.kernels.emit.values import Value, constant
+
+_HERMITIAN = Symmetry(is_hermitian=True)
 
 
 def workspace(spec: KernelSpec) -> Workspace:
@@ -50,8 +47,8 @@ def write(spec: KernelSpec) -> str:
     e = Emitter(spec.name, spec.itemsize, spec.lanes)
     a = WorkspaceMatrix(e, s, e.integer(0))
     with e.loop(0, e.count) as index:
-        _measure(a, index)
-        _read(a, index)
+        within_triangle.measure(a, index, _HERMITIAN)
+        within_triangle.read(a, index, _HERMITIAN)
 
         def panel(k0: Value, width: int) -> None:
             prefetch_next(e, s, index, k0, k0, PANEL)
@@ -60,103 +57,9 @@ def write(spec: KernelSpec) -> str:
             _put_panel(a, k0, width)
 
         each_block(e, s.n, PANEL, panel)
-        _write(a, index)
+        within_triangle.write(a, index, _HERMITIAN)
         report(a, index, lambda size: size <= 0.0)
     return e.finish()
-
-
-def _measure(a: WorkspaceMatrix, index: Value) -> None:
-    """Find the scale of the upper triangle of a matrix."""
-    e, s = a.e, a.s
-    source = e.at(e.a, index * s.size)
-    length = s.n * s.parts
-    measure = scaling.Measure(e)
-    with e.loop(0, s.n) as i:
-        diagonal = i * s.parts
-
-        def look(c: Value, count: int, i: Value = i, diagonal: Value = diagonal) -> None:
-            numbers = e.load_first(e.at(source, i * length + c), count)
-            at = e.iota + e.splat(e.resize(c - diagonal, e.word))
-            read = at > -1 if s.parts == 1 else (at > -1) & ~at.eq(1)
-            measure.look(e.select(read, numbers, 0.0))
-
-        whole = length - length % e.lanes
-        with e.loop(diagonal & -e.lanes, whole, e.lanes) as c:
-            look(c, e.lanes)
-        if length % e.lanes:
-            look(e.integer(whole), length % e.lanes)
-    settle(a, measure)
-
-
-def _read(a: WorkspaceMatrix, index: Value) -> None:
-    """Bring the upper triangle to unit size, and sum up its columns."""
-    e, s = a.e, a.s
-    source = e.at(e.a, index * s.size)
-    length = s.n * s.parts
-    first, second = a.scale()
-    with e.loop(0, s.n) as i:
-
-        def take(c: Value, count: int, i: Value = i) -> None:
-            place = e.at(source, i * length + c * s.parts)
-            parts = [e.load_first(e.at(place, p * e.lanes), count * s.parts - p * e.lanes) for p in range(s.parts)]
-            if s.parts == 2:
-                parts = [e.shuffle(parts[0], parts[1], range(p, 2 * e.lanes, 2)) for p in range(2)]
-            number = Number(e, tuple(part * first * second for part in parts))
-            a.store(number, a.rows, i, c / e.lanes)
-
-        each_vector_of_row(e, s.n, take)
-    nothing = Number(e, tuple(e.numbers(0.0) for _ in range(s.parts)))
-    with e.loop(s.n, s.length) as i:
-        each_vector(e, s.vectors, lambda v: a.store(nothing, a.rows, i, v))
-    _sum_up(a)
-    e.store(e.lane(across(e, _norm(a), partial(larger_sum, e)), 0), a.norm)
-
-
-def _sum_up(a: WorkspaceMatrix, *, finish: bool = False) -> None:
-    """Sum up the columns of a matrix whose upper triangle is there; to finish, make it whole, and negate it."""
-    e, s = a.e, a.s
-    with e.loop(0, s.vectors) as v:
-        e.store(e.numbers(0.0), e.at(a.saved, v * e.lanes), align=e.nbytes)
-
-    def block(i: Value, v: Value) -> list[Number]:
-        numbers = [a.load(a.rows, i * e.lanes + t, v) for t in range(e.lanes)]
-        return [-number for number in numbers] if finish else numbers
-
-    def turn(numbers: list[Number]) -> list[Number]:
-        parts = [transpose(e, [number.parts[p] for number in numbers]) for p in range(s.parts)]
-        return [Number(e, tuple(part[t] for part in parts)).conjugate() for t in range(e.lanes)]
-
-    def put(numbers: list[Number], i: Value, v: Value) -> None:
-        sums = e.at(a.saved, v * e.lanes)
-        total = e.load(sums, align=e.nbytes)
-        for t in range(0, e.lanes, 2):
-            # In pairs, to wait half as often; there is no vector of one lane.
-            total = total + (numbers[t].modulus() + numbers[t + 1].modulus())
-        e.store(total, sums, align=e.nbytes)
-        if finish:
-            for t, number in enumerate(numbers):
-                a.store(number, a.rows, i * e.lanes + t, v)
-
-    with e.loop(0, s.vectors) as i:
-        numbers = block(i, i)
-        pairs = enumerate(zip(numbers, turn(numbers), strict=True))
-        put([x.where(e.iota > t, x.real_part().where(e.iota.eq(t), y)) for t, (x, y) in pairs], i, i)
-        with e.loop(i + 1, s.vectors) as v:
-            numbers = block(i, v)
-            put(numbers, i, v)
-            put(turn(numbers), v, i)
-
-
-def _norm(a: WorkspaceMatrix) -> Value:
-    """Return the largest sums, lane by lane."""
-    e = a.e
-    norm = e.variable(e.numbers(0.0))
-    each_vector(
-        e,
-        a.s.vectors,
-        lambda v: norm.set(larger_sum(e, e.load(e.at(a.saved, v * e.lanes), align=e.nbytes), norm.get())),
-    )
-    return norm.get()
 
 
 def _sweep_panel(a: WorkspaceMatrix, k0: Value, width: int) -> None:
@@ -281,32 +184,3 @@ def _put_panel(a: WorkspaceMatrix, k0: Value, width: int) -> None:
     with e.loop(k0 >> (e.lanes.bit_length() - 1), last + 1) as v:
         for q in range(width):
             a.store(a.load(a.panel_rows, e.integer(q), v), a.rows, k0 + q, v)
-
-
-def _write(a: WorkspaceMatrix, index: Value) -> None:
-    e, s = a.e, a.s
-    _sum_up(a, finish=True)
-    norm = _norm(a)
-    first, second = a.scale()
-    target = e.at(e.inverse, index * s.size)
-    largest = e.variable(e.integers(0))
-    with e.loop(0, s.n) as i:
-
-        def give(c: Value, count: int, i: Value = i) -> None:
-            numbers = a.load(a.rows, i, c / e.lanes).parts
-            parts = [without_sign_of_zero(e, part * first, second) for part in numbers]
-            for part in parts:
-                largest.set(e.unsigned("umax", largest.get(), e.bits(e.absolute(part))))
-            if s.parts == 2:
-                half = e.lanes // 2
-                parts = [
-                    e.shuffle(parts[0], parts[1], [b * half + at // 2 + at % 2 * e.lanes for at in range(e.lanes)])
-                    for b in range(2)
-                ]
-            place = e.at(target, (i * s.n + c) * s.parts)
-            for b, part in enumerate(parts):
-                if count * s.parts > b * e.lanes:
-                    e.store_first(part, e.at(place, b * e.lanes), count * s.parts - b * e.lanes)
-
-        each_vector_of_row(e, s.n, give)
-    a.put_aside(largest.get(), norm)

@@ -23,6 +23,8 @@ PANEL = 4
 _UNROLLED = 4
 #: Above this size of a matrix the processor's own prefetching is better.
 _AHEAD_NBYTES = 2**18
+#: Vectors of a row up to which the search for its largest number is unrolled.
+_SEARCHED_AT_ONCE = 16
 #: What is prefetched goes to the first-level cache up to this size, else to the second.
 _FIRST_LEVEL_NBYTES = 2**14
 
@@ -206,6 +208,34 @@ def first_lane(e: Emitter, masks: list[Value]) -> Value:
             bits = bits | (e.mask_bits(masks[v]) << ((v - start) * e.lanes))
         first = e.select(bits.eq(0), first, e.trailing_zeros(bits) + start * e.lanes)
     return first
+
+
+def only(mask: Value, number: Number) -> Number:
+    """Return a number where the mask is set, else zero."""
+    return number.where(mask, Number(number.e, tuple(number.e.numbers(0.0) for _ in number.parts)))
+
+
+def find_largest(a: WorkspaceMatrix, key: Callable[[Value], Value]) -> tuple[Value, Value]:
+    """Return the largest of the keys in a row, in all lanes, and where it is first; the keys vector by vector."""
+    e, s = a.e, a.s
+    if s.vectors <= _SEARCHED_AT_ONCE:
+        keys = [key(e.integer(v)) for v in range(s.vectors)]
+        best = keys
+        while len(best) > 1:
+            best = [e.larger(*best[i : i + 2]) if i + 1 < len(best) else best[i] for i in range(0, len(best), 2)]
+        largest = across(e, best[0], e.larger)
+        place = first_lane(e, [key.eq(largest) for key in keys])
+    else:
+        kept, first = e.variable(e.numbers(-1.0)), e.variable(e.integer(s.length))
+        with e.loop(0, s.vectors) as v:
+            kept.set(e.larger(key(v), kept.get()))
+        largest = across(e, kept.get(), e.larger)
+        with e.loop(0, s.vectors) as v:
+            found = first_lane(e, [key(v).eq(largest)]) + v * e.lanes
+            first.set(e.unsigned("umin", first.get(), found))
+        place = first.get()
+    # Where overflow has made NaN of all keys, any will do.
+    return largest, e.unsigned("umin", place, e.integer(s.n - 1))
 
 
 def prefetch_next(e: Emitter, s: Shape, index: Value, k0: Value, i: Value, count: int) -> None:

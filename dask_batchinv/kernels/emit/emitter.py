@@ -8,7 +8,7 @@ the width of the vectors. Fused multiply-add is used where `Emitter.fma` says so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -299,6 +299,13 @@ class Emitter:
         one = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar.raw, ir.Constant(self.int32, 0))
         return self.shuffle(self.value(one), None, [0] * lanes)
 
+    def gathered(self, scalars: Sequence[Value]) -> Value:
+        """Return a vector of single numbers."""
+        vector = ir.Constant(ir.VectorType(scalars[0].type, len(scalars)), ir.Undefined)
+        for i, scalar in enumerate(scalars):
+            vector = self.builder.insert_element(vector, scalar.raw, ir.Constant(self.int32, i))
+        return self.value(vector)
+
     def mask(self, lanes: Sequence[bool]) -> Value:
         """Return a constant mask."""
         return self.value(constant(ir.VectorType(BIT, len(lanes)), [int(lane) for lane in lanes]))
@@ -352,6 +359,18 @@ class Emitter:
         self.builder.position_at_end(body)
         yield now
         index.set(now + step)
+        self.builder.branch(head)
+        self.builder.position_at_end(after)
+
+    @contextmanager
+    def repeat(self, condition: Callable[[], Value]) -> Iterator[None]:
+        """Run the body as long as a scalar condition holds."""
+        head, body, after = (self.builder.append_basic_block(name) for name in ("head", "body", "after"))
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+        self.builder.cbranch(condition().raw, body, after)
+        self.builder.position_at_end(body)
+        yield
         self.builder.branch(head)
         self.builder.position_at_end(after)
 

@@ -85,3 +85,20 @@ class Number:
 def constant_number(e: Emitter, real: Value, parts: int) -> Number:
     """Return a real number as a number of so many parts."""
     return Number(e, (real, *(e.like(real, 0.0) for _ in range(parts - 1))))
+
+
+class NumberVariable:
+    """A place that keeps a number; see `Variable`."""
+
+    def __init__(self, number: Number):
+        self.e = number.e
+        self.parts = [number.e.variable(part) for part in number.parts]
+
+    def get(self) -> Number:
+        """Return the number of now."""
+        return Number(self.e, tuple(part.get() for part in self.parts))
+
+    def set(self, number: Number) -> None:
+        """Replace the number."""
+        for variable, part in zip(self.parts, number.parts, strict=True):
+            variable.set(part)
