@@ -100,21 +100,13 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
             invert=partial(staging.invert, assume_a=assume_a),
             scratch_nbytes=staging.scratch_nbytes,
         )
-    if assume_a in cpu.STRUCTURES:
-        return Kernel(
-            name=f"compiled: {assume_a}",
-            device="cpu",
-            invert=partial(cpu.invert, structure=assume_a),
-            scratch_nbytes=partial(cpu.scratch_nbytes, structure=assume_a),
-            compile_nbytes=partial(cpu.compile_nbytes, structure=assume_a),
-            is_ours=partial(cpu.has_kernel, structure=assume_a),
-        )
     return Kernel(
-        name=f"lapack: {assume_a}",
+        name=f"compiled: {assume_a}",
         device="cpu",
-        invert=partial(lapack.invert, structure=assume_a),
-        scratch_nbytes=lapack.scratch_nbytes,
-        is_ours=lambda n, dtype: False,
+        invert=partial(cpu.invert, structure=assume_a),
+        scratch_nbytes=partial(cpu.scratch_nbytes, structure=assume_a),
+        compile_nbytes=partial(cpu.compile_nbytes, structure=assume_a),
+        is_ours=partial(cpu.has_kernel, structure=assume_a),
     )
 
 

@@ -14,9 +14,9 @@ from dask_batchinv.kernels.cpu import dispatch
 from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
 from dask_batchinv.kernels.emit import compiler
 from tests.support.running import run_cpu as run
-from tests.support.stacks import DTYPES, assert_same_bits, conditioned
+from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
-KINDS = ("general", "positive definite", "symmetric", "hermitian")
+KINDS = STRUCTURES
 #: Some of every layout, with every remainder of vectors and panels.
 SIZES = (1, 2, 3, 5, 6, 9, 13, 17, 33, 45)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dask_batchinv.kernels import GENERATION, choose_kernel, invert_block
-from tests.support.stacks import DTYPES
+from tests.support.stacks import DTYPES, STRUCTURES
 
 RECORDED = Path(__file__).with_suffix(".json")
 #: In each layout, and not whole groups of them.
@@ -35,7 +35,7 @@ def digest_of_bits(structure, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("structure", ["general", "positive definite", "symmetric", "hermitian"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_bits_are_those_of_the_generation(structure, dtype):
     recorded = json.loads(RECORDED.read_text())[str(GENERATION)]
     # If this fails, and the change is meant: raise GENERATION, and record what the new one gives.

@@ -38,6 +38,20 @@ TYPES = {
         "near overflow",
     ),
 }
+TYPES["diagonal"] = (
+    "diagonal",
+    "first pivot zero",
+    "last pivot zero",
+    "middle pivot zero",
+    "near underflow",
+    "near overflow",
+)
+TYPES["upper triangular"] = TYPES["lower triangular"] = (
+    *TYPES["diagonal"],
+    "cond 2",
+    "cond sqrt(0.1/eps)",
+    "cond 0.1/eps",
+)
 TYPES["symmetric"] = TYPES["hermitian"] = (*TYPES["positive definite"], "last rows and columns zero")
 
 
@@ -58,20 +72,21 @@ def sample(rng: np.random.Generator, kind: str, type_: str, m: int, n: int, dtyp
     if kind in ("symmetric", "hermitian"):
         values *= rng.choice([-1, 1], values.shape)
     wide = np.result_type(dtype, np.float64)
-    if type_ == "diagonal":
+    if "diagonal" in (type_, kind):
         a = values[:, :, None] * np.eye(n)
     else:
         q = orthogonal(rng, m, n, wide)
         p = orthogonal(rng, m, n, wide) if kind == "general" else q.conj() if kind == "symmetric" else q
         a = (q * values[:, None, :]) @ p.conj().swapaxes(1, 2)
-    if "triangular" in type_:
-        # The singular values stay.
-        r = np.linalg.qr(a)[1]
-        a = r if type_.startswith("upper") else r.swapaxes(1, 2)
+    for shape in (type_, kind):
+        if "triangular" in shape:
+            # The singular values stay.
+            r = np.linalg.qr(a)[1]
+            a = r if shape.startswith("upper") else r.swapaxes(1, 2)
     first = {"first": 0, "last": n - 1, "middle": n // 2}.get(type_.split()[0])
     if first is not None and "zero" in type_:
         zero = slice(first := n // 2, n) if "columns" in type_ else first
-        a[:, :, zero] = 0
+        a[:, zero if "pivot" in type_ else slice(None), zero] = 0
         if "row" in type_:
             a[:, zero, :] = 0
     if type_.startswith("near"):

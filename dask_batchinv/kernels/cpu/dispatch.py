@@ -25,15 +25,19 @@ import numpy.typing as npt
 from dask_batchinv.kernels import lapack
 from dask_batchinv.kernels.code_cache import digest_of_sources
 from dask_batchinv.kernels.cpu import (
+    diagonal,
     interleaved_gauss_jordan,
     interleaved_group,
     interleaved_ldl,
+    interleaved_triangular,
     registers_gauss_jordan,
     registers_ldl,
     registers_symmetric,
+    registers_triangular,
     within_gauss_jordan,
     within_sweep,
     within_symmetric,
+    within_triangular,
 )
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.emit import compiler
@@ -70,7 +74,7 @@ class Layout:
     def takes(self, spec: KernelSpec) -> bool:
         """Tell whether a kernel is written in this layout."""
         # Where rows of matrices are a high power of two apart, a group of them maps to the same cache sets.
-        crowded = self.name != "within" and spec.n % 32 == 0
+        crowded = self.name not in ("within", "diagonal") and spec.n % 32 == 0
         return self.structure == spec.structure and 0 < spec.n <= self.largest[spec.dtype.char] and not crowded
 
 
@@ -84,6 +88,16 @@ LAYOUTS = (
     Layout("registers", "positive definite", {"f": 7, "d": 7, "F": 4, "D": 4}, registers_ldl.write, _PER_LANE),
     Layout("interleaved", "positive definite", {"f": 40, "d": 36, "F": 40, "D": 40}, interleaved_ldl.write, _PER_LANE),
     Layout("within", "positive definite", _ALL_512, within_sweep.write, within_sweep.workspace),
+    Layout("diagonal", "diagonal", _ALL_512, diagonal.write, diagonal.workspace),
+    *(
+        layout
+        for word in ("upper triangular", "lower triangular")
+        for layout in (
+            Layout("registers", word, {"f": 6, "d": 6, "F": 4, "D": 4}, registers_triangular.write, _PER_LANE),
+            Layout("interleaved", word, {"f": 40, "d": 40, "F": 40, "D": 40}, interleaved_triangular.write, _PER_LANE),
+            Layout("within", word, _ALL_512, within_triangular.write, within_triangular.workspace),
+        )
+    ),
     *(
         layout
         for word in ("symmetric", "hermitian")
@@ -93,7 +107,6 @@ LAYOUTS = (
         )
     ),
 )
-STRUCTURES = frozenset(layout.structure for layout in LAYOUTS)
 
 
 @cache

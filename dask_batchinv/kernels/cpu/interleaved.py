@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from dask_batchinv.kernels.cpu import scaling
 from dask_batchinv.kernels.cpu.interleaved_group import Group
@@ -34,8 +35,8 @@ class Inverted:
 class Algorithm:
     """How matrices of a structure are inverted in a group."""
 
-    upper: bool
-    """Whether only the upper triangle is read."""
+    part: Literal["all", "upper", "lower", "upper Hermitian"]
+    """What is read; in the last case without the imaginary parts of the diagonal."""
     invert: Callable[[Group, scaling.Scale, Callable[[Value | int], None]], Inverted]
     """``invert(g, scale, between_steps)``; the latter is called with the number of each step."""
     n_steps: Callable[[int], int]
@@ -48,7 +49,7 @@ def write(algorithm: Algorithm, spec: KernelSpec) -> str:
     g = Group(e, spec)
     streaming, steps = Streaming(e, g.size, g.buffer), algorithm.n_steps(g.n)
     with e.loop(0, e.count) as group:
-        finite, scale = _read(g, group, algorithm.upper)
+        finite, scale = _read(g, group, algorithm.part)
         inverted = algorithm.invert(g, scale, lambda step: streaming.step(group, step, steps))
         target = streaming.target(group)
         norm_of_inverse = inverted.store(target)
@@ -62,7 +63,7 @@ def write(algorithm: Algorithm, spec: KernelSpec) -> str:
     return e.finish()
 
 
-def _read(g: Group, group: Value, upper: bool) -> tuple[Value, scaling.Scale]:
+def _read(g: Group, group: Value, part: str) -> tuple[Value, scaling.Scale]:
     """Interleave the matrices, and find the scale of what is read of them."""
     e = g.e
     base = e.at(e.a, group * (e.lanes * g.size))
@@ -71,17 +72,19 @@ def _read(g: Group, group: Value, upper: bool) -> tuple[Value, scaling.Scale]:
     def take(start: Value, count: int) -> None:
         entries = load_columns(e, lambda lane: e.at(base, start + lane * g.size), count)
         for q, entry in enumerate(entries):
-            if not upper:
+            if part == "all":
                 measure.look(entry)
             e.store(entry, g.vector(start + q), align=e.nbytes)
 
     g.each_piece(take)
-    if upper:
+    if part != "all":
         with e.loop(0, g.n) as i:
-            measure.look(g.read(g.entry(i, i)).parts[0])
-            with e.loop(i + 1, g.n) as j:
-                for part in g.read(g.entry(i, j)).parts:
-                    measure.look(part)
+            diagonal = g.read(g.entry(i, i)).parts
+            for value in diagonal[:1] if part == "upper Hermitian" else diagonal:
+                measure.look(value)
+            with e.loop(0, i) if part == "lower" else e.loop(i + 1, g.n) as j:
+                for value in g.read(g.entry(i, j)).parts:
+                    measure.look(value)
     return measure.of_lanes()
 
 

@@ -318,4 +318,4 @@ def _find_orders(g: Group, blocks: range) -> None:
             e.store(value, g.vector(b * e.lanes + lane, g.orders), align=e.nbytes)
 
 
-write = partial(interleaved.write, interleaved.Algorithm(upper=False, invert=invert, n_steps=lambda n: n))
+write = partial(interleaved.write, interleaved.Algorithm(part="all", invert=invert, n_steps=lambda n: n))

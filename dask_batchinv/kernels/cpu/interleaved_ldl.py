@@ -279,4 +279,6 @@ def _first_products(g: Group, a: Value) -> _Block:
     return block
 
 
-write = partial(interleaved.write, interleaved.Algorithm(upper=True, invert=invert, n_steps=lambda n: 3 * (n // 2)))
+write = partial(
+    interleaved.write, interleaved.Algorithm(part="upper Hermitian", invert=invert, n_steps=lambda n: 3 * (n // 2))
+)

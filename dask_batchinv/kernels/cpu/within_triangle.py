@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from dask_batchinv.kernels.cpu import scaling
-from dask_batchinv.kernels.cpu.scaling import larger_sum, without_sign_of_zero
+from dask_batchinv.kernels.cpu.scaling import larger_sum
 from dask_batchinv.kernels.cpu.symmetric_pivots import Symmetry
-from dask_batchinv.kernels.cpu.within_workspace import WorkspaceMatrix, across, each_vector, each_vector_of_row, settle
+from dask_batchinv.kernels.cpu.within_rows import read_rows, write_rows
+from dask_batchinv.kernels.cpu.within_workspace import WorkspaceMatrix, across, each_vector, settle
 from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.transpose import transpose
 from dask_batchinv.kernels.emit.values import Value
@@ -40,24 +41,9 @@ def measure(a: WorkspaceMatrix, index: Value, symmetry: Symmetry) -> None:
 
 def read(a: WorkspaceMatrix, index: Value, symmetry: Symmetry) -> None:
     """Bring the upper triangle to unit size, and sum up its columns."""
-    e, s = a.e, a.s
-    source = e.at(e.a, index * s.size)
-    length = s.n * s.parts
+    e = a.e
     first, second = a.scale()
-    with e.loop(0, s.n) as i:
-
-        def take(c: Value, count: int, i: Value = i) -> None:
-            place = e.at(source, i * length + c * s.parts)
-            parts = [e.load_first(e.at(place, p * e.lanes), count * s.parts - p * e.lanes) for p in range(s.parts)]
-            if s.parts == 2:
-                parts = [e.shuffle(parts[0], parts[1], range(p, 2 * e.lanes, 2)) for p in range(2)]
-            number = Number(e, tuple(part * first * second for part in parts))
-            a.store(number, a.rows, i, c / e.lanes)
-
-        each_vector_of_row(e, s.n, take)
-    nothing = Number(e, tuple(e.numbers(0.0) for _ in range(s.parts)))
-    with e.loop(s.n, s.length) as i:
-        each_vector(e, s.vectors, lambda v: a.store(nothing, a.rows, i, v))
+    read_rows(a, index, lambda number, i, v: Number(e, tuple(part * first * second for part in number.parts)))
     _sum_up(a, symmetry)
     e.store(e.lane(across(e, _norm(a), partial(larger_sum, e)), 0), a.norm)
 
@@ -111,29 +97,6 @@ def _norm(a: WorkspaceMatrix) -> Value:
 
 def write(a: WorkspaceMatrix, index: Value, symmetry: Symmetry) -> None:
     """Write whole inverses, scaled back; what stands in the scratch is minus the upper triangle."""
-    e, s = a.e, a.s
     _sum_up(a, symmetry, finish=True)
     norm = _norm(a)
-    first, second = a.scale()
-    target = e.at(e.inverse, index * s.size)
-    largest = e.variable(e.integers(0))
-    with e.loop(0, s.n) as i:
-
-        def give(c: Value, count: int, i: Value = i) -> None:
-            numbers = a.load(a.rows, i, c / e.lanes).parts
-            parts = [without_sign_of_zero(e, part * first, second) for part in numbers]
-            for part in parts:
-                largest.set(e.unsigned("umax", largest.get(), e.bits(e.absolute(part))))
-            if s.parts == 2:
-                half = e.lanes // 2
-                parts = [
-                    e.shuffle(parts[0], parts[1], [b * half + at // 2 + at % 2 * e.lanes for at in range(e.lanes)])
-                    for b in range(2)
-                ]
-            place = e.at(target, (i * s.n + c) * s.parts)
-            for b, part in enumerate(parts):
-                if count * s.parts > b * e.lanes:
-                    e.store_first(part, e.at(place, b * e.lanes), count * s.parts - b * e.lanes)
-
-        each_vector_of_row(e, s.n, give)
-    a.put_aside(largest.get(), norm)
+    a.put_aside(write_rows(a, index), norm)
