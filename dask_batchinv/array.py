@@ -117,6 +117,8 @@ def inverse(
         assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
         device=device,
     )  # fmt: skip
+    if out is None and (found := options.invert_small(a, account=False)) is not None:
+        return found
     if not torch_tensors.is_tensor(out):
         return invert_any(a, options, out)
     if torch_tensors.is_tensor(a):
@@ -199,13 +201,12 @@ def inverse_ex(
     >>> inverse_ex(np.array([[[1.0, 2.0], [2.0, 4.0]], [[1.0, 0.0], [0.0, 2.0]]])).info
     array([2, 0], dtype=int32)
     """
-    return invert_any_ex(
-        a,
-        CallOptions.parse(
-            assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-            device=device, logdet=logdet,
-        ),
+    options = CallOptions.parse(
+        assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
+        device=device, logdet=logdet,
     )  # fmt: skip
+    found: InverseEx | None = options.invert_small(a, account=True)
+    return invert_any_ex(a, options) if found is None else found
 
 
 # --- arrays in memory, and what holds arrays -------------------------------------------------------------------

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from dask_batchinv.kernels import AnyInverseEx, InverseExLogdet, invert_block, log_determinants, read_part
-from dask_batchinv.kernels.device import parse_device
+from dask_batchinv.kernels import (
+    LARGEST_SMALL_NBYTES,
+    MIRRORED,
+    AnyInverseEx,
+    InverseExLogdet,
+    invert_block,
+    invert_small,
+    log_determinants,
+    read_part,
+)
+from dask_batchinv.kernels.device import parse_device, why_unusable
 from dask_batchinv.outcome import Info, Place, in_main_memory, raise_failed, warn_ill_conditioned
 from dask_batchinv.stack import (
     AssumeA,
@@ -20,6 +30,19 @@ from dask_batchinv.stack import (
     parse_min_rcond,
     result_dtype,
 )
+
+
+@lru_cache
+def _parsed(
+    assume_a: AssumeAWord, lower: bool, on_error: OnError, check_errors: bool | None, min_rcond: float, device: Device,
+    logdet: bool,
+) -> CallOptions:  # fmt: skip
+    on_error = parse_choice("on_error", on_error, OnError)
+    if check_errors is not None:
+        on_error = "raise" if check_errors else "nan"
+    return CallOptions(
+        parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), device, bool(logdet)
+    )
 
 
 @dataclass(frozen=True)
@@ -52,13 +75,28 @@ class CallOptions:
         logdet: bool = False,
     ) -> CallOptions:
         """Return the options, or raise ValueError for a word that is not known."""
-        on_error = parse_choice("on_error", on_error, OnError)
-        if check_errors is not None:
-            on_error = "raise" if check_errors else "nan"
-        return cls(
-            parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), parse_device(device),
-            bool(logdet),
-        )  # fmt: skip
+        given = assume_a, lower, on_error, check_errors, min_rcond, parse_device(device), logdet
+        try:
+            return _parsed(*given)
+        except TypeError:  # what cannot be hashed
+            return _parsed.__wrapped__(*given)
+
+    @cached_property
+    def are_plain(self) -> bool:
+        """Whether small stacks may take the short way."""
+        mirrored = self.lower and self.assume_a in MIRRORED
+        return not (mirrored or self.min_rcond or self.logdet or self.device == "gpu")
+
+    def invert_small(self, a: Any, *, account: bool) -> Any:
+        """Invert a small array in which nothing needs to be said of any matrix; return None for all others."""
+        if (
+            type(a) is np.ndarray
+            and a.nbytes <= LARGEST_SMALL_NBYTES
+            and self.are_plain
+            and (self.device == "cpu" or why_unusable() is not None)
+        ):
+            return invert_small(a, assume_a=self.assume_a, account=account)
+        return None
 
     def invert(self, block: Any, place: Place, *, out: Any = None, masked: Any = None) -> AnyInverseEx:
         """Invert a block of plain numbers, shape ``(*, n, n)``, in main memory or on a GPU.

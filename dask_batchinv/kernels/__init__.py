@@ -20,6 +20,7 @@ import numpy.typing as npt
 from dask_batchinv.kernels import lapack
 from dask_batchinv.kernels.blas_threads import one_blas_thread
 from dask_batchinv.kernels.cpu import dispatch as cpu
+from dask_batchinv.kernels.cpu import small_calls
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.kernels.device import device_for, is_gpu_array, parse_device
@@ -28,6 +29,8 @@ from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
+#: Bytes of a stack up to which `invert_small` takes it.
+LARGEST_SMALL_NBYTES = small_calls.LARGEST_NBYTES
 
 #: Rises when one of our own kernels gives other bits than before for any matrix. A target goes on with the kernels that
 #: began it, or not at all.
@@ -108,6 +111,27 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
         compile_nbytes=partial(cpu.compile_nbytes, structure=assume_a),
         is_ours=partial(cpu.has_kernel, structure=assume_a),
     )
+
+
+def invert_small(a: Array, *, assume_a: AssumeA, account: bool) -> Any:
+    """Invert a small stack in main memory on the CPU, if nothing needs to be said of any of its matrices.
+
+    Parameters
+    ----------
+    a : array
+        The stack, of at most `LARGEST_SMALL_NBYTES`.
+    assume_a : str
+        As for `invert_block`.
+    account : bool
+        Whether to return an `InverseEx`, or the inverses alone.
+
+    Returns
+    -------
+    InverseEx or array, or None
+        None if `invert_block` must say what is the matter, or there is no short way for such stacks.
+    """
+    found = cpu.invert_small(a, structure=assume_a, account=account)
+    return InverseEx(*found) if account and found is not None else found
 
 
 def read_part(a: Array, assume_a: AssumeA, *, lower: bool = False) -> Array:

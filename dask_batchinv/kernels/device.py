@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dask.config
 
@@ -12,6 +12,9 @@ from dask_batchinv.text import CleanError
 
 #: The oldest cards that CUDA 13 compiles for.
 OLDEST = 75
+
+
+_DEVICES = get_args(Device)
 
 
 class DeviceError(CleanError, RuntimeError):
@@ -42,9 +45,13 @@ def is_gpu_array(a: Any) -> bool:
 
 def parse_device(device: Device) -> Device:
     """Return the device that was asked for: for "auto", the Dask configuration ``batchinv.device`` decides."""
-    device = parse_choice("device", device, Device)
+    # `parse_choice` takes its time.
+    if device not in _DEVICES:
+        parse_choice("device", device, Device)
     if device == "auto":
-        device = parse_choice("dask.config batchinv.device", dask.config.get("batchinv.device", "auto"), Device)
+        device = dask.config.get("batchinv.device", "auto")
+        if device not in _DEVICES:
+            parse_choice("dask.config batchinv.device", device, Device)
     return device
 
 

@@ -128,7 +128,7 @@ def peak_gflops(itemsize: int) -> float:
             e.store(total.get(), e.at(e.a, i * lanes))
         return e.finish()
 
-    function = compiler.load(name, write, b"")
+    (function,) = compiler.load(name, write, b"", {name: compiler.SIGNATURE})
     memory = np.zeros(chains * lanes, f"f{itemsize}")
     run = _timed(lambda: function(*[memory.ctypes.data] * 4, rounds, memory.ctypes.data, 0))
     seconds = min(run() for _ in range(5))

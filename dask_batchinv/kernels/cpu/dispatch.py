@@ -34,6 +34,7 @@ from dask_batchinv.kernels.cpu import (
     registers_ldl,
     registers_symmetric,
     registers_triangular,
+    small_calls,
     within_gauss_jordan,
     within_sweep,
     within_symmetric,
@@ -141,6 +142,8 @@ class _Loaded:
 
     function: compiler.Function
     workspace: Workspace
+    on_small: Callable[[int, int], int]
+    """The same for small stacks."""
 
 
 _loaded: dict[KernelSpec, _Loaded] = {}
@@ -218,6 +221,35 @@ def _in_wider(a: Array, out: Array, info: Array, rcond: Array, *, dtype: np.dtyp
     out[overflow] = complex(np.nan, np.nan) if out.dtype.kind == "c" else np.nan
 
 
+def invert_small(a: Array, *, structure: AssumeA, account: bool) -> Any:
+    """Invert a stack by the way that is short for small ones.
+
+    Returns
+    -------
+    array, or with `account` tuple of arrays
+        The inverses, or these, ``info`` and ``rcond``. None if there is no short way for such a stack, or some matrix
+        is not plainly good.
+    """
+    memory = small_calls.take(a, structure)
+    if memory is None:
+        if (
+            a.ndim < 2
+            or a.shape[-1] != a.shape[-2]
+            or a.size == 0
+            or a.dtype.char not in "fdFD"
+            or not a.dtype.isnative
+        ):
+            return None
+        spec = spec_of(a.shape[-1], a.dtype, structure, compiler.vector_nbytes())
+        if (kernel := _load(spec)) is None:
+            return None
+        memory = small_calls.Memory(a.shape, spec, kernel.workspace, kernel.on_small)
+    try:
+        return memory.invert(a, account=account)
+    finally:
+        small_calls.give_back(memory, structure)
+
+
 def _find_rcond(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:
     """Account for good matrices whose inverses are there, but not what their kernel could not tell."""
     rcond[:] = lapack.rcond_at_any_scale(lapack.METHODS[structure].read(a), out)
@@ -261,8 +293,14 @@ def _load(spec: KernelSpec) -> _Loaded | None:
         if spec not in _loaded:
             if (layout := layout_of(spec)) is None:
                 return None
-            function = compiler.load(spec.name, partial(layout.write, spec), _sources())
-            kernel = _Loaded(function, layout.workspace(spec))
+            workspace, small = layout.workspace(spec), small_calls.name_for(spec)
+            function, on_small = compiler.load(
+                spec.name,
+                lambda: layout.write(spec) + small_calls.text_for(spec, workspace),
+                _sources(),
+                {spec.name: compiler.SIGNATURE, small: small_calls.SIGNATURE},
+            )
+            kernel = _Loaded(function, workspace, on_small)
             _test(kernel, spec)
             _loaded[spec] = kernel
         return _loaded[spec]

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dask_batchinv.kernels.code_cache import cached, digest_of_sources
 
 #: ``f(a, inverse, info, rcond, count, scratch, nontemporal)``; ctypes lets go of the interpreter lock while it runs.
 Function = Callable[[int, int, int, int, int, int, int], None]
-_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 #: LLVM's compiler is shared by the threads of a process. A child forked while one of them uses it would find it in use
 #: for ever: forks wait until it is not. The lock is one that its thread may take again, should it fork itself.
 _lock = threading.RLock()
@@ -69,10 +69,11 @@ def description() -> str:
     return f"{processor}, LLVM {version}, llvmlite {llvmlite.__version__}"
 
 
-def load(name: str, write: Callable[[], str], sources: bytes, signature: Any = _SIGNATURE) -> Any:
-    """Return the function `name`, compiled from what `write` returns or read from the cache: by default a `Function`.
+def load(name: str, write: Callable[[], str], sources: bytes, functions: Mapping[str, Any]) -> list[Any]:
+    """Return functions, compiled from what `write` returns or read from the cache, where they are called `name`.
 
-    `sources` is a digest of what `write` is made of. The machine code stays as long as the process.
+    `sources` is a digest of what `write` is made of; `functions` has the ctypes prototype of each. The machine code
+    stays as long as the process.
     """
 
     def make() -> bytes:
@@ -82,15 +83,12 @@ def load(name: str, write: Callable[[], str], sources: bytes, signature: Any = _
 
     with _lock:
         code = cached(name, sources + _toolchain(), make)
-        library = (
-            llvm.JITLibraryBuilder()
-            .add_object_img(code)
-            .add_current_process()
-            .export_symbol(name)
-            .link(_engine(), f"{name}-{len(_libraries)}")
-        )
+        builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+        for function in functions:
+            builder.export_symbol(function)
+        library = builder.link(_engine(), f"{name}-{len(_libraries)}")
         _libraries.append(library)
-    return signature(library[name])
+    return [prototype(library[function]) for function, prototype in functions.items()]
 
 
 def _compile(text: str) -> bytes:

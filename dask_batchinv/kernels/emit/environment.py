@@ -16,7 +16,8 @@ from dask_batchinv.kernels.emit import compiler
 
 #: What compiling the function takes, once for a process; measured: 30 MiB, nearly all of it LLVM.
 COMPILE_NBYTES = 2**25
-_NAME = "exchange_environment"
+#: The function that is written for each processor.
+NAME = "exchange_environment"
 #: Holds on to the interpreter lock: letting go of it takes longer than the call.
 _SIGNATURE = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 
@@ -36,7 +37,7 @@ _MXCSR = _Register(
     f"""
     declare void @llvm.x86.sse.stmxcsr(ptr)
     declare void @llvm.x86.sse.ldmxcsr(ptr)
-    define i64 @{_NAME}(i64 %new) {{
+    define i64 @{NAME}(i64 %new) {{
         %place = alloca i32
         call void @llvm.x86.sse.stmxcsr(ptr %place)
         %old = load i32, ptr %place
@@ -53,7 +54,7 @@ _FPCR = _Register(
     f"""
     declare i64 @llvm.aarch64.get.fpcr()
     declare void @llvm.aarch64.set.fpcr(i64)
-    define i64 @{_NAME}(i64 %new) {{
+    define i64 @{NAME}(i64 %new) {{
         %old = call i64 @llvm.aarch64.get.fpcr()
         call void @llvm.aarch64.set.fpcr(i64 %new)
         ret i64 %old
@@ -92,5 +93,5 @@ def _access() -> _Access:
     register = REGISTERS.get(platform.machine())
     if register is None:
         return _Access(lambda environment: environment, 0)
-    exchange = compiler.load(_NAME, lambda: register.text, register.text.encode(), _SIGNATURE)
+    (exchange,) = compiler.load(NAME, lambda: register.text, register.text.encode(), {NAME: _SIGNATURE})
     return _Access(exchange, register.standard)
