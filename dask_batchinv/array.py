@@ -21,6 +21,7 @@ from dask_batchinv.chunks.plain_array import plain_array, read_directly
 from dask_batchinv.containers import check_meta, open_container, open_masked, plain_block
 from dask_batchinv.kernels import AnyInverseEx, InverseEx, InverseExLogdet
 from dask_batchinv.kernels.device import is_gpu_array
+from dask_batchinv.kernels.threads import threads_for_call
 from dask_batchinv.options import CallOptions
 from dask_batchinv.out import check_out, fill, is_plain, shares_memory
 from dask_batchinv.outcome import Place
@@ -264,7 +265,7 @@ def _invert_in_memory(a: Any, options: CallOptions, out: Any) -> Any:
 
 def _account(a: Any, options: CallOptions, missing: Any = None, out: Any = None) -> AnyInverseEx:
     _check(a)
-    return options.invert(a, Place(), masked=missing, out=out)
+    return options.invert(a, Place(), masked=missing, out=out, threads=threads_for_call())
 
 
 def _check(a: Any) -> None:

@@ -12,6 +12,7 @@ from dask_batchinv.kernels import (
     LARGEST_SMALL_NBYTES,
     MIRRORED,
     AnyInverseEx,
+    InverseEx,
     InverseExLogdet,
     invert_block,
     invert_small,
@@ -98,7 +99,9 @@ class CallOptions:
             return invert_small(a, assume_a=self.assume_a, account=account)
         return None
 
-    def invert(self, block: Any, place: Place, *, out: Any = None, masked: Any = None) -> AnyInverseEx:
+    def invert(
+        self, block: Any, place: Place, *, out: Any = None, masked: Any = None, threads: int = 1
+    ) -> AnyInverseEx:
         """Invert a block of plain numbers, shape ``(*, n, n)``, in main memory or on a GPU.
 
         Parameters
@@ -111,15 +114,21 @@ class CallOptions:
             Where to put the inverses: of their shape and dtype, in C order.
         masked : array of bool, shape ``(*,)``, optional
             Matrices that are known to be missing, which raises no error.
+        threads : int
+            How many threads may work on it.
 
         Raises
         ------
         SingularMatrixError
             As ``on_error`` says.
         """
+        if out is None and not self.logdet:
+            found: InverseEx | None = self.invert_small(block, account=True)
+            if found is not None:
+                return found
         results = invert_block(
             block, dtype=result_dtype(block.dtype), assume_a=self.assume_a, lower=self.lower, device=self.device,
-            min_rcond=self.min_rcond, out=out,
+            min_rcond=self.min_rcond, out=out, threads=threads,
         )  # fmt: skip
         if self.on_error == "skipna":
             masked = self.has_nan(block, results.info)

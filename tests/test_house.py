@@ -19,7 +19,7 @@ FLOORS = [
     ["urls", "_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "torch_tensors"],
-    ["address"],
+    ["address", "kernels.threads"],
     ["kernels.cpu", "kernels.cuda", "location", "chunks"],
     ["repositories"],
     ["kernels", "unfinished", "places"],

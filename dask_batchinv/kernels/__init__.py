@@ -195,6 +195,7 @@ def invert_block(
     device: Device = "auto",
     min_rcond: float = 0.0,
     out: Array | None = None,
+    threads: int = 1,
 ) -> InverseEx:
     """Invert one block of shape ``(*, n, n)`` that is in main memory or on a GPU, where the results then are too.
 
@@ -212,6 +213,8 @@ def invert_block(
         Good matrices with a smaller ``rcond`` get ``info`` -3 and NaN.
     out : array, optional
         Where to put the inverse: of its shape and dtype, in C order.
+    threads : int
+        How many threads may work on it, where that is done by the CPU.
 
     Returns
     -------
@@ -221,7 +224,9 @@ def invert_block(
     mirrored = lower and assume_a in MIRRORED
     # On the GPU that it is on, if it is on one.
     with standard_environment(), a.device if is_gpu_array(a) else nullcontext():
-        results = _invert_block(a.swapaxes(-2, -1) if mirrored else a, np.dtype(dtype), assume_a, where, min_rcond, out)
+        results = _invert_block(
+            a.swapaxes(-2, -1) if mirrored else a, np.dtype(dtype), assume_a, where, min_rcond, out, threads
+        )
         if mirrored and assume_a != "symmetric" and results.inverse.dtype.kind == "c":
             # A Hermitian matrix is its transpose conjugated, and so is its inverse.
             results.inverse.imag *= -1
@@ -229,7 +234,13 @@ def invert_block(
 
 
 def _invert_block(
-    a: Any, dtype: np.dtype[Any], assume_a: AssumeA, where: Literal["cpu", "gpu"], min_rcond: float, out: Array | None
+    a: Any,
+    dtype: np.dtype[Any],
+    assume_a: AssumeA,
+    where: Literal["cpu", "gpu"],
+    min_rcond: float,
+    out: Array | None,
+    threads: int,
 ) -> InverseEx:
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
@@ -242,7 +253,13 @@ def _invert_block(
     info, rcond = empty(m, np.int32), empty(m, np.finfo(dtype).dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         native = (a if on_gpu else np.asarray(a)).astype(dtype, order="C" if on_gpu else "K", copy=False)
-    invert = partial(cuda.invert, assume_a=assume_a) if on_gpu else choose_kernel(assume_a, where).invert
+    invert: Callable[[Array, Array, Array, Array], None]
+    if on_gpu:
+        invert = partial(cuda.invert, assume_a=assume_a)
+    elif where == "cpu":
+        invert = partial(cpu.invert, structure=assume_a, threads=threads)
+    else:
+        invert = choose_kernel(assume_a, where).invert
     invert(native.reshape(m, n, n), out, info, rcond)
     if min_rcond > 0:
         poor = (info == int(Info.GOOD)) & (rcond < min_rcond)

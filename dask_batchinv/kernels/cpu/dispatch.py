@@ -43,6 +43,7 @@ from dask_batchinv.kernels.cpu import (
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.emit import compiler
 from dask_batchinv.kernels.emit.environment import COMPILE_NBYTES
+from dask_batchinv.kernels.threads import run_all
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA
 
@@ -51,6 +52,9 @@ Array = npt.NDArray[Any]
 _ALIGNMENT = 64
 #: Bytes of inverses from which on they are written with non-temporal stores.
 NONTEMPORAL_NBYTES = 2**23
+#: Parts that a block is cut into for each thread, so that none waits long for another; and the time in nanoseconds, a
+#: rough estimate, that no part should take less than.
+PARTS_PER_THREAD, SHORTEST_PART = 4, 50_000
 
 
 class KernelError(RuntimeError):
@@ -183,17 +187,42 @@ def _tested(workspace: Workspace) -> int:
     return max(3, workspace.group + 1)
 
 
-def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:
+def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA, threads: int = 1) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
+    kernel = _load(spec_of(a.shape[-1], a.dtype, structure, compiler.vector_nbytes()))
+    nontemporal = out.nbytes >= NONTEMPORAL_NBYTES
+
+    def work(part: slice) -> None:
+        _invert(kernel, a[part], out[part], info[part], rcond[part], structure, nontemporal=nontemporal)
+
+    parts = _parts(a, kernel.workspace.group if kernel else 1, threads)
+    if len(parts) == 1:
+        work(parts[0])
+    else:
+        run_all(work, parts, threads)
+
+
+def _parts(a: Array, group: int, threads: int) -> list[slice]:
+    """Cut a block for threads: into whole groups, and no parts that are done as soon as a thread is asked."""
     m, n = a.shape[:2]
-    kernel = _load(spec_of(n, a.dtype, structure, compiler.vector_nbytes()))
+    # Roughly: a few operations for each product of the elimination, and a few bytes a nanosecond.
+    nanoseconds = m * n * n * (n / 16 + a.itemsize / 4)
+    count = int(min(PARTS_PER_THREAD * threads, nanoseconds / SHORTEST_PART, m / group)) if threads > 1 else 1
+    step = -(-m // max(1, count) // group) * group
+    return [slice(start, start + step) for start in range(0, m, step)] if count > 1 else [slice(None)]
+
+
+def _invert(
+    kernel: _Loaded | None, a: Array, out: Array, info: Array, rcond: Array, structure: AssumeA, *, nontemporal: bool
+) -> None:
+    m, n = a.shape[:2]
     if kernel is None:
         lapack.invert(a, out, info, rcond, structure=structure)
         return
     # As many as are copied at a time, where they must be.
     step = max(kernel.workspace.group, lapack.GROUP_NBYTES // (n * n * a.itemsize))
     if all(x.flags.c_contiguous and x.flags.aligned for x in (a, out, info, rcond)):
-        _run(kernel, a, out, info, rcond)
+        _run(kernel, a, out, info, rcond, nontemporal=nontemporal)
     else:
         for start in range(0, m, step):
             _on_copies(partial(_run, kernel), slice(start, start + step), a, out, info, rcond)
@@ -264,13 +293,13 @@ def _on_copies(invert_part: Callable[..., None], part: slice | Array, a: Array, 
         x[part] = copy
 
 
-def _run(kernel: _Loaded, a: Array, out: Array, info: Array, rcond: Array) -> None:
+def _run(kernel: _Loaded, a: Array, out: Array, info: Array, rcond: Array, *, nontemporal: bool = False) -> None:
     memory = np.empty(kernel.workspace.nbytes + _ALIGNMENT, np.uint8)
     scratch = -(-memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
 
     def call(start: int, count: int, *arrays: Array) -> None:
         at, *others = (x[start:].ctypes.data for x in arrays)
-        kernel.function(at, others[0], others[1], others[2], count, scratch, out.nbytes >= NONTEMPORAL_NBYTES)
+        kernel.function(at, others[0], others[1], others[2], count, scratch, nontemporal)
 
     m, group = len(a), kernel.workspace.group
     call(0, m // group, a, out, info, rcond)
