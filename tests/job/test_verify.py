@@ -11,6 +11,7 @@ from dask_batchinv.job.target.found import inspect
 from dask_batchinv.job.target.ledger import COLUMNS
 from dask_batchinv.job.target.state import State
 from dask_batchinv.job.worker.verify_tiles import residual_ratios
+from dask_batchinv.kernels import GENERATION
 from dask_batchinv.location import Location
 from tests.support.stacks import assert_same_bits, conditioned, residual_ratio
 from tests.support.targets import tree
@@ -151,7 +152,7 @@ def test_what_is_known_of_a_target(tmp_path, make_source, client):
     target = inspect(Location.parse(tmp_path / "t"))
     assert target.state is State.COMPLETE
     assert target.fingerprint["assume_a"] == "general"
-    assert target.fingerprint["generation of the kernel"] == 1
+    assert target.fingerprint["generation of the kernel"] == GENERATION
 
 
 def test_of_many_tiles_that_are_not_recorded_the_first_are_named(tmp_path, make_source, client):
