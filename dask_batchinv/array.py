@@ -362,6 +362,9 @@ def _inverse_of_block(
 
 
 def _results_of_block(block: Any, options: CallOptions, block_info: Any = None, out: Any = None) -> AnyInverseEx:
+    found: InverseEx | None = options.invert_small(block, account=True) if out is None else None
+    if found is not None:
+        return found
     place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in _spans(block, block_info)[:-2]))
     if isinstance(block, np.ma.MaskedArray):
         opened = open_masked(block, options)

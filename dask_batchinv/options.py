@@ -12,7 +12,6 @@ from dask_batchinv.kernels import (
     LARGEST_SMALL_NBYTES,
     MIRRORED,
     AnyInverseEx,
-    InverseEx,
     InverseExLogdet,
     invert_block,
     invert_small,
@@ -122,10 +121,6 @@ class CallOptions:
         SingularMatrixError
             As ``on_error`` says.
         """
-        if out is None and not self.logdet:
-            found: InverseEx | None = self.invert_small(block, account=True)
-            if found is not None:
-                return found
         results = invert_block(
             block, dtype=result_dtype(block.dtype), assume_a=self.assume_a, lower=self.lower, device=self.device,
             min_rcond=self.min_rcond, out=out, threads=threads,

@@ -91,15 +91,6 @@ class _Diagonals:
         return failed.get(), norm.get(), norm_of_inverse.get(), largest.get()
 
 
-def _report(
-    e: Emitter, spec: KernelSpec, index: Value, info: Value, norm: Value, norm_of_inverse: Value, finite: Value
-) -> None:
-    marked = scaling.marked(e, info, norm, norm_of_inverse, spec.parts)
-    e.store(e.resize(marked, e.int32), e.at(e.info, index, e.int32), align=4)
-    rcond = scaling.rcond_of(e, norm, norm_of_inverse)
-    e.store(scaling.rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, index))
-
-
 def _write_per_lane(e: Emitter, spec: KernelSpec) -> None:
     n, parts, size, lanes = spec.n, spec.parts, spec.size, spec.lanes
     streaming = Streaming(e, size, e.at(e.scratch, n * parts * lanes))
@@ -133,7 +124,7 @@ def _write_per_lane(e: Emitter, spec: KernelSpec) -> None:
             e.loop(0, size) as at,
         ):
             e.store(e.number(float("nan")), e.at(target, lane * size + at))
-        _report(e, spec, group * lanes, info, norm, norm_of_inverse, finite)
+        scaling.write_account(e, group * lanes, info, norm, norm_of_inverse, finite, parts)
     streaming.finish()
 
 
@@ -176,4 +167,4 @@ def _write_within(e: Emitter, spec: KernelSpec) -> None:
                 e.store(e.numbers(float("nan")), e.at(target, at))
             e.store_first(e.numbers(float("nan")), e.at(target, whole), size - whole)
         largest_of = [e.lane(across(e, x, partial(scaling.larger_sum, e)), 0) for x in (norm, norm_of_inverse)]
-        _report(e, spec, index, info, largest_of[0], largest_of[1], finite)
+        scaling.write_account(e, index, info, largest_of[0], largest_of[1], finite, parts)

@@ -54,11 +54,7 @@ def write(algorithm: Algorithm, spec: KernelSpec) -> str:
         target = streaming.target(group)
         norm_of_inverse = inverted.store(target)
         info = _judge(g, inverted.failed, finite, scale, norm_of_inverse, target)
-        first = group * spec.lanes
-        marked = scaling.marked(e, info, inverted.norm, norm_of_inverse, spec.parts)
-        e.store(e.resize(marked, e.int32), e.at(e.info, first, e.int32), align=4)
-        rcond = scaling.rcond_of(e, inverted.norm, norm_of_inverse)
-        e.store(scaling.rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, first))
+        scaling.write_account(e, group * spec.lanes, info, inverted.norm, norm_of_inverse, finite, spec.parts)
     streaming.finish()
     return e.finish()
 

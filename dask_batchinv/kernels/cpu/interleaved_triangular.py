@@ -70,13 +70,10 @@ class _Triangle:
                 g.keep(number, self._entry(i, j))
                 total.set(total.get() + number.modulus())
             norm.set(scaling.larger_sum(e, total.get(), norm.get()))
-            # The last that is met of upper triangles is their first.
-            row = g.row_number(self._row(j) + 1)
-            before = failed.get()
-            found = g.read(self._entry(j, j)).size().eq(0.0) & (
-                before.eq(0) if not self.is_upper else before.eq(before)
-            )
-            failed.set(e.select(found, row, before))
+            found = g.read(self._entry(j, j)).size().eq(0.0)
+            if not self.is_upper:  # of those the last that is met is the first
+                found = found & failed.get().eq(0)
+            failed.set(e.select(found, g.row_number(self._row(j) + 1), failed.get()))
         return failed.get(), norm.get()
 
     def invert_row(self, i: Value) -> None:

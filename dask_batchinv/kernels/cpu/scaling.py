@@ -146,6 +146,15 @@ def marked(e: Emitter, info: Value, norm: Value, norm_of_inverse: Value, parts: 
     return result.get()
 
 
+def write_account(
+    e: Emitter, index: Value, info: Value, norm: Value, norm_of_inverse: Value, finite: Value, parts: int
+) -> None:
+    """Write ``info`` and ``rcond`` of a matrix, or of those in the lanes, from a place on."""
+    e.store(e.resize(marked(e, info, norm, norm_of_inverse, parts), e.int32), e.at(e.info, index, e.int32), align=4)
+    rcond = rcond_of(e, norm, norm_of_inverse)
+    e.store(rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, index))
+
+
 def rcond_or_failure(e: Emitter, rcond: Value, info: Value, finite: Value) -> Value:
     """Return what ``rcond`` is to be: 0 for singular matrices, NaN for those with infinities or NaN."""
     return e.select(finite, e.select(info > 0, e.like(rcond, 0.0), rcond), e.like(rcond, float("nan")))

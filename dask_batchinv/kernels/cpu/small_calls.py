@@ -23,8 +23,8 @@ from dask_batchinv.stack import AssumeA
 Array = npt.NDArray[Any]
 #: ``f(arrays, count)``, see `text_for`; it holds on to the interpreter lock, as letting go of it takes longer.
 SIGNATURE = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
-#: Bytes of a stack up to which it is a small one.
-LARGEST_NBYTES = 2**17
+#: Bytes of a stack up to which it is a small one: other threads wait for the lock that long.
+LARGEST_NBYTES = 2**15
 #: Shapes for which a thread keeps memory at a time.
 _KEPT = 8
 _ALIGNMENT = 64

@@ -295,10 +295,7 @@ def report(a: WorkspaceMatrix, index: Value, failing: Callable[[Value], Value]) 
     pivot = e.select(pivot > s.n, e.integer(0), pivot)
     finite = ~a.get(a.state, FINITE).eq(0)
     info = scaling.info_of(e, pivot, finite, ~scaling.is_finite(e, largest))
-    marked = scaling.marked(e, info, norm, norm_of_inverse, s.parts)
-    e.store(e.resize(marked, e.int32), e.at(e.info, index, e.int32), align=4)
-    rcond = scaling.rcond_of(e, norm, norm_of_inverse)
-    e.store(scaling.rcond_or_failure(e, rcond, info, finite), e.at(e.rcond, index))
+    scaling.write_account(e, index, info, norm, norm_of_inverse, finite, s.parts)
     target = e.at(e.inverse, index * s.size)
     with e.when(~info.eq(0)):
         each_block(
