@@ -34,7 +34,7 @@ LARGEST_SMALL_NBYTES = small_calls.LARGEST_NBYTES
 
 #: Rises when one of our own kernels gives other bits than before for any matrix. A target goes on with the kernels that
 #: began it, or not at all.
-GENERATION = 2
+GENERATION = 3
 
 #: The structures of which one triangle is read, and says what is in the other.
 MIRRORED = ("symmetric", "hermitian", "positive definite")

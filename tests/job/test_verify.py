@@ -128,7 +128,7 @@ def test_residuals_of_verify_are_those_of_lapack():
         a = conditioned(30, 5, cond)
         # Errors well above what the measuring itself, in double precision, adds.
         x = inverse_ex(a).inverse * (1 + 1e-14 * np.random.default_rng(0).normal(size=a.shape))
-        np.testing.assert_allclose(residual_ratios(a, x), residual_ratio(a, x), rtol=0.2)
+        np.testing.assert_allclose(residual_ratios(a, x), residual_ratio(a, x, worse=False), rtol=0.2)
         for power in (-900, 900):
             scaled = residual_ratios(np.ldexp(a, power), np.ldexp(x, -power))
             assert_same_bits(scaled, residual_ratios(a, x))

@@ -21,7 +21,8 @@ def test_residual_over_condition_numbers(run, backend, structure, dtype):
     eps = np.finfo(dtype).eps
     for n in SIZES[backend]:
         for cond in (2, eps**-0.25, eps**-0.5, 0.1 / eps):
-            a = conditioned(20 if n < 32 else 5, n, cond, dtype, structure)
+            m = 20 if n < 32 else 5
+            a = np.concatenate([conditioned(m, n, cond, dtype, structure, one_large=mode) for mode in (False, True)])
             x, info, rcond = run(a, structure)
             assert not info.any()
             assert residual_ratio(a, x).max() <= 3

@@ -97,6 +97,11 @@ def sample(rng: np.random.Generator, kind: str, type_: str, m: int, n: int, dtyp
 
 
 def _singular_values(rng: np.random.Generator, m: int, n: int, cond: float) -> Array:
-    """Singular values from 1 down to 1 / cond, spaced evenly or in ratio, as xLATMS's modes 4 and 3."""
-    evenly, in_ratio = np.linspace(1, 1 / cond, n), np.geomspace(1, 1 / cond, n)
-    return np.where(rng.random((m, 1)) < 0.5, evenly, in_ratio)
+    """Singular values from 1 to 1 / cond: one large, one small, in ratio or evenly spaced, as xLATMS's modes 1 to 4.
+
+    Its tests take the last two alone, and miss what blocked elimination does to the first.
+    """
+    one_large, one_small = np.full(n, 1 / cond), np.ones(n)
+    one_large[0], one_small[-1] = 1, 1 / cond
+    modes = np.array([one_large, one_small, np.geomspace(1, 1 / cond, n), np.linspace(1, 1 / cond, n)])
+    return modes[rng.integers(4, size=m)]

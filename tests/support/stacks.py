@@ -32,11 +32,23 @@ def orthogonal(rng: np.random.Generator, m: int, n: int, dtype: Any) -> Array:
 
 
 def conditioned(
-    m: int, n: int, cond: float, dtype: Any = "float64", structure: str = "general", seed: int = 0
+    m: int,
+    n: int,
+    cond: float,
+    dtype: Any = "float64",
+    structure: str = "general",
+    seed: int = 0,
+    *,
+    one_large: bool = False,
 ) -> Array:
-    """Return m matrices whose 2-norm condition number is `cond` (for triangular ones: about)."""
+    """Return m matrices whose 2-norm condition number is `cond` (for triangular ones: about).
+
+    Their singular values fall evenly in ratio, or one is large and all others are small.
+    """
     rng = np.random.default_rng(seed)
     values = np.geomspace(1, 1 / cond, n)
+    if one_large:
+        values[1:] = 1 / cond
     q = orthogonal(rng, m, n, dtype)
     qh = q.conj().swapaxes(1, 2)
     if structure == "general":
@@ -55,8 +67,11 @@ def conditioned(
     return np.ascontiguousarray(a.astype(dtype))
 
 
-def residual_ratio(a: Array, x: Array) -> Array:
-    """min(‖XA - I‖₁, ‖AX - I‖₁) / (n eps ‖A‖₁ ‖X‖₁) per matrix, in long double: LAPACK's dget03, the better side."""
+def residual_ratio(a: Array, x: Array, worse: bool = True) -> Array:
+    """max(‖XA - I‖₁, ‖AX - I‖₁) / (n eps ‖A‖₁ ‖X‖₁) per matrix, in long double: LAPACK's dget03, but for both sides.
+
+    Not `worse`: of the better side alone.
+    """
     n, eps = a.shape[-1], np.finfo(a.dtype).eps
     wide = np.clongdouble if a.dtype.kind == "c" else np.longdouble
     aw, xw = a.astype(wide), x.astype(wide)
@@ -65,7 +80,7 @@ def residual_ratio(a: Array, x: Array) -> Array:
         return np.abs(b).sum(axis=-2).max(axis=-1)
 
     sides = [norm(np.einsum("mij,mjk->mik", p, q) - np.eye(n)) for p, q in ((xw, aw), (aw, xw))]
-    return np.asarray(np.minimum(*sides) / (n * eps * norm(aw) * norm(xw)), float)
+    return np.asarray((np.maximum if worse else np.minimum)(*sides) / (n * eps * norm(aw) * norm(xw)), float)
 
 
 def assert_same_bits(a: Any, b: Any) -> None:

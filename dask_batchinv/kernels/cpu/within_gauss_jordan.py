@@ -8,7 +8,9 @@ With P the column that takes the place of column k, and r its pivot's row, one s
 
     every other column:  a[:, j] <- (a[:, j] with a[r, j] set to 0) + a[r, j] P
 
-and after the columns of a panel the same holds for all others with the sum over the panel.
+The columns outside a panel get the sums of all its steps at once, and they are the very sums that they would get one by
+one: each P is saved as it is at its turn, and f, what a[r, j] is at its turn, is found beforehand. With P as the whole
+panel leaves it, ‖AX - I‖ grows with the condition number: 10¹¹ times at 10¹⁵.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from dask_batchinv.kernels.cpu.within_workspace import (
     settle,
 )
 from dask_batchinv.kernels.emit.emitter import Emitter
-from dask_batchinv.kernels.emit.number import Number
+from dask_batchinv.kernels.emit.number import Number, constant_number
 from dask_batchinv.kernels.emit.transpose import transpose
 from dask_batchinv.kernels.emit.values import INT, Value
 
@@ -167,6 +169,16 @@ class _Panel:
         """Load one number of column q of the panel, in all lanes."""
         return self.a.entry(self.start, self.e.integer(q), row).splat()
 
+    def factors(self, q: int, pivots: list[Value]) -> list[Number]:
+        """Return f of column q for each step of another panel, in all lanes."""
+        a, e, found = self.a, self.e, list[Number]()
+        for p, row in enumerate(pivots):
+            number = a.entry(self.start, e.integer(q), row)
+            for earlier, factor in enumerate(found):
+                number = number.plus_product(factor, a.entry(a.scaled, e.integer(p), e.integer(earlier)))
+            found.append(number)
+        return [number.splat() for number in found]
+
 
 def _search(panel: _Panel, q: int) -> Value:
     """Find the largest number of a column in rows that have not been pivots; note its size, return its row."""
@@ -193,6 +205,10 @@ class _Step:
         if p == 0:
             for v in range(a.s.vectors):
                 a.set(a.others, v, e.integer(-1))
+        for q in range(p):
+            # For the rows of later pivots P becomes a part of their f.
+            a.set_entry(a.entry(a.saved, e.integer(q), row), a.scaled, e.integer(p), e.integer(q))
+            a.set_entry(constant_number(e, e.number(0.0), a.s.parts), a.saved, e.integer(q), row)
         word, bit = row >> (e.lanes.bit_length() - 1), e.integer(1) << (row & (e.lanes - 1))
         a.set(a.used, word, a.get(a.used, word) | bit)
         a.set(a.others, word, a.get(a.others, word) & ~bit)
@@ -210,6 +226,7 @@ class _Step:
             if first:
                 replacing = self.inverse.where(here, replacing * minus)
                 panel.store(replacing, self.p, v)
+                panel.a.store(replacing, panel.a.saved, e.integer(self.p), v)
             for q, factor in zip(columns, factors, strict=True):
                 panel.store(only(~here, panel.load(q, v)).plus_product(factor, replacing), q, v)
 
@@ -224,13 +241,13 @@ def _update_others(panel: _Panel, index: Value, width: int) -> None:
     def update(j: Value, count: int) -> None:
         prefetch_next(e, s, index, k0, j, count)
         columns = _Panel(a, j)
-        factors = [[columns.entry(t, row) for row in pivots] for t in range(count)]
+        factors = [columns.factors(t, pivots) for t in range(count)]
 
         def body(v: Value) -> None:
             stay = e.mask_from(a.get(a.others, v))
             sums = [only(stay, columns.load(t, v)) for t in range(count)]
             for p in range(width):
-                replacing = panel.load(p, v)
+                replacing = a.load(a.saved, e.integer(p), v)
                 sums = [total.plus_product(f[p], replacing) for f, total in zip(factors, sums, strict=True)]
             for t, total in enumerate(sums):
                 columns.store(total, t, v)

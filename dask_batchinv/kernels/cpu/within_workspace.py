@@ -120,6 +120,12 @@ class WorkspaceMatrix:
         first = e.at(rows, row * s.stride + index)
         return Number(e, tuple(e.load(e.at(first, part * s.length), e.real) for part in range(s.parts)))
 
+    def set_entry(self, number: Number, rows: Value, row: Value, index: Value) -> None:
+        """Store one number."""
+        e, first = self.e, self.e.at(rows, row * self.s.stride + index)
+        for part, value in enumerate(number.parts):
+            e.store(value, e.at(first, part * self.s.length))
+
     def part_of_row(self, rows: Value, row: Value, index: Value, count: int) -> Number:
         """Load some adjacent numbers."""
         e, first = self.e, self.e.at(rows, row * self.s.stride + index)
