@@ -47,7 +47,7 @@ def test_the_width_of_vectors_changes_no_bit(kind, n, dtype):
         if nbytes > compiler.vector_nbytes():
             continue  # narrower vectors run anywhere, wider ones do not
         a, *results = blocks(n, dtype, kind)
-        dispatch._run(dispatch._load(spec_of(n, dtype, kind, nbytes)), a, *results)
+        dispatch._load(spec_of(n, dtype, kind, nbytes)).run(a, *results)
         expected = expected or results
         for got, want in zip(results, expected, strict=True):
             assert_same_bits(got, want)
@@ -116,7 +116,7 @@ def test_an_unaligned_block_is_served(dtype):
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "general"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beyond_the_largest_lapack_takes_over(kind, dtype):
     a = conditioned(2, 513, 10, dtype, kind)
@@ -164,7 +164,7 @@ def test_overflow_on_the_way_is_noticed_whatever_column_it_is_in(n, dtype, kind)
 
 @pytest.mark.parametrize("harm", ["value", "info", "neighbour"])
 def test_a_wrongly_compiled_kernel_is_refused(monkeypatch, harm):
-    true_run = dispatch._run
+    true_run = dispatch._Grouped.run
 
     def wrong(kernel, a, out, info, rcond):
         true_run(kernel, a, out, info, rcond)
@@ -176,7 +176,7 @@ def test_a_wrongly_compiled_kernel_is_refused(monkeypatch, harm):
             out[3] = np.nan
 
     monkeypatch.setattr(dispatch, "_loaded", {})
-    monkeypatch.setattr(dispatch, "_run", wrong)
+    monkeypatch.setattr(dispatch._Grouped, "run", wrong)
     with pytest.raises(dispatch.KernelError, match=r"kernel general_4_d_\d+ gives wrong results on this machine"):
         dispatch._load(spec_of(4, "float64", "general", compiler.vector_nbytes()))
 

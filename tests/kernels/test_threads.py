@@ -39,7 +39,7 @@ def test_threads_change_no_bit(in_short_parts, monkeypatch, n, structure, dtype)
 
 
 def test_several_threads_are_at_work(in_short_parts, monkeypatch):
-    seen, together, run = set(), threading.Barrier(3, timeout=60), dispatch._run
+    seen, together, run = set(), threading.Barrier(3, timeout=60), dispatch._Grouped.run
     waiting = threading.local()
 
     def noted(*arguments, **options):
@@ -51,7 +51,7 @@ def test_several_threads_are_at_work(in_short_parts, monkeypatch):
 
     a = conditioned(2000, 3, 10)
     dispatch._load(dispatch.spec_of(3, "float64", "general", dispatch.compiler.vector_nbytes()))
-    monkeypatch.setattr(dispatch, "_run", noted)
+    monkeypatch.setattr(dispatch._Grouped, "run", noted)
     with dask.config.set({"batchinv.threads": 3}):
         inverse(a.repeat(10, axis=0))
     assert len(seen) == 3
@@ -82,7 +82,7 @@ def test_what_is_no_number_of_threads_is_refused(wrong):
 
 
 def test_an_error_in_a_thread_is_the_error_of_the_call(in_short_parts, monkeypatch):
-    run, calls = dispatch._run, []
+    run, calls = dispatch._Grouped.run, []
 
     def failing(*arguments, **options):
         calls.append(1)
@@ -92,11 +92,11 @@ def test_an_error_in_a_thread_is_the_error_of_the_call(in_short_parts, monkeypat
 
     a = conditioned(20_000, 3, 10)
     inverse(a[:3])
-    monkeypatch.setattr(dispatch, "_run", failing)
+    monkeypatch.setattr(dispatch._Grouped, "run", failing)
     with dask.config.set({"batchinv.threads": 4}), pytest.raises(MemoryError, match="no more"):
         inverse(a)
     assert threads._busy == 0
-    monkeypatch.setattr(dispatch, "_run", run)
+    monkeypatch.setattr(dispatch._Grouped, "run", run)
     with dask.config.set({"batchinv.threads": 4}):
         a[15_000] = 0
         with pytest.raises(SingularMatrixError) as caught:

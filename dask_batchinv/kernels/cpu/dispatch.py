@@ -1,10 +1,11 @@
 """The CPU kernels of our own: which one takes which matrices, and calling it.
 
-Three layouts share the work. Which one a matrix gets depends on its size and dtype alone, never on the machine, and
+Four layouts share the work. Which one a matrix gets depends on its size and dtype alone, never on the machine, and
 each gives the same bits for vectors of any width:
 
     `registers`, `interleaved`   one matrix per lane: the smallest matrices, and small ones
     `within`                     vectors within a matrix
+    `blocked`                    the same for large ones, of which several threads may share one
 
 Beyond the largest of each structure LAPACK's blocked routines take over.
 """
@@ -14,10 +15,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from dask_batchinv.kernels import lapack
 from dask_batchinv.kernels.code_cache import digest_of_sources
 from dask_batchinv.kernels.cpu import (
+    blocked,
     diagonal,
     interleaved_gauss_jordan,
     interleaved_group,
@@ -52,6 +54,8 @@ Array = npt.NDArray[Any]
 _ALIGNMENT = 64
 #: Bytes of inverses from which on they are written with non-temporal stores.
 NONTEMPORAL_NBYTES = 2**23
+#: The largest n of which each thread has a matrix of its own: beyond, scratch memory for all of them would be too much.
+_SHARED_OUT = 1024
 #: Parts that a block is cut into for each thread, so that none waits long for another; and the time in nanoseconds, a
 #: rough estimate, that no part should take less than.
 PARTS_PER_THREAD, SHORTEST_PART = 4, 50_000
@@ -79,17 +83,18 @@ class Layout:
     def takes(self, spec: KernelSpec) -> bool:
         """Tell whether a kernel is written in this layout."""
         # Where rows of matrices are a high power of two apart, a group of them maps to the same cache sets.
-        crowded = self.name not in ("within", "diagonal") and spec.n % 32 == 0
+        crowded = self.name in ("registers", "interleaved") and spec.n % 32 == 0
         return self.structure == spec.structure and 0 < spec.n <= self.largest[spec.dtype.char] and not crowded
 
 
 _PER_LANE = interleaved_group.workspace
-_ALL_512 = dict.fromkeys("fdFD", 512)
+_ALL_512, _ALL = dict.fromkeys("fdFD", 512), dict.fromkeys("fdFD", 2**20)
 #: The first that takes a matrix has it.
 LAYOUTS = (
     Layout("registers", "general", {"f": 6, "d": 6, "F": 4, "D": 4}, registers_gauss_jordan.write, _PER_LANE),
     Layout("interleaved", "general", {"f": 24, "d": 20, "F": 16, "D": 14}, interleaved_gauss_jordan.write, _PER_LANE),
     Layout("within", "general", _ALL_512, within_gauss_jordan.write, within_gauss_jordan.workspace),
+    Layout("blocked", "general", _ALL, blocked.write, blocked.workspace),
     Layout("registers", "positive definite", {"f": 7, "d": 7, "F": 4, "D": 4}, registers_ldl.write, _PER_LANE),
     Layout("interleaved", "positive definite", {"f": 40, "d": 36, "F": 40, "D": 40}, interleaved_ldl.write, _PER_LANE),
     Layout("within", "positive definite", _ALL_512, within_sweep.write, within_sweep.workspace),
@@ -129,8 +134,8 @@ def layout_of(spec: KernelSpec) -> Layout | None:
 
     Examples
     --------
-    >>> [layout_of(spec_of(n, "float64", "general", 64)).name for n in (6, 7, 20, 21, 512)]
-    ['registers', 'interleaved', 'interleaved', 'within', 'within']
+    >>> [layout_of(spec_of(n, "float64", "general", 64)).name for n in (6, 7, 21, 512, 513)]
+    ['registers', 'interleaved', 'within', 'within', 'blocked']
     """
     return next((layout for layout in LAYOUTS if layout.takes(spec)), None)
 
@@ -140,17 +145,53 @@ def _sources() -> bytes:
     return digest_of_sources(Path(__file__).parent)
 
 
-@dataclass
-class _Loaded:
+class _Kernel(Protocol):
     """A compiled kernel."""
+
+    workspace: Workspace
+
+    def run(
+        self, a: Array, out: Array, info: Array, rcond: Array, *, nontemporal: bool = False, threads: int = 1
+    ) -> None:
+        """Invert a block whose arrays are contiguous."""
+
+
+@dataclass
+class _Grouped:
+    """A compiled kernel for groups of matrices."""
 
     function: compiler.Function
     workspace: Workspace
     on_small: Callable[[int, int], int]
     """The same for small stacks."""
 
+    def run(
+        self, a: Array, out: Array, info: Array, rcond: Array, *, nontemporal: bool = False, threads: int = 1
+    ) -> None:
+        """Invert a block whose arrays are contiguous, by one thread."""
+        memory = np.empty(self.workspace.nbytes + _ALIGNMENT, np.uint8)
+        scratch = -(-memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
 
-_loaded: dict[KernelSpec, _Loaded] = {}
+        def call(start: int, count: int, *arrays: Array) -> None:
+            at, *others = (x[start:].ctypes.data for x in arrays)
+            self.function(at, others[0], others[1], others[2], count, scratch, nontemporal)
+
+        m, group = len(a), self.workspace.group
+        call(0, m // group, a, out, info, rcond)
+        if m % group == 0:
+            return
+        if m > group:
+            # The last whole group, part of which gets the same bits a second time.
+            call(m - group, 1, a, out, info, rcond)
+            return
+        padded = [np.zeros((group, *x.shape[1:]), x.dtype) for x in (a, out, info, rcond)]
+        padded[0][:m] = a
+        call(0, 1, *padded)
+        for x, whole in zip((out, info, rcond), padded[1:], strict=True):
+            x[:] = whole[:m]
+
+
+_loaded: dict[KernelSpec, _Kernel] = {}
 #: Forks wait for it as they do for that of the compiler, which is taken within: before a fork, too, as it is younger.
 _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -179,12 +220,13 @@ def compile_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     spec = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())
     if (layout := layout_of(spec)) is None:
         return COMPILE_NBYTES
-    return 64 * 2**20 + 5 * _tested(layout.workspace(spec)) * n * n * np.dtype(np.complex128).itemsize
+    m, n = _tested(replace(spec, n=0) if layout.name == "blocked" else spec, layout.workspace(spec))
+    return 64 * 2**20 + 5 * m * n * n * np.dtype(np.complex128).itemsize
 
 
-def _tested(workspace: Workspace) -> int:
-    """Return how many matrices a kernel is tested with."""
-    return max(3, workspace.group + 1)
+def _tested(spec: KernelSpec, workspace: Workspace) -> tuple[int, int]:
+    """Return how many matrices a kernel is tested with, and their size."""
+    return max(3, workspace.group + 1), spec.n or blocked.TESTED
 
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA, threads: int = 1) -> None:
@@ -192,9 +234,16 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Assume
     kernel = _load(spec_of(a.shape[-1], a.dtype, structure, compiler.vector_nbytes()))
     nontemporal = out.nbytes >= NONTEMPORAL_NBYTES
 
-    def work(part: slice) -> None:
-        _invert(kernel, a[part], out[part], info[part], rcond[part], structure, nontemporal=nontemporal)
+    def work(part: slice, *, threads: int = 1) -> None:
+        arrays = (x[part] for x in (a, out, info, rcond))
+        _invert(kernel, *arrays, structure=structure, nontemporal=nontemporal, threads=threads)
 
+    if isinstance(kernel, blocked.BlockedKernel):
+        each = len(a) // threads if a.shape[-1] <= _SHARED_OUT else 0
+        parts = [slice(start, start + each) for start in range(0, each * threads, max(1, each))]
+        run_all(work, parts, threads)
+        work(slice(each * threads, None), threads=threads)
+        return
     parts = _parts(a, kernel.workspace.group if kernel else 1, threads)
     if len(parts) == 1:
         work(parts[0])
@@ -213,7 +262,15 @@ def _parts(a: Array, group: int, threads: int) -> list[slice]:
 
 
 def _invert(
-    kernel: _Loaded | None, a: Array, out: Array, info: Array, rcond: Array, structure: AssumeA, *, nontemporal: bool
+    kernel: _Kernel | None,
+    a: Array,
+    out: Array,
+    info: Array,
+    rcond: Array,
+    *,
+    structure: AssumeA,
+    nontemporal: bool,
+    threads: int,
 ) -> None:
     m, n = a.shape[:2]
     if kernel is None:
@@ -222,10 +279,10 @@ def _invert(
     # As many as are copied at a time, where they must be.
     step = max(kernel.workspace.group, lapack.GROUP_NBYTES // (n * n * a.itemsize))
     if all(x.flags.c_contiguous and x.flags.aligned for x in (a, out, info, rcond)):
-        _run(kernel, a, out, info, rcond, nontemporal=nontemporal)
+        kernel.run(a, out, info, rcond, nontemporal=nontemporal, threads=threads)
     else:
         for start in range(0, m, step):
-            _on_copies(partial(_run, kernel), slice(start, start + step), a, out, info, rcond)
+            _on_copies(partial(kernel.run, threads=threads), slice(start, start + step), a, out, info, rcond)
     double = np.result_type(a, np.float64)
     unfinished = np.flatnonzero(info < int(Info.NOT_FINITE))
     for start in range(0, len(unfinished), step):
@@ -270,7 +327,7 @@ def invert_small(a: Array, *, structure: AssumeA, account: bool) -> Any:
         ):
             return None
         spec = spec_of(a.shape[-1], a.dtype, structure, compiler.vector_nbytes())
-        if (kernel := _load(spec)) is None:
+        if not isinstance(kernel := _load(spec), _Grouped):
             return None
         memory = small_calls.Memory(a.shape, spec, kernel.workspace, kernel.on_small)
     try:
@@ -293,51 +350,39 @@ def _on_copies(invert_part: Callable[..., None], part: slice | Array, a: Array, 
         x[part] = copy
 
 
-def _run(kernel: _Loaded, a: Array, out: Array, info: Array, rcond: Array, *, nontemporal: bool = False) -> None:
-    memory = np.empty(kernel.workspace.nbytes + _ALIGNMENT, np.uint8)
-    scratch = -(-memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
-
-    def call(start: int, count: int, *arrays: Array) -> None:
-        at, *others = (x[start:].ctypes.data for x in arrays)
-        kernel.function(at, others[0], others[1], others[2], count, scratch, nontemporal)
-
-    m, group = len(a), kernel.workspace.group
-    call(0, m // group, a, out, info, rcond)
-    if m % group == 0:
-        return
-    if m > group:
-        # The last whole group, part of which gets the same bits a second time.
-        call(m - group, 1, a, out, info, rcond)
-        return
-    padded = [np.zeros((group, *x.shape[1:]), x.dtype) for x in (a, out, info, rcond)]
-    padded[0][:m] = a
-    call(0, 1, *padded)
-    for x, whole in zip((out, info, rcond), padded[1:], strict=True):
-        x[:] = whole[:m]
-
-
-def _load(spec: KernelSpec) -> _Loaded | None:
+def _load(spec: KernelSpec) -> _Kernel | None:
     """Return a kernel, compiled and tested; None if there is none."""
+    if (layout := layout_of(spec)) is None:
+        return None
+    if layout.name == "blocked":
+        spec = replace(spec, n=0)
     with _lock:
         if spec not in _loaded:
-            if (layout := layout_of(spec)) is None:
-                return None
-            workspace, small = layout.workspace(spec), small_calls.name_for(spec)
-            function, on_small = compiler.load(
-                spec.name,
-                lambda: layout.write(spec) + small_calls.text_for(spec, workspace),
-                _sources(),
-                {spec.name: compiler.SIGNATURE, small: small_calls.SIGNATURE},
-            )
-            kernel = _Loaded(function, workspace, on_small)
+            kernel = _load_blocked(spec) if spec.n == 0 else _load_grouped(spec, layout)
             _test(kernel, spec)
             _loaded[spec] = kernel
         return _loaded[spec]
 
 
-def _test(kernel: _Loaded, spec: KernelSpec) -> None:
+def _load_grouped(spec: KernelSpec, layout: Layout) -> _Kernel:
+    workspace, small = layout.workspace(spec), small_calls.name_for(spec)
+    function, on_small = compiler.load(
+        spec.name,
+        lambda: layout.write(spec) + small_calls.text_for(spec, workspace),
+        _sources(),
+        {spec.name: compiler.SIGNATURE, small: small_calls.SIGNATURE},
+    )
+    return _Grouped(function, workspace, on_small)
+
+
+def _load_blocked(spec: KernelSpec) -> _Kernel:
+    functions = compiler.load(spec.name, lambda: blocked.write(spec), _sources(), blocked.signatures(spec))
+    return blocked.BlockedKernel(spec, functions)
+
+
+def _test(kernel: _Kernel, spec: KernelSpec) -> None:
     """Try a kernel on matrices whose outcome is known: compilers have been wrong about wide vectors."""
-    m, n, dtype = _tested(kernel.workspace), spec.n, spec.dtype
+    (m, n), dtype = _tested(spec, kernel.workspace), spec.dtype
     i, j = np.indices((n, n))
     a = np.empty((m, n, n), dtype)
     for at in range(m):
@@ -349,7 +394,7 @@ def _test(kernel: _Loaded, spec: KernelSpec) -> None:
     a[1] = 0
     a[2, -1, -1] = np.nan
     x, info, rcond = np.zeros_like(a), np.full(m, 9, np.int32), np.zeros(m, a.real.dtype)
-    _run(kernel, a, x, info, rcond)
+    kernel.run(a, x, info, rcond)
     good = np.setdiff1d(np.arange(m), [1, 2])
     wide = np.result_type(a, np.float64)
     b, y = lapack.METHODS[spec.structure].read(a[good]).astype(wide), x[good].astype(wide)

@@ -17,7 +17,7 @@ class KernelSpec:
     structure: AssumeA
     """What is known of the matrices."""
     n: int
-    """Rows of a matrix."""
+    """Rows of a matrix; 0 if that is known only when the kernel runs."""
     dtype: np.dtype[Any]
     """float32, float64, complex64 or complex128, in native byte order."""
     lanes: int
@@ -47,7 +47,7 @@ class KernelSpec:
         >>> KernelSpec("positive definite", 3, np.dtype("float64"), 8).name
         'positive_definite_3_d_8'
         """
-        return f"{self.structure.replace(' ', '_')}_{self.n}_{self.dtype.char}_{self.lanes}"
+        return f"{self.structure.replace(' ', '_')}_{self.n or 'any'}_{self.dtype.char}_{self.lanes}"
 
 
 class Workspace(NamedTuple):

@@ -92,9 +92,9 @@ def write(spec: KernelSpec) -> str:
     return e.finish()
 
 
-def _modulus(e: Emitter, s: Shape, row: Value) -> Value:
+def modulus(e: Emitter, parts: int, row: Value) -> Value:
     """Return |z| of numbers as they stand in memory; of complex ones in both of their lanes."""
-    if s.parts == 1:
+    if parts == 1:
         return e.absolute(row)
     square = row * row
     return e.sqrt(square + e.shuffle(square, None, [i ^ 1 for i in range(e.lanes)]))
@@ -129,7 +129,7 @@ def _read(a: WorkspaceMatrix, index: Value) -> None:
             for t in range(height):
                 numbers = e.load_first(e.at(source, (r + t) * (s.n * s.parts) + c), width)
                 block.append(numbers * first * second)
-                total.set(total.get() + _modulus(e, s, block[-1]))
+                total.set(total.get() + modulus(e, s.parts, block[-1]))
             turned = transpose(e, block + [e.numbers(0.0)] * (e.lanes - height))
             for q in range(width):
                 row, part = c / s.parts + q // s.parts, q % s.parts
@@ -275,7 +275,7 @@ def _write(a: WorkspaceMatrix, index: Value) -> None:
             block = [e.load(e.at(source, r), align=e.nbytes) for source in sources]
             turned = transpose(e, block + [e.numbers(0.0)] * (e.lanes - width))
             for t in range(height):
-                total.set(total.get() + _modulus(e, s, turned[t]))
+                total.set(total.get() + modulus(e, s.parts, turned[t]))
                 numbers = without_sign_of_zero(e, turned[t] * first, second)
                 largest.set(e.unsigned("umax", largest.get(), e.bits(e.absolute(numbers))))
                 k = a.get(a.columns, r + t)

@@ -21,7 +21,8 @@ class Emitter:
     """Writes ``void name(a, inverse, info, rcond, count, scratch, nontemporal)`` for one real type and width.
 
     Its arguments are attributes: four arrays and the scratch memory as pointers; `count` groups of matrices to invert,
-    and whether `nontemporal` stores are wanted, as 64-bit integers.
+    and whether `nontemporal` stores are wanted, as 64-bit integers. Or it writes ``void name(table, …)``, where `table`
+    is the address of 64-bit integers, and what follows are such integers: `arguments`.
 
     Parameters
     ----------
@@ -31,25 +32,32 @@ class Emitter:
         Bytes of a real number: 4 or 8.
     lanes : int
         Real numbers in a vector.
+    integers : int, optional
+        How many integers follow the table.
+    module : optional
+        Where to write the function; without it to a module of its own.
     """
 
-    def __init__(self, name: str, itemsize: int, lanes: int):
+    def __init__(
+        self, name: str, itemsize: int, lanes: int, *, integers: int | None = None, module: ir.Module | None = None
+    ):
         self.itemsize, self.lanes = itemsize, lanes
         self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
         self.word = ir.IntType(8 * itemsize)
         self.vector = ir.VectorType(self.real, lanes)
         self.words = ir.VectorType(self.word, lanes)
         self.int32 = ir.IntType(32)
-        self.module = ir.Module(name)
+        self.module = ir.Module(name) if module is None else module
         pointer = ir.PointerType()
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [pointer] * 4 + [INT, pointer, INT]), name)
-        for i in (0, 1, 2, 3, 5):
-            function.args[i].add_attribute("noalias")
+        types = [pointer] * 4 + [INT, pointer, INT] if integers is None else [pointer] + [INT] * integers
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), types), name)
         self._entry = function.append_basic_block("entry")
         self.builder = ir.IRBuilder(self._entry)
-        self.a, self.inverse, self.info, self.rcond, self.count, self.scratch, self.nontemporal = map(
-            self.value, function.args
-        )
+        self.arguments = [self.value(argument) for argument in function.args]
+        if integers is None:
+            for i in (0, 1, 2, 3, 5):
+                function.args[i].add_attribute("noalias")
+            self.a, self.inverse, self.info, self.rcond, self.count, self.scratch, self.nontemporal = self.arguments
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +149,11 @@ class Emitter:
             return self.load(pointer)
         if count <= 0:
             return self.numbers(0.0)
-        mask, name = self._first(count), f"llvm.masked.load.v{self.lanes}f{8 * self.itemsize}.p0"
+        return self.load_where(self._first(count), pointer)
+
+    def load_where(self, mask: Value, pointer: Value) -> Value:
+        """Load the lanes where the mask is set, zero in the others."""
+        name = f"llvm.masked.load.v{self.lanes}f{8 * self.itemsize}.p0"
         return self.call(name, self.vector, pointer, self._align(), mask, self.numbers(0.0))
 
     def store_first(self, value: Value, pointer: Value, count: int) -> None:
