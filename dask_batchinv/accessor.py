@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from dask_batchinv.stack import AssumeAWord, Device, OnError
+from dask_batchinv.stack import AssumeAWord, Device, OnError, Precision
 
 if TYPE_CHECKING:
     from dask_batchinv.labels import Dims
@@ -42,6 +42,7 @@ class _OfSeveral:
         check_errors: bool | None = None,
         min_rcond: float = 0.0,
         device: Device = "auto",
+        precision: Precision = "same",
     ) -> Any:
         """Return the object with every matrix replaced by its inverse.
 
@@ -53,7 +54,7 @@ class _OfSeveral:
         variables : names, optional
             What to invert: by default all floating and complex variables with both dimensions. What is not inverted
             passes unchanged.
-        assume_a, lower, on_error, check_errors, min_rcond, device
+        assume_a, lower, on_error, check_errors, min_rcond, device, precision
             As in `dask_batchinv.inverse`.
 
         Returns
@@ -74,7 +75,7 @@ class _OfSeveral:
         """
         labelled, options = _labelled(
             assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-            device=device,
+            device=device, precision=precision,
         )  # fmt: skip
         invert = labelled.dataset_inv if isinstance(self._obj, xr.Dataset) else labelled.tree_inv
         return invert(self._obj, dims, options, variables)
@@ -128,11 +129,12 @@ def _register_data_array_accessor() -> type:
             check_errors: bool | None = None,
             min_rcond: float = 0.0,
             device: Device = "auto",
+            precision: Precision = "same",
         ) -> xr.DataArray:
             """Return the DataArray with every matrix replaced by its inverse; see `Dataset.linalg.inv`."""
             labelled, options = _labelled(
                 assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-                device=device,
+                device=device, precision=precision,
             )  # fmt: skip
             inverted: xr.DataArray = labelled.data_array_inv(self._obj, dims, options)
             return inverted
@@ -147,6 +149,7 @@ def _register_data_array_accessor() -> type:
             lower: bool = False,
             min_rcond: float = 0.0,
             device: Device = "auto",
+            precision: Precision = "same",
             logdet: bool = False,
         ) -> xr.Dataset:
             """Return a Dataset of ``inverse``, ``info`` and ``rcond``; see `dask_batchinv.inverse_ex`.
@@ -157,12 +160,12 @@ def _register_data_array_accessor() -> type:
             ----------
             dims : (row, column), optional
                 The core dimensions; by default the last two, where nothing else could be meant.
-            check_errors, on_error, assume_a, lower, min_rcond, device, logdet
+            check_errors, on_error, assume_a, lower, min_rcond, device, precision, logdet
                 As in `dask_batchinv.inverse_ex`; with `logdet` the Dataset has ``sign`` and ``logdet`` too.
             """
             labelled, options = _labelled(
                 assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-                device=device, logdet=logdet,
+                device=device, precision=precision, logdet=logdet,
             )  # fmt: skip
             account: xr.Dataset = labelled.data_array_inv_ex(self._obj, dims, options)
             return account

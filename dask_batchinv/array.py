@@ -25,7 +25,16 @@ from dask_batchinv.kernels.threads import threads_for_call
 from dask_batchinv.options import CallOptions
 from dask_batchinv.out import check_out, fill, is_plain, shares_memory
 from dask_batchinv.outcome import Place
-from dask_batchinv.stack import AssumeAWord, Device, OnError, check_shape, real_dtype, result_dtype, whole_matrices
+from dask_batchinv.stack import (
+    AssumeAWord,
+    Device,
+    OnError,
+    Precision,
+    check_shape,
+    real_dtype,
+    result_dtype,
+    whole_matrices,
+)
 from dask_batchinv.storage import fill_means_missing, write_unit
 from dask_batchinv.unfinished import Call
 
@@ -40,6 +49,7 @@ def inverse(
     check_errors: bool | None = None,
     min_rcond: float = 0.0,
     device: Device = "auto",
+    precision: Precision = "same",
 ) -> Any:
     """Return the inverse of every matrix in a stack.
 
@@ -75,6 +85,10 @@ def inverse(
     device : {"auto", "cpu", "gpu"}
         Where to compute; "auto" follows the Dask configuration ``batchinv.device``, and without one takes the GPU for
         CuPy arrays and in processes that have one, else the CPU. Lazy input: in the process that computes a block.
+
+    precision : {"same", "double"}
+        In what to compute: as the result is, or in double precision, for those who come from NumPy, which always does.
+        The result has the same dtype.
 
     Returns
     -------
@@ -116,7 +130,7 @@ def inverse(
     """
     options = CallOptions.parse(
         assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-        device=device,
+        device=device, precision=precision,
     )  # fmt: skip
     if out is None and (found := options.invert_small(a, account=False)) is not None:
         return found
@@ -141,6 +155,7 @@ def inverse_ex(
     lower: bool = ...,
     min_rcond: float = ...,
     device: Device = ...,
+    precision: Precision = ...,
     logdet: Literal[False] = ...,
 ) -> InverseEx: ...
 
@@ -155,6 +170,7 @@ def inverse_ex(
     lower: bool = ...,
     min_rcond: float = ...,
     device: Device = ...,
+    precision: Precision = ...,
     logdet: Literal[True],
 ) -> InverseExLogdet: ...
 
@@ -168,13 +184,14 @@ def inverse_ex(
     lower: bool = False,
     min_rcond: float = 0.0,
     device: Device = "auto",
+    precision: Precision = "same",
     logdet: bool = False,
 ) -> AnyInverseEx:
     """Return the inverses of a stack, and for each matrix what happened and how well conditioned it is.
 
     Parameters
     ----------
-    a, assume_a, lower, on_error, check_errors, min_rcond, device
+    a, assume_a, lower, on_error, check_errors, min_rcond, device, precision
         As in `inverse`, but errors are reported in ``info`` alone unless asked for. Of Xarray objects only DataArrays.
     logdet : bool
         Whether to return the determinants as well, which are computed by LAPACK, on the CPU. Not for quantities with
@@ -204,7 +221,7 @@ def inverse_ex(
     """
     options = CallOptions.parse(
         assume_a=assume_a, lower=lower, on_error=on_error, check_errors=check_errors, min_rcond=min_rcond,
-        device=device, logdet=logdet,
+        device=device, precision=precision, logdet=logdet,
     )  # fmt: skip
     found: InverseEx | None = options.invert_small(a, account=True)
     return invert_any_ex(a, options) if found is None else found

@@ -10,7 +10,7 @@ import click
 from dask_batchinv.job.form import Packed
 from dask_batchinv.job.options import BadChunks, Missing
 from dask_batchinv.job.outputs import Keep
-from dask_batchinv.stack import KEPT, SHORT_WORDS, AssumeA, Device
+from dask_batchinv.stack import KEPT, SHORT_WORDS, AssumeA, Device, Precision
 
 
 def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -52,6 +52,8 @@ job_options = _options(
                  help="Read symmetric and Hermitian matrices from their lower triangles, not their upper ones."),
     click.option("--min-rcond", type=float, default=0.0, metavar="X",
                  help="Matrices whose reciprocal condition number is below X count as failed."),
+    click.option("--precision", type=click.Choice(get_args(Precision)), default="same", show_default=True,
+                 help="Compute as the results are stored, or in double precision always."),
     click.option("--max-failed", default="0", show_default=True, metavar="LIMIT",
                  help="How many matrices may have no inverse before the exit code is 3: a number, a share such as "
                       "0.1%, 'any', or by kind: not-finite=any,singular=0."),

@@ -25,6 +25,8 @@ from dask_batchinv.stack import (
     AssumeAWord,
     Device,
     OnError,
+    Precision,
+    computed_dtype,
     parse_assume_a,
     parse_choice,
     parse_min_rcond,
@@ -35,14 +37,15 @@ from dask_batchinv.stack import (
 @lru_cache
 def _parsed(
     assume_a: AssumeAWord, lower: bool, on_error: OnError, check_errors: bool | None, min_rcond: float, device: Device,
-    logdet: bool,
+    logdet: bool, precision: Precision,
 ) -> CallOptions:  # fmt: skip
     on_error = parse_choice("on_error", on_error, OnError)
     if check_errors is not None:
         on_error = "raise" if check_errors else "nan"
     return CallOptions(
-        parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), device, bool(logdet)
-    )
+        parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), device,
+        parse_choice("precision", precision, Precision), bool(logdet),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class CallOptions:
     """Below it a matrix counts as failed."""
     device: Device
     """Where to compute."""
+    precision: Precision = "same"
+    """In what."""
     logdet: bool = False
     """Whether determinants are wanted too."""
 
@@ -72,10 +77,11 @@ class CallOptions:
         check_errors: bool | None,
         min_rcond: float,
         device: Device,
+        precision: Precision = "same",
         logdet: bool = False,
     ) -> CallOptions:
         """Return the options, or raise ValueError for a word that is not known."""
-        given = assume_a, lower, on_error, check_errors, min_rcond, parse_device(device), logdet
+        given = assume_a, lower, on_error, check_errors, min_rcond, parse_device(device), logdet, precision
         try:
             return _parsed(*given)
         except TypeError:  # what cannot be hashed
@@ -85,7 +91,7 @@ class CallOptions:
     def are_plain(self) -> bool:
         """Whether small stacks may take the short way."""
         mirrored = self.lower and self.assume_a in MIRRORED
-        return not (mirrored or self.min_rcond or self.logdet or self.device == "gpu")
+        return not (mirrored or self.min_rcond or self.logdet or self.device == "gpu" or self.precision != "same")
 
     def invert_small(self, a: Any, *, account: bool) -> Any:
         """Invert a small array in which nothing needs to be said of any matrix; return None for all others."""
@@ -121,21 +127,21 @@ class CallOptions:
         SingularMatrixError
             As ``on_error`` says.
         """
+        dtype = result_dtype(block.dtype)
+        computed = computed_dtype(dtype, dtype, self.precision)
         results = invert_block(
-            block, dtype=result_dtype(block.dtype), assume_a=self.assume_a, lower=self.lower, device=self.device,
-            min_rcond=self.min_rcond, out=out, threads=threads,
+            block, dtype=dtype, assume_a=self.assume_a, lower=self.lower, device=self.device,
+            min_rcond=self.min_rcond, out=out, threads=threads, computed=computed,
         )  # fmt: skip
         if self.on_error == "skipna":
             masked = self.has_nan(block, results.info)
         if self.on_error != "nan":
             raise_failed(results.info, self.assume_a, place, masked)
-        warn_ill_conditioned(results.info, results.rcond, place)
+        warn_ill_conditioned(results.info, results.rcond, place, float(np.finfo(computed).eps))
         if not self.logdet:
             return results
-        determinants = log_determinants(
-            block, results.info, dtype=result_dtype(block.dtype), assume_a=self.assume_a, lower=self.lower
-        )
-        return InverseExLogdet(*results, *determinants)
+        sign, logdet = log_determinants(block, results.info, dtype=computed, assume_a=self.assume_a, lower=self.lower)
+        return InverseExLogdet(*results, sign.astype(dtype), logdet.astype(results.rcond.dtype))
 
     def has_nan(self, block: Any, info: Any) -> Any:
         """Tell of which matrices the part that is read has a NaN, where ``info`` says that they are not finite."""

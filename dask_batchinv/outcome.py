@@ -209,9 +209,9 @@ def raise_failed(
     raise SingularMatrixError(int(np.count_nonzero(failed)), info.size, indices, codes, assume_a, str(place))
 
 
-def warn_ill_conditioned(info: npt.NDArray[np.int32], rcond: npt.NDArray[Any], place: Place) -> None:
-    """Warn of the matrices that have an inverse, though their ``rcond`` is below eps."""
-    poor = rcond < np.finfo(rcond.dtype).eps
+def warn_ill_conditioned(info: npt.NDArray[np.int32], rcond: npt.NDArray[Any], place: Place, eps: float) -> None:
+    """Warn of matrices that have an inverse, though their ``rcond`` is below the eps of what they are computed in."""
+    poor = rcond < eps
     if not poor.any():
         return
     poor, rcond = in_main_memory(poor & (info == int(Info.GOOD))), in_main_memory(rcond)
@@ -223,7 +223,7 @@ def warn_ill_conditioned(info: npt.NDArray[np.int32], rcond: npt.NDArray[Any], p
     noun, verb = ("matrix", "is") if count == 1 else ("matrices", "are")
     warnings.warn(
         f"{count} {noun} of {poor.size}{place} {verb} singular to working precision, and the inverse may have no right "
-        f"digit: {named}{more}. Pass min_rcond={np.finfo(rcond.dtype).eps:.1g} to count such matrices as failed",
+        f"digit: {named}{more}. Pass min_rcond={eps:.1g} to count such matrices as failed",
         IllConditionedWarning,
         stacklevel=_levels_to_the_caller(),
     )

@@ -15,6 +15,8 @@ AssumeA = Literal[
 AssumeAWord = AssumeA | Literal["gen", "sym", "her", "pos"]
 Device = Literal["auto", "cpu", "gpu"]
 OnError = Literal["raise", "skipna", "nan"]
+#: In what is computed: as it is stored, or in float64 and complex128 always.
+Precision = Literal["same", "double"]
 
 #: What the short ones stand for.
 SHORT_WORDS: dict[str, AssumeA] = {
@@ -84,16 +86,16 @@ def real_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     return np.finfo(np.dtype(dtype)).dtype
 
 
-def computed_dtype(dtype: npt.DTypeLike, stored: npt.DTypeLike) -> np.dtype[Any]:
+def computed_dtype(dtype: npt.DTypeLike, stored: npt.DTypeLike, precision: Precision = "same") -> np.dtype[Any]:
     """Return in what matrices of `dtype` are inverted whose inverses are to be stored as another one.
 
     Examples
     --------
-    >>> computed_dtype("float64", "float32"), computed_dtype("float32", "float64")
-    (dtype('float64'), dtype('float64'))
+    >>> computed_dtype("float64", "float32"), computed_dtype("complex64", "complex64", "double")
+    (dtype('float64'), dtype('complex128'))
     """
     found: np.dtype[Any] = np.result_type(result_dtype(dtype), np.dtype(stored))
-    return found
+    return np.result_type(found, np.float64) if precision == "double" else found
 
 
 def check_shape(shape: tuple[float, ...]) -> int:

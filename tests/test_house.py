@@ -18,7 +18,7 @@ FLOORS = [
     ["text", "disk", "known", "transaction", "requests"],
     ["urls", "_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
-    ["kernels.lapack", "kernels.emit", "torch_tensors"],
+    ["kernels.lapack", "kernels.emit", "kernels.widened", "torch_tensors"],
     ["address", "kernels.threads"],
     ["kernels.cpu", "kernels.cuda", "location", "chunks"],
     ["repositories"],

@@ -24,7 +24,7 @@ from dask_batchinv.location import Location
 from dask_batchinv.outcome import RefusedError, SourceError, TargetError
 from dask_batchinv.places import is_repository, locate
 from dask_batchinv.repositories.snapshots import locate_snapshot
-from dask_batchinv.stack import AssumeAWord, Device
+from dask_batchinv.stack import AssumeAWord, Device, Precision
 from dask_batchinv.text import harmless
 
 if TYPE_CHECKING:  # to import Dask's cluster takes as long as a small job
@@ -52,6 +52,7 @@ def invert_store(
     assume_a: AssumeAWord = "general",
     lower: bool = False,
     min_rcond: float = 0.0,
+    precision: Precision = "same",
     max_failed: int | str | None = 0,
     device: Device = "auto",
     client: Client | None = None,
@@ -128,7 +129,7 @@ def invert_store(
         Name of an array in the group that is not 0, or missing, where a matrix is to be left out, as in NumPy's masked
         arrays; with a ``~`` before it, ``"~valid"``, where it is 0 or missing. Its dimensions are among those of the
         stack. Such matrices get ``info`` -5 and NaN, and are no failures. What is not stored of it is its fill value.
-    assume_a, lower, device
+    assume_a, lower, device, precision
         As in `dask_batchinv.inverse`.
     min_rcond : float
         A matrix whose rcond is smaller gets ``info`` -3 and NaN.
@@ -217,6 +218,7 @@ def invert_store(
     options = JobOptions(
         variable=variable, dims=dims, packed=packed, complex_dim=complex_dim, imag=imag, select=as_text(select),
         mask=mask, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
+        precision=precision,
         assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
         missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, like_source=like_source,
         names=names or {},

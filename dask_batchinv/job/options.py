@@ -15,7 +15,16 @@ from dask_batchinv.job.form import FormOptions, Packed
 from dask_batchinv.job.outputs import Keep, Outputs, outputs_of
 from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import RefusedError
-from dask_batchinv.stack import KEPT, AssumeA, Device, parse_assume_a, parse_choice, parse_min_rcond, result_dtype
+from dask_batchinv.stack import (
+    KEPT,
+    AssumeA,
+    Device,
+    Precision,
+    parse_assume_a,
+    parse_choice,
+    parse_min_rcond,
+    result_dtype,
+)
 
 Missing = Literal["error", "fill"]
 BadChunks = Literal["error", "nan"]
@@ -49,6 +58,8 @@ class JobOptions:
     """How many matrices may fail."""
     device: Device = "auto"
     """Where to invert."""
+    precision: Precision = "same"
+    """In what."""
     missing: Missing = "error"
     """What a missing chunk of the source means."""
     bad_chunks: BadChunks = "error"
@@ -91,6 +102,7 @@ class JobOptions:
             if self.packed is not None:
                 parse_choice("packed", self.packed, Packed)
             parse_device(self.device)
+            parse_choice("precision", self.precision, Precision)
         except ValueError as error:
             raise RefusedError(str(error)) from error
         Allowed.parse(self.max_failed)

@@ -25,6 +25,7 @@ from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.kernels.device import device_for, is_gpu_array, parse_device
 from dask_batchinv.kernels.emit.environment import COMPILE_NBYTES, standard_environment
+from dask_batchinv.kernels.widened import invert_in
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
@@ -196,6 +197,7 @@ def invert_block(
     min_rcond: float = 0.0,
     out: Array | None = None,
     threads: int = 1,
+    computed: npt.DTypeLike | None = None,
 ) -> InverseEx:
     """Invert one block of shape ``(*, n, n)`` that is in main memory or on a GPU, where the results then are too.
 
@@ -204,7 +206,7 @@ def invert_block(
     a : array
         The block; any numeric dtype, strides and byte order.
     dtype : dtype
-        What to compute in and to return, from `dask_batchinv.stack.result_dtype`.
+        What to return, from `dask_batchinv.stack.result_dtype`.
     assume_a, device
         As in `dask_batchinv.inverse`.
     lower : bool
@@ -215,6 +217,8 @@ def invert_block(
         Where to put the inverse: of its shape and dtype, in C order.
     threads : int
         How many threads may work on it, where that is done by the CPU.
+    computed : dtype, optional
+        What to compute in, from `dask_batchinv.stack.computed_dtype`; by default `dtype`.
 
     Returns
     -------
@@ -225,8 +229,9 @@ def invert_block(
     # On the GPU that it is on, if it is on one.
     with standard_environment(), a.device if is_gpu_array(a) else nullcontext():
         results = _invert_block(
-            a.swapaxes(-2, -1) if mirrored else a, np.dtype(dtype), assume_a, where, min_rcond, out, threads
-        )
+            a.swapaxes(-2, -1) if mirrored else a, np.dtype(dtype), assume_a, where, min_rcond, out, threads,
+            np.dtype(dtype if computed is None else computed),
+        )  # fmt: skip
         if mirrored and assume_a != "symmetric" and results.inverse.dtype.kind == "c":
             # A Hermitian matrix is its transpose conjugated, and so is its inverse.
             results.inverse.imag *= -1
@@ -241,6 +246,7 @@ def _invert_block(
     min_rcond: float,
     out: Array | None,
     threads: int,
+    computed: np.dtype[Any],
 ) -> InverseEx:
     batch, n = a.shape[:-2], a.shape[-1]
     m = int(np.prod(batch, dtype=np.intp))
@@ -258,8 +264,12 @@ def _invert_block(
         invert = partial(cuda.invert, assume_a=assume_a)
     elif where == "cpu":
         invert = partial(cpu.invert, structure=assume_a, threads=threads)
+        if computed != dtype:
+            invert = partial(cpu.invert_in, computed, structure=assume_a, threads=threads)
     else:
         invert = choose_kernel(assume_a, where).invert
+    if computed != dtype and where == "gpu":
+        invert = partial(invert_in, computed, invert)
     invert(native.reshape(m, n, n), out, info, rcond)
     if min_rcond > 0:
         poor = (info == int(Info.GOOD)) & (rcond < min_rcond)

@@ -65,7 +65,7 @@ class Job:
     @property
     def computed_dtype(self) -> np.dtype[Any]:
         """In what they are computed."""
-        return computed_dtype(self.source.decoded_dtype, self.dtype)
+        return computed_dtype(self.source.decoded_dtype, self.dtype, self.options.precision)
 
 
 def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved: bool = False) -> Job:
@@ -275,7 +275,8 @@ def fingerprint_of(source: Source) -> Fingerprint:
 def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerprint:
     """Return all that decides the bits of the target."""
     here, stored = versions(), options.stored_dtype(source.decoded_dtype)
-    is_ours = kernel.is_ours(source.n, computed_dtype(source.decoded_dtype, stored)) and not options.logdet
+    computed = computed_dtype(source.decoded_dtype, stored, options.precision)
+    is_ours = kernel.is_ours(source.n, computed) and not options.logdet
     computing = () if is_ours else LAPACKS
     return {
         "source": source.location.name,
@@ -290,6 +291,7 @@ def _fingerprint(source: Source, options: JobOptions, kernel: Kernel) -> Fingerp
         "assume_a": options.assume_a,
         "lower": options.lower,
         "min_rcond": options.min_rcond,
+        "precision": options.precision,
         "like_source": options.like_source,
         "outputs": {output.role: output.name for output in options.outputs},
         "stored as": stored.name,

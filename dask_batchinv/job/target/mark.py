@@ -13,7 +13,7 @@ from dask_batchinv.location import json_object
 from dask_batchinv.storage import MARK
 
 #: Raised when targets of older versions cannot be continued by this one.
-FORMAT = 8
+FORMAT = 9
 
 Mark = dict[str, Any]
 

@@ -75,7 +75,10 @@ _NOTHING = {"mask": "none", **dict.fromkeys(("compress", "shards", "packed", "co
 def options_of(target: Target, **others: Any) -> JobOptions:
     """Return the options by which a target was made, and `others`, which it does not tell."""
     made, names = target.fingerprint, {output.role: output.name for output in target.outputs}
-    as_is = ("variable", "dims", "select", "assume_a", "lower", "min_rcond", "like_source", "chunks", "zarr_format")
+    as_is = (
+        "variable", "dims", "select", "assume_a", "lower", "min_rcond", "precision", "like_source", "chunks",
+        "zarr_format",
+    )  # fmt: skip
     known: dict[str, Any] = {name: made[name] for name in as_is}
     if made["packed"] != "no":  # rows and columns have no names there
         known["dims"] = made["packed_dims"]

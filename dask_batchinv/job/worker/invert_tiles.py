@@ -301,7 +301,8 @@ def _read_and_invert(
         sources = task.reader.checksums(stored, span)
         stack = np.moveaxis(task.source.decode(numbers), task.tiling.core, (-2, -1))
         del stored, numbers
-        dtype, is_last = computed_dtype(stack.dtype, task.dtype), task.tiling.core == (stack.ndim - 2, stack.ndim - 1)
+        dtype = computed_dtype(stack.dtype, task.dtype, task.options.precision)
+        is_last = task.tiling.core == (stack.ndim - 2, stack.ndim - 1)
         as_made = task.options.keep == "inverse" and not task.options.like_source
         is_kept = as_made and dtype == task.dtype and task.encoding.is_plain
         is_chunk = is_kept and is_last and stack.shape == task.tiling.tile

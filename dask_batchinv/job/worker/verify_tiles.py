@@ -246,8 +246,8 @@ def _made_again(task: VerifyTask, stack: Array) -> tuple[InverseEx, Products]:
     """Return the results for matrices of the source, and the outputs that they give."""
     options = task.options
     results = invert_block(
-        stack, dtype=computed_dtype(stack.dtype, task.dtype), assume_a=options.assume_a, lower=options.lower,
-        device="cpu", min_rcond=options.min_rcond,
+        stack, dtype=computed_dtype(stack.dtype, task.dtype, options.precision), assume_a=options.assume_a,
+        lower=options.lower, device="cpu", min_rcond=options.min_rcond,
     )  # fmt: skip
     return results, products(results, stack, options, task.dtype)
 

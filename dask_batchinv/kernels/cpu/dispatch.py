@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dask_batchinv.kernels import lapack
+from dask_batchinv.kernels import lapack, widened
 from dask_batchinv.kernels.code_cache import digest_of_sources
 from dask_batchinv.kernels.cpu import (
     blocked,
@@ -289,22 +289,30 @@ def _invert(
         part = unfinished[start : start + step]
         overflowed = info[part] == int(Info.OVERFLOW)
         # What overflowed on the way need not in double precision, nor the way that LAPACK takes.
-        again = partial(lapack.invert if a.dtype == double else partial(_in_wider, dtype=double), structure=structure)
-        _on_copies(again, part[overflowed], a, out, info, rcond)
+        again = lapack.invert if a.dtype == double else partial(invert_in, double)
+        _on_copies(partial(again, structure=structure), part[overflowed], a, out, info, rcond)
         # No pivot was zero, whatever LAPACK makes of what became infinite.
         info[part[overflowed & (info[part] > 0)]] = Info.OVERFLOW
         _on_copies(partial(_find_rcond, structure=structure), part[~overflowed], a, out, info, rcond)
 
 
-def _in_wider(a: Array, out: Array, info: Array, rcond: Array, *, dtype: np.dtype[Any], structure: AssumeA) -> None:
-    """Invert matrices in a wider dtype than theirs."""
-    wide, wide_rcond = np.empty(out.shape, dtype), np.empty(rcond.shape)
-    invert(a.astype(dtype), wide, info, wide_rcond, structure=structure)
-    with np.errstate(over="ignore", under="ignore"):
-        out[:], rcond[:] = wide, wide_rcond
-    overflow = (info == int(Info.GOOD)) & ~np.isfinite(out).all(axis=(1, 2))
-    info[overflow] = Info.OVERFLOW
-    out[overflow] = complex(np.nan, np.nan) if out.dtype.kind == "c" else np.nan
+def invert_in(
+    dtype: np.dtype[Any], a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA, threads: int = 1
+) -> None:
+    """Invert a block as `invert` does, but in a wider dtype than its own."""
+    n = a.shape[-1]
+    step = max(1, lapack.GROUP_NBYTES // max(1, n * n * dtype.itemsize))
+    own = threads if n > _ALL_512[a.dtype.char] else 1
+
+    def work(part: slice) -> None:
+        for start in range(part.start, part.stop, step):
+            group = slice(start, min(start + step, part.stop))
+            widened.invert_in(
+                dtype, partial(invert, structure=structure, threads=own), *(x[group] for x in (a, out, info, rcond))
+            )
+
+    parts = _parts(a, 1, threads // own)
+    run_all(work, [slice(*part.indices(len(a))) for part in parts], threads // own)
 
 
 def invert_small(a: Array, *, structure: AssumeA, account: bool) -> Any:
