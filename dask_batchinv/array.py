@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any, Literal, overload
 
 import dask.array as da
@@ -25,6 +25,7 @@ from dask_batchinv.kernels.threads import threads_for_call
 from dask_batchinv.options import CallOptions
 from dask_batchinv.out import check_out, fill, is_plain, shares_memory
 from dask_batchinv.outcome import Place
+from dask_batchinv.placed import Standing, map_placed
 from dask_batchinv.stack import (
     AssumeAWord,
     Device,
@@ -298,14 +299,8 @@ def _(a: da.Array, options: CallOptions, out: Any) -> Any:
     a, dtype = _whole(a), result_dtype(a.dtype)
     if out is not None and isinstance(a._meta, np.ma.MaskedArray):
         raise TypeError("out= takes no masked blocks: leave it out, or fill them first")
-    result = read_directly(a).map_blocks(
-        _inverse_of_block,
-        options=options,
-        declared=a._meta,
-        is_written=out is not None,
-        dtype=dtype,
-        meta=a._meta.astype(dtype),
-    )
+    invert = partial(_inverse_of_block, options=options, declared=a._meta, is_written=out is not None)
+    result = map_placed(invert, read_directly(a), token="inverse_of_block", dtype=dtype, meta=a._meta.astype(dtype))
     if out is None:
         return result
     # What a stricter call has done is what a laxer one does.
@@ -320,11 +315,13 @@ def _(a: da.Array, options: CallOptions) -> AnyInverseEx:
     # An empty array of the same kind; for a single matrix a 0-d one, which must hold a number that can be cast.
     batch_like = np.zeros_like(a._meta, shape=(0,) * (a.ndim - 2), dtype=bool)
     # Blocks are checked first, and by themselves: to drop axes Dask joins blocks, and that may strip what they carry.
-    checked = a.map_blocks(_checked_block, declared=a._meta, dtype=a.dtype, meta=a._meta)
+    check = partial(_checked_block, declared=a._meta)
+    checked = map_placed(check, a, token="checked_block", dtype=a.dtype, meta=a._meta)
     # Each block of `results` is one InverseEx. da.apply_gufunc would do the same, but fails with array query
     # planning (dask 2026.8).
     nothing = np.empty(batch_like.shape, object)  # CuPy has no objects
-    results = checked.map_blocks(_results_of_block, options=options, dtype=object, drop_axis=core, meta=nothing)
+    account = partial(_results_of_block, options=options)
+    results = map_placed(account, checked, token="results_of_block", dtype=object, drop_axis=core, meta=nothing)
     n = a.chunks[-1]
     inverse = results.map_blocks(
         getattr, "inverse", dtype=dtype, new_axis=core, chunks=(*results.chunks, n, n), meta=a._meta.astype(dtype)
@@ -370,26 +367,27 @@ def _whole(a: da.Array) -> da.Array:
 
 
 def _inverse_of_block(
-    block: Any, options: CallOptions, declared: Any, is_written: bool = False, block_info: Any = None
+    block: Any, standing: Standing | None, options: CallOptions, declared: Any, is_written: bool
 ) -> Any:
-    block = _checked_block(block, declared, block_info)
+    block = _checked_block(block, standing, declared)
     # What is written and let go may stand in memory that is used again.
     out = BUFFERS.array(block.shape, result_dtype(block.dtype)) if is_written and type(block) is np.ndarray else None
-    return _results_of_block(block, options, block_info, out).inverse
+    return _results_of_block(block, standing, options, out).inverse
 
 
-def _results_of_block(block: Any, options: CallOptions, block_info: Any = None, out: Any = None) -> AnyInverseEx:
+def _results_of_block(block: Any, standing: Standing | None, options: CallOptions, out: Any = None) -> AnyInverseEx:
     found: InverseEx | None = options.invert_small(block, account=True) if out is None else None
     if found is not None:
         return found
-    place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in _spans(block, block_info)[:-2]))
+    spans = standing.spans if standing else ((math.nan, math.nan),) * block.ndim
+    place = Place(tuple(None if math.isnan(start) else int(start) for start, _ in spans[: block.ndim - 2]))
     if isinstance(block, np.ma.MaskedArray):
         opened = open_masked(block, options)
         return opened.closed(options.invert(opened.stack, place, masked=opened.missing))
     return options.invert(block, place, out=out)
 
 
-def _checked_block(block: Any, declared: Any, block_info: Any = None) -> Any:
+def _checked_block(block: Any, standing: Standing | None, declared: Any) -> Any:
     """Return a block of plain numbers, or a masked one where that was declared.
 
     Raises
@@ -397,13 +395,13 @@ def _checked_block(block: Any, declared: Any, block_info: Any = None) -> Any:
     TypeError
         If it is not what was declared.
     """
-    shape = tuple(stop - start for start, stop in _spans(block, block_info))
+    shape = tuple(stop - start for start, stop in standing.spans) if standing else (math.nan,) * block.ndim
     try:
         if not (isinstance(declared, np.ma.MaskedArray) and isinstance(block, np.ma.MaskedArray)):
             block = plain_block(block)
         _check_declared(block, declared, shape)
     except TypeError as error:
-        where = f"block {block_info[0].get('chunk-location', ())}" if block_info else "a block"
+        where = f"block {standing.number}" if standing else "a block"
         raise TypeError(f"{where}: {error}") from error
     return block
 
@@ -417,8 +415,3 @@ def _check_declared(block: Any, declared: Any, shape: tuple[float, ...]) -> None
     known = len(shape) == block.ndim
     if not known or any(size != own for size, own in zip(shape, block.shape, strict=True) if not math.isnan(size)):
         raise TypeError(f"shape {shape} was declared, but the block has {block.shape}: correct chunks= there")
-
-
-def _spans(block: Any, block_info: Any) -> list[tuple[float, float]]:
-    """Return where a block begins and ends in the whole stack, NaN where that is unknown."""
-    return (block_info and block_info[0].get("array-location")) or [(math.nan, math.nan)] * block.ndim

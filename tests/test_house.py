@@ -15,7 +15,7 @@ PACKAGE = Path(dask_batchinv.__file__).parent
 #: The floors, from the ground up: a room (a module, or a folder with all that is in it) may import what is on lower
 #: floors, and nothing of its own floor.
 FLOORS = [
-    ["text", "disk", "known", "transaction", "requests"],
+    ["text", "disk", "known", "transaction", "requests", "placed"],
     ["urls", "_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "kernels.widened", "torch_tensors"],
