@@ -118,6 +118,7 @@ class BlockedMatrix:
         """Invert a matrix; return ``info`` and ``rcond``."""
         self._tables[:, 0], self._tables[:, 1] = a.ctypes.data, out.ctypes.data
         self._info, self._norm = int(Info.GOOD), 0
+        self._found[:] = 0
         panels = -(-self.n // PANEL)
         # As few as let all threads have some, and end at about the same time.
         split = 1 if panels >= 3 * threads else PANEL // CHUNK
@@ -154,7 +155,6 @@ class BlockedMatrix:
         """Return the pieces of a call of one of the functions for all columns, a few for each thread."""
         count = min(len(self._found), 2 * threads if threads > 1 else 1)
         step = -(-self.n // count // CHUNK) * CHUNK
-        self._found[:] = 0
         return Pieces(
             partial(self._call[name], self._addresses[0], start, min(start + step, self.n), part)
             for part, start in enumerate(range(0, self.n, step))

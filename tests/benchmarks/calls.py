@@ -1,0 +1,176 @@
+"""Times whole calls on all cores, from one small matrix to one large one, and writes a page about it.
+
+    python -m tests.benchmarks.calls --out docs/benchmarks
+
+Medians of repetitions in which all take turns. Before longer calls the machine rests, because the threads of BLAS and
+OpenMP go on spinning for a while after their work, on cores that the next would need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+import dask_batchinv
+from dask_batchinv import inverse, inverse_ex
+from dask_batchinv.kernels import choose_kernel
+from dask_batchinv.kernels.emit import compiler
+from dask_batchinv.kernels.threads import threads_for_call
+from tests.benchmarks import peers
+from tests.benchmarks.cases import Case
+from tests.benchmarks.cpu import processor
+
+Array = npt.NDArray[Any]
+Calls = dict[str, Callable[[], Any]]
+PEERS = ("NumPy", "SciPy", "torch")
+#: Matrices in the stack (0: none, a single matrix) and n.
+SMALL = ((0, 2), (0, 3), (0, 4), (10, 4), (0, 8), (0, 16), (0, 32), (0, 64))
+STACKS = ((400_000, 3), (50_000, 8), (3000, 32), (400, 64), (100, 128), (25, 256), (7, 512))
+LARGE = (
+    (0, 128),
+    (0, 256),
+    (0, 400),
+    (0, 512),
+    (0, 513),
+    (0, 600),
+    (2, 600),
+    (3, 600),
+    (0, 1000),
+    (3, 1000),
+    (0, 1500),
+)
+LARGEST = ((0, 2000), (0, 3000), (0, 4096))
+STRUCTURES = ("symmetric", "positive definite", "upper triangular", "lower triangular", "diagonal")
+STRUCTURED = (2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512)
+DOUBLE = (2, 3, 4, 6, 8, 16, 32, 64, 128)
+
+HEAD = """# Calls
+
+Made by `ci/bench-calls`; do not edit. {processor}; {compiler}; {threads} threads.
+{versions}.
+
+Medians of repetitions in which all take turns, with rests between them. Ours is the time of a call; the other figures
+say how many times longer the others take. Less than 1 means that they are faster.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for calls.md and calls.json")
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for title, dtypes, shapes in (
+        ("One small matrix, or ten", ("float64",), SMALL),
+        ("Stacks", ("float64", "float32"), STACKS),
+        ("Large matrices", ("float64", "float32", "complex128"), LARGE),
+        ("The largest", ("float64",), LARGEST),
+    ):
+        for dtype in dtypes:
+            table = found.setdefault(f"{title}, {dtype}", {})
+            for m, n in shapes:
+                a = stack("general", m, n, dtype)
+                table[" × ".join(map(str, a.shape))] = turns(calls(a), 3 if n >= 2000 else options.repeat)
+                print(dtype, a.shape, *table.values(), flush=True)
+    found["Structures"] = {str(n): structures(n, options.repeat) for n in STRUCTURED}
+    found['precision="double", float32'] = {str(n): double(n, options.repeat) for n in DOUBLE}
+    facts = {"processor": processor(), "compiler": compiler.description(), "threads": threads_for_call()}
+    versions = {"dask_batchinv": dask_batchinv.__version__} | {peer: peers.version(peer) for peer in PEERS}
+    (options.out / "calls.json").write_text(json.dumps(facts | {"versions": versions, "found": found}, indent=1) + "\n")
+    (options.out / "calls.md").write_text(page(facts, versions, found))
+
+
+def stack(kind: str, m: int, n: int, dtype: str) -> Array:
+    """Return a stack, or a single matrix for m = 0."""
+    a = Case(kind, n, dtype).make(max(2, m) * n * n * np.dtype(dtype).itemsize)
+    return a[:m] if m else a[0]
+
+
+def calls(a: Array) -> Calls:
+    """Return what is timed for general matrices."""
+    import torch
+
+    tensor = torch.from_numpy(a)
+    return {
+        "ours": lambda: inverse(a),
+        "inverse_ex": lambda: inverse_ex(a),
+        "NumPy": lambda: np.linalg.inv(a),
+        "SciPy": lambda: scipy.linalg.inv(a, check_finite=False),
+        "torch": lambda: torch.linalg.inv(tensor),
+    }
+
+
+def turns(called: Calls, repeat: int) -> dict[str, float]:
+    """Return the median times in seconds of calls that take turns."""
+    times: dict[str, list[float]] = {name: [] for name in called}
+    for call in called.values():
+        call()
+    for _ in range(repeat):
+        for name, call in called.items():
+            start = time.perf_counter()
+            call()
+            once = time.perf_counter() - start
+            count = max(1, int(2e-3 / once))
+            if once > 5e-4:
+                time.sleep(0.2)
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            times[name].append((time.perf_counter() - start) / count)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def structures(n: int, repeat: int) -> dict[str, float]:
+    """Return the times of our kernels by structure, and of a copy, by one thread."""
+    a = stack("positive definite", max(2, 2**25 // (8 * n * n)), n, "float64")
+    results = np.empty_like(a), np.empty(len(a), np.int32), np.empty(len(a))
+    kernels = {name: choose_kernel(name).invert for name in ("general", *STRUCTURES)}  # type: ignore[arg-type]
+    called: Calls = {name: lambda invert=invert: invert(a, *results) for name, invert in kernels.items()}  # type: ignore[misc]
+    return turns(called | {"copy": lambda: np.copyto(results[0], a)}, repeat)
+
+
+def double(n: int, repeat: int) -> dict[str, float]:
+    """Return the times for float32 in double precision."""
+    a = stack("general", max(2, 2**23 // (4 * n * n)), n, "float32")
+    called: Calls = {
+        "ours": lambda: inverse(a, precision="double"),
+        "single precision": lambda: inverse(a),
+        "NumPy": lambda: np.linalg.inv(a),
+    }
+    return turns(called, repeat)
+
+
+def page(facts: dict[str, Any], versions: dict[str, str], found: dict[str, dict[str, dict[str, float]]]) -> str:
+    lines = [HEAD.format(**facts, versions=", ".join(f"{name} {version}" for name, version in versions.items()))]
+    for title, table in found.items():
+        first, *others = next(iter(table.values()))
+        lines += [
+            f"\n## {title}\n",
+            f"| shape | {first} | " + " | ".join(others) + " |",
+            "|---" * (len(others) + 2) + "|",
+        ]
+        for shape, times in table.items():
+            ratios = " | ".join(f"{times[name] / times[first]:.2f}" for name in others)
+            lines.append(f"| {shape} | {duration(times[first])} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+if __name__ == "__main__":
+    main()
