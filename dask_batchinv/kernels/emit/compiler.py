@@ -91,12 +91,14 @@ def load(name: str, write: Callable[[], str], sources: bytes, functions: Mapping
     return [prototype(library[function]) for function, prototype in functions.items()]
 
 
-def _compile(text: str) -> bytes:
+def _compile(text: str, target: Any = None) -> bytes:
+    """Return the object file for a target machine, by default this one."""
+    target = target or _target()
     module = llvm.parse_assembly(text)
     # The kernels spell out their vectors and unrolling; LLVM is left to clean up.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    builder = llvm.create_pass_builder(_target(), options)
+    builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)
-    code: bytes = _target().emit_object(module)
+    code: bytes = target.emit_object(module)
     return code
