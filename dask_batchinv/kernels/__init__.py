@@ -2,8 +2,8 @@
 
 A kernel's `invert(a, out, info, rcond)` takes blocks of shapes ``(m, n, n), (m, n, n), (m,), (m,)``, reads
 `a`, and fills the other three. It never raises for data, never changes `a`, lets no matrix touch a bit of
-another, and needs `scratch_nbytes(n, dtype)` bytes on top, however large m is. A matrix whose ``info`` is not
-0 gets an all-NaN inverse.
+another, and needs `scratch_nbytes(n, dtype)` bytes on top for each thread, however large m is. A matrix whose
+``info`` is not 0 gets an all-NaN inverse.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import dask.config
@@ -69,9 +69,15 @@ def _in_task() -> bool:
 
 
 def run_all(work: Callable[[Any], None], pieces: Sequence[Any], threads: int) -> None:
-    """Call `work` for every piece, by up to so many threads, of which this is one."""
+    """Call `work` for every piece, by up to so many threads, of which this is one.
+
+    However it ends, the others have ended before, as they work on the caller's memory: also if Ctrl-C comes meanwhile.
+    """
     with _claimed(min(threads, len(pieces))) as claimed:
         left, lock = iter(pieces), threading.Lock()
+        begun, ended, errors = list[int](), list[int](), list[BaseException]()
+        changed = threading.Lock()
+        changed.acquire()
 
         def run() -> None:
             with standard_environment():
@@ -82,16 +88,43 @@ def run_all(work: Callable[[Any], None], pieces: Sequence[Any], threads: int) ->
                         return
                     work(piece)
 
-        others = [_executor().submit(run) for _ in range(claimed - 1)]
+        def help_out(number: int) -> None:
+            begun.append(number)
+            try:
+                run()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                ended.append(number)
+                with suppress(RuntimeError):  # when it is released already
+                    changed.release()
+
         try:
+            for number in range(claimed - 1):
+                _executor().submit(help_out, number)
             run()
         finally:
-            with lock:
-                for _ in left:  # after an error, nothing else is begun
-                    pass
-            wait(others)
-        for other in others:
-            other.result()
+            try:
+                with lock:
+                    for _ in left:  # after an error, nothing else is begun
+                        pass
+            finally:
+                # Not by futures: these have conditions, which Ctrl-C could leave locked for ever.
+                _wait_until(lambda: len(ended) == len(begun), changed)
+        if errors:
+            raise errors[0]
+
+
+def _wait_until(done: Callable[[], bool], changed: threading.Lock) -> None:
+    """Wait, and only then say that Ctrl-C has come; `changed` is released whenever it may be done."""
+    interrupted: BaseException | None = None
+    while not done():
+        try:
+            changed.acquire(timeout=1)
+        except BaseException as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import scipy.linalg
 import dask_batchinv
 from dask_batchinv import inverse, inverse_ex
 from dask_batchinv.kernels import choose_kernel
+from dask_batchinv.kernels.cpu import dispatch
 from dask_batchinv.kernels.emit import compiler
 from dask_batchinv.kernels.threads import threads_for_call
 from tests.benchmarks import peers
@@ -51,6 +52,7 @@ LARGE = (
 LARGEST = ((0, 2000), (0, 3000), (0, 4096))
 STRUCTURES = ("symmetric", "positive definite", "upper triangular", "lower triangular", "diagonal")
 STRUCTURED = (2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512)
+WIDE = (3, 6, 12, 32, 64, 256, 600)
 DOUBLE = (2, 3, 4, 6, 8, 16, 32, 64, 128)
 
 HEAD = """# Calls
@@ -58,8 +60,8 @@ HEAD = """# Calls
 Made by `ci/bench-calls`; do not edit. {processor}; {compiler}; {threads} threads.
 {versions}.
 
-Medians of repetitions in which all take turns, with rests between them. Ours is the time of a call; the other figures
-say how many times longer the others take. Less than 1 means that they are faster.
+Medians of repetitions in which all take turns, with rests between them. The first column is the time of a call, or of
+one of our kernels; the others say how many times longer others take. Less than 1 means that they are faster.
 """
 
 
@@ -81,7 +83,11 @@ def main() -> None:
                 a = stack("general", m, n, dtype)
                 table[" × ".join(map(str, a.shape))] = turns(calls(a), 3 if n >= 2000 else options.repeat)
                 print(dtype, a.shape, *table.values(), flush=True)
-    found["Structures"] = {str(n): structures(n, options.repeat) for n in STRUCTURED}
+    found["Structures, one thread, stacks of 32 MiB"] = {str(n): structures(n, options.repeat) for n in STRUCTURED}
+    for dtype in ("float64", "float32"):
+        found[f"Width of vectors, one thread, general {dtype}"] = {
+            str(n): widths(n, dtype, options.repeat) for n in WIDE
+        }
     found['precision="double", float32'] = {str(n): double(n, options.repeat) for n in DOUBLE}
     facts = {"processor": processor(), "compiler": compiler.description(), "threads": threads_for_call()}
     versions = {"dask_batchinv": dask_batchinv.__version__} | {peer: peers.version(peer) for peer in PEERS}
@@ -136,6 +142,19 @@ def structures(n: int, repeat: int) -> dict[str, float]:
     kernels = {name: choose_kernel(name).invert for name in ("general", *STRUCTURES)}  # type: ignore[arg-type]
     called: Calls = {name: lambda invert=invert: invert(a, *results) for name, invert in kernels.items()}  # type: ignore[misc]
     return turns(called | {"copy": lambda: np.copyto(results[0], a)}, repeat)
+
+
+def widths(n: int, dtype: str, repeat: int) -> dict[str, float]:
+    """Return the times of our kernels for vectors of each width that this machine has."""
+    a = stack("general", max(2, 2**24 // (n * n * np.dtype(dtype).itemsize)), n, dtype)
+    results = np.empty_like(a), np.empty(len(a), np.int32), np.empty(len(a), dtype)
+    called: Calls = {}
+    for nbytes in (64, 32, 16):
+        if nbytes <= compiler.vector_nbytes():
+            kernel: Any = dispatch._load(dispatch.spec_of(n, dtype, "general", nbytes))
+            called[f"{8 * nbytes} bits"] = lambda kernel=kernel: kernel.run(a, *results)  # type: ignore[misc]
+    called["NumPy"] = lambda: np.linalg.inv(a)
+    return turns(called, repeat)
 
 
 def double(n: int, repeat: int) -> dict[str, float]:

@@ -1,6 +1,9 @@
 """Large matrices: n known when the kernel runs, and several threads at one matrix."""
 
 import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -92,6 +95,18 @@ def test_each_failure_has_its_code_and_disturbs_no_neighbour(dtype, threads):
     assert np.isfinite(x[7]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exponent", [0, -1, -2, 0.6, -0.6])
+def test_the_bits_at_the_edges_of_the_range(dtype, exponent):
+    limits = np.finfo(dtype)
+    a = conditioned(2, 70, 10, dtype)
+    parts = a.view(a.real.dtype)
+    parts /= np.abs(parts).max()
+    scale = limits.max * 2.0**exponent if exponent in (0, -1, -2) else 2.0 ** int(exponent * limits.maxexp)
+    parts *= np.finfo(dtype).dtype.type(scale)
+    assert_same_bits(run_blocked(a)[0], run_cpu(a)[0])
+
+
 def test_singular_in_any_column():
     rng = np.random.default_rng(0)
     for k in (0, 95, 96, 130, 199):
@@ -157,6 +172,41 @@ def test_every_order_of_the_work_is_a_right_one(seed):
         task.work()
         task.done()
     assert level == [panels] * (panels * split)
+
+
+INTERRUPTED = """
+import faulthandler, random, signal, time
+import dask, numpy as np
+from dask_batchinv import inverse
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+a = np.random.default_rng(0).normal(size=(1, 530, 530)).astype("f4")
+draw, count, out = random.Random(0), 0, np.zeros_like(a)
+with dask.config.set({"batchinv.threads": 3}):
+    expected = inverse(a)
+    while count < 200:
+        faulthandler.dump_traceback_later(20, exit=True)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 0.02))
+            inverse(a, out=out, on_error="nan")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            count += 1
+            now = out.copy()
+            time.sleep(0.004)
+            assert now.tobytes() == out.tobytes(), "a thread is still at work"
+    assert inverse(a).tobytes() == expected.tobytes()
+print(count, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
+def test_ctrl_c_at_any_moment_ends_a_call():
+    found = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=150)
+    assert found.stdout.strip() == "200", found.stderr[-3000:]
 
 
 def test_an_error_ends_all_threads():

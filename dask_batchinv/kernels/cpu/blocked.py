@@ -116,6 +116,7 @@ class BlockedMatrix:
 
     def invert(self, a: Array, out: Array, threads: int) -> tuple[int, Any]:
         """Invert a matrix; return ``info`` and ``rcond``."""
+        self._arrays = a, out
         self._tables[:, 0], self._tables[:, 1] = a.ctypes.data, out.ctypes.data
         self._info, self._norm = int(Info.GOOD), 0
         self._found[:] = 0
@@ -161,17 +162,21 @@ class BlockedMatrix:
         )
 
     def _prepare(self) -> None:
-        """Find the scale, as `scaling.unit_shift` has it, or that there is nothing to invert."""
-        largest, smallest = self._found.T
-        if largest.max() >= self._infinity or largest.max() == 0:
-            self._info = int(Info.NOT_FINITE) if largest.max() else 1
+        """Find the scale, as `scaling.unit_scale` has it, or that there is nothing to invert."""
+        largest, smallest = int(self._found[:, 0].max()), self._found[:, 1]
+        if largest >= self._infinity or largest == 0:
+            self._info = int(Info.NOT_FINITE) if largest else 1
             self._end()
             return
-        limits = np.finfo(self._real)
-        exponents = np.frexp(self._reals(largest.max(), smallest[smallest > 0].min()))[1].tolist()
-        shift = max(-exponents[0], min(limits.minexp + 1 - exponents[1], 0))
-        near = min(max(shift, limits.minexp), 1 - limits.minexp)
-        self._scale[:] = np.ldexp(self._real.type(1), near), np.ldexp(self._real.type(1), shift - near)
+        least, limits = int(smallest[smallest > 0].min()), np.finfo(self._real)
+        lowest, one = int(limits.minexp), 1 << int(limits.nmant)
+        if one <= largest < (2 - 2 * lowest) * one and least - largest >= (lowest + 2) * one:
+            self._scale[:] = self._reals((2 - 2 * lowest) * one - (largest & -one))[0], 1
+        else:
+            exponent = partial(_exponent, lowest=lowest, digits=int(limits.nmant))
+            shift = max(-exponent(largest), min(lowest + 1 - exponent(least), 0))
+            near = min(max(shift, lowest), 1 - lowest)
+            self._scale[:] = np.ldexp(self._real.type(1), near), np.ldexp(self._real.type(1), shift - near)
         for part in range(self._parts):
             self._rows[:, part * self._length + self.n : (part + 1) * self._length] = 0
         self._pivots[:], self._columns[:], self._used[:] = self.n, np.arange(self._length), self._no_rows
@@ -200,6 +205,11 @@ class BlockedMatrix:
         first, width = k * PANEL, min(PANEL, self.n - k * PANEL)
         start, stop = (min(i * columns, self.n) for i in (chunk, chunk + 1))
         self._call["update"](self._addresses[k % 2], first, 0, width, start, stop, memory.ctypes.data)
+
+
+def _exponent(bits: int, *, lowest: int, digits: int) -> int:
+    """Return the exponent of a number from its bits, as `Emitter.exponent` does."""
+    return (bits >> digits) + lowest - 1 if bits >> digits else lowest - digits + bits.bit_length()
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -100,11 +100,16 @@ class Elimination:
 
 
 class Crew:
-    """The threads that go through the stages together."""
+    """The threads that go through the stages together.
+
+    Ctrl-C may come at any moment. A `threading.Condition` could stay locked then, for ever; a lock cannot.
+    """
 
     def __init__(self, stages: Iterable[Stage]):
         self._stages = deque(stages)
-        self._changed, self._running = threading.Condition(), 0
+        self._lock, self._running = threading.Lock(), 0
+        #: For each thread that waits a lock that it has taken already.
+        self._waiting: list[threading.Lock] = []
 
     def run(self, threads: int) -> None:
         """Go through all stages, with so many threads if they are free."""
@@ -112,31 +117,42 @@ class Crew:
 
     def end(self) -> None:
         """Begin nothing more."""
-        with self._changed:
-            self._stages.clear()
-            self._changed.notify_all()
+        self._stages.clear()
+        with self._lock:
+            self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting:
+            self._waiting.pop().release()
 
     def _work(self) -> None:
         try:
             while task := self._take():
                 task.work()
-                with self._changed:
+                with self._lock:
                     self._running -= 1
                     task.done()
-                    self._changed.notify_all()
+                    self._wake()
         except BaseException:
             self.end()
             raise
 
     def _take(self) -> Task | None:
-        with self._changed:
-            while self._stages:
+        while self._stages:
+            with self._lock:
+                if not self._stages:
+                    break
                 if task := self._stages[0].take():
                     self._running += 1
                     return task
-                if self._running:
-                    self._changed.wait()
-                else:
+                if not self._running:
                     self._stages.popleft()
-                    self._changed.notify_all()
+                    self._wake()
+                    continue
+                changed = threading.Lock()
+                changed.acquire()
+                self._waiting.append(changed)
+            # Should the thread that was to wake this one have been broken off, all has ended.
+            while not changed.acquire(timeout=1) and self._stages:
+                pass
         return None

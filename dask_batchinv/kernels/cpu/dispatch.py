@@ -301,8 +301,9 @@ def invert_in(
 ) -> None:
     """Invert a block as `invert` does, but in a wider dtype than its own."""
     n = a.shape[-1]
-    step = max(1, lapack.GROUP_NBYTES // max(1, n * n * dtype.itemsize))
+    # Large ones are left to `invert` to share out.
     own = threads if n > _ALL_512[a.dtype.char] else 1
+    step = max(own, lapack.GROUP_NBYTES // max(1, n * n * dtype.itemsize))
 
     def work(part: slice) -> None:
         for start in range(part.start, part.stop, step):

@@ -1,6 +1,6 @@
 """What all compiled kernels do before and after: bring each matrix to unit size, and account for it.
 
-The largest number of a matrix is brought into [1/2, 1) by a power of two, and the inverse back by the same. Sums
+The largest number of a matrix is brought into [1/2, 2) by a power of two, and the inverse back by the same. Sums
 and products on the way then neither overflow nor underflow unless the inverse does, and matrices that differ by a
 power of two have inverses that do. The smallest number must not become subnormal: where both cannot be had, it
 decides.
