@@ -6,12 +6,14 @@ has shared them out already. Which thread has a matrix changes no bit.
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import dask.config
@@ -20,14 +22,17 @@ from dask.system import CPU_COUNT
 from dask_batchinv.kernels.emit.environment import standard_environment
 
 _lock = threading.Lock()
-_pool: Executor | None = None
+#: What waits for a thread, and how many threads there are for it.
+_handed_out: SimpleQueue[Callable[[], None]] = SimpleQueue()
+_servers = 0
+#: Processors that calls have claimed.
 _busy = 0
 
 
 def _in_child() -> None:
     """Forget what a forked child does not have."""
-    global _lock, _pool, _busy
-    _lock, _pool, _busy = threading.Lock(), None, 0
+    global _lock, _handed_out, _servers, _busy
+    _lock, _handed_out, _servers, _busy = threading.Lock(), SimpleQueue(), 0, 0
 
 
 os.register_at_fork(after_in_child=_in_child)
@@ -101,7 +106,7 @@ def run_all(work: Callable[[Any], None], pieces: Sequence[Any], threads: int) ->
 
         try:
             for number in range(claimed - 1):
-                _executor().submit(help_out, number)
+                _hand_out(partial(help_out, number))
             run()
         finally:
             try:
@@ -109,7 +114,6 @@ def run_all(work: Callable[[Any], None], pieces: Sequence[Any], threads: int) ->
                     for _ in left:  # after an error, nothing else is begun
                         pass
             finally:
-                # Not by futures: these have conditions, which Ctrl-C could leave locked for ever.
                 _wait_until(lambda: len(ended) == len(begun), changed)
         if errors:
             raise errors[0]
@@ -141,9 +145,17 @@ def _claimed(threads: int) -> Iterator[int]:
             _busy -= claimed
 
 
-def _executor() -> Executor:
-    global _pool
+def _hand_out(work: Callable[[], None]) -> None:
+    """Have a thread call something that raises nothing."""
+    global _servers
     with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max(CPU_COUNT, 64), thread_name_prefix="dask_batchinv")
-        return _pool
+        if _servers < _busy:
+            # Not of an executor, nor a Thread: both have conditions, which Ctrl-C could leave locked for ever.
+            _thread.start_new_thread(_serve, (_handed_out,))
+            _servers += 1
+    _handed_out.put(work)
+
+
+def _serve(handed_out: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        handed_out.get()()

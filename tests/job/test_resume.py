@@ -200,7 +200,7 @@ def test_a_target_of_another_format_is_refused(tmp_path, make_source, client):
     meta["attributes"]["dask_batchinv"] = mark | {"format": 0}  # older versions wrote no text
     (tmp_path / "t" / "zarr.json").write_text(json.dumps(meta))
     with pytest.raises(
-        TargetError, match=r"another version \(format 0, this one writes 8\): use that version, or pass --overwrite"
+        TargetError, match=r"another version \(format 0, this one writes 9\): use that version, or pass --overwrite"
     ):
         invert_store(source, tmp_path / "t", client=client)
     assert invert_store(source, tmp_path / "t", client=client, overwrite=True).complete
