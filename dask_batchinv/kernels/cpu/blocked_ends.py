@@ -43,10 +43,6 @@ def _where(e: Emitter, count: Value) -> Value:
     return e.iota < e.splat(e.resize(count, e.word))
 
 
-def _load(e: Emitter, pointer: Value, mask: Value) -> Value:
-    return e.load_where(mask, pointer)
-
-
 def _write_measure(f: Frame) -> None:
     e, measure = f.e, Measure(f.e)
     start, stop, _ = (argument * (f["n"] * f.parts) for argument in f.arguments)
