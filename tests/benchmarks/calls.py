@@ -139,8 +139,8 @@ def structures(n: int, repeat: int) -> dict[str, float]:
     """Return the times of our kernels by structure, and of a copy, by one thread."""
     a = stack("positive definite", max(2, 2**25 // (8 * n * n)), n, "float64")
     results = np.empty_like(a), np.empty(len(a), np.int32), np.empty(len(a))
-    kernels = {name: choose_kernel(name).invert for name in ("general", *STRUCTURES)}  # type: ignore[arg-type]
-    called: Calls = {name: lambda invert=invert: invert(a, *results) for name, invert in kernels.items()}  # type: ignore[misc]
+    kernels = {name: choose_kernel(name).invert for name in ("general", *STRUCTURES)}
+    called: Calls = {name: lambda invert=invert: invert(a, *results) for name, invert in kernels.items()}
     return turns(called | {"copy": lambda: np.copyto(results[0], a)}, repeat)
 
 
@@ -152,7 +152,7 @@ def widths(n: int, dtype: str, repeat: int) -> dict[str, float]:
     for nbytes in (64, 32, 16):
         if nbytes <= compiler.vector_nbytes():
             kernel: Any = dispatch._load(dispatch.spec_of(n, dtype, "general", nbytes))
-            called[f"{8 * nbytes} bits"] = lambda kernel=kernel: kernel.run(a, *results)  # type: ignore[misc]
+            called[f"{8 * nbytes} bits"] = lambda kernel=kernel: kernel.run(a, *results)
     called["NumPy"] = lambda: np.linalg.inv(a)
     return turns(called, repeat)
 

@@ -13,7 +13,7 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from dask_batchinv import JobFailedError, RefusedError, TargetError, inverse_ex, invert_store, verify_store
+from dask_batchinv import JobFailedError, RefusedError, inverse_ex, invert_store, verify_store
 from dask_batchinv.disk import PARTIAL
 from dask_batchinv.job.allowed import Allowed
 from dask_batchinv.job.driver import run as driver
@@ -315,21 +315,6 @@ def test_max_failed_and_min_rcond(tmp_path, make_source, client):
     with pytest.raises(JobFailedError):
         invert_store(source, tmp_path / "u", client=client, min_rcond=1e-6, max_failed=1)
     assert invert_store(source, tmp_path / "u", client=client, min_rcond=1e-6, max_failed=2).exit_code == 0
-
-
-@pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_in_double_precision(tmp_path, make_source, client, dtype):
-    a = conditioned(40, 6, 1e5, dtype)
-    source, target = make_source(a), tmp_path / "t"
-    assert invert_store(source, target, client=client, precision="double").exit_code == 0
-    wide = inverse_ex(a.astype(np.result_type(dtype, np.float64)))
-    found, _, rcond = read_target(target)
-    assert_same_bits(found, wide.inverse.astype(dtype))
-    np.testing.assert_allclose(rcond, wide.rcond, rtol=1e-6)
-    assert verify_store(target, source=source, client=client).exit_code == 0
-    assert "nothing was left to do" in str(invert_store(source, target, client=client, precision="double"))
-    with pytest.raises(TargetError, match="precision was 'double', is 'same'"):
-        invert_store(source, target, client=client)
 
 
 def test_tiles_that_fail_at_first_are_tried_again(tmp_path, make_source, client, monkeypatch):

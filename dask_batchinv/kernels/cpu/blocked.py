@@ -17,6 +17,7 @@ import numpy.typing as npt
 from llvmlite import ir
 
 from dask_batchinv.kernels.cpu import blocked_ends, blocked_panel, blocked_steps, blocked_update
+from dask_batchinv.kernels.cpu.aligned import aligned
 from dask_batchinv.kernels.cpu.blocked_frame import BLOCK, CHUNK, PANEL, PLACES, STEPS
 from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Elimination, Pieces
 from dask_batchinv.kernels.cpu.scaling import RCOND_UNKNOWN
@@ -27,7 +28,6 @@ Array = npt.NDArray[Any]
 
 #: The size of the matrices that a kernel is tested with: two panels, strips and what is left.
 TESTED = PANEL + CHUNK + 5
-_ALIGNMENT = 64
 #: Rows after the last, for functions that work on some at a time.
 _SPARE = 16
 #: The functions that are called from here, and how many integers they take beside the table.
@@ -94,7 +94,7 @@ class BlockedMatrix:
         self._factors_nbytes = blocked_update.factors_nbytes(spec)
         block, (blocks, stride) = BLOCK * spec.lanes, _row(spec, n)
         self._length = blocks * block
-        self._rows = _aligned((n + _SPARE, stride), self._real)
+        self._rows = aligned((n + _SPARE, stride), self._real)
         self._rows[n:] = 0
         self._scale, self._sizes = np.ones(2, self._real), np.empty(n, self._real)
         self._pivots, self._columns = np.empty(n + STEPS, np.int64), np.empty(self._length, np.int64)
@@ -104,8 +104,8 @@ class BlockedMatrix:
         arrays = {"scale": self._scale, "rows": self._rows, "pivots": self._pivots, "columns": self._columns}
         arrays |= {"sizes": self._sizes, "used": self._used, "found": self._found}
         # A panel is eliminated while another is still needed.
-        saved = [_aligned((blocks * PANEL * spec.parts * block,), self._real) for _ in range(2)]
-        lower = [_aligned((PANEL * PANEL * spec.parts,), self._real) for _ in range(2)]
+        saved = [aligned((blocks * PANEL * spec.parts * block,), self._real) for _ in range(2)]
+        lower = [aligned((PANEL * PANEL * spec.parts,), self._real) for _ in range(2)]
         self._kept = saved, lower
         self._tables = np.zeros((2, len(PLACES)), np.int64)
         for i, table in enumerate(self._tables):
@@ -193,7 +193,7 @@ class BlockedMatrix:
 
     def _panel(self, k: int) -> None:
         start, stop = k * PANEL, min((k + 1) * PANEL, self.n)
-        memory = _aligned((self._factors_nbytes,), np.dtype(np.uint8))
+        memory = aligned((self._factors_nbytes,), np.dtype(np.uint8))
         self._call["panel"](self._addresses[k % 2], start, stop, memory.ctypes.data)
         zero = np.flatnonzero(self._sizes[start:stop] == 0)
         if len(zero):
@@ -201,7 +201,7 @@ class BlockedMatrix:
             self._end()
 
     def _update(self, k: int, chunk: int, columns: int) -> None:
-        memory = _aligned((self._factors_nbytes,), np.dtype(np.uint8))
+        memory = aligned((self._factors_nbytes,), np.dtype(np.uint8))
         first, width = k * PANEL, min(PANEL, self.n - k * PANEL)
         start, stop = (min(i * columns, self.n) for i in (chunk, chunk + 1))
         self._call["update"](self._addresses[k % 2], first, 0, width, start, stop, memory.ctypes.data)
@@ -210,10 +210,3 @@ class BlockedMatrix:
 def _exponent(bits: int, *, lowest: int, digits: int) -> int:
     """Return the exponent of a number from its bits, as `Emitter.exponent` does."""
     return (bits >> digits) + lowest - 1 if bits >> digits else lowest - digits + bits.bit_length()
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    size = int(np.prod(shape, dtype=np.intp)) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dask_batchinv.kernels.cpu.aligned import aligned
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.emit import environment
 from dask_batchinv.stack import AssumeA
@@ -27,7 +28,6 @@ SIGNATURE = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 LARGEST_NBYTES = 2**15
 #: Shapes for which a thread keeps memory at a time.
 _KEPT = 8
-_ALIGNMENT = 64
 
 
 def name_for(spec: KernelSpec) -> str:
@@ -92,8 +92,10 @@ class Memory:
         m = -(-self.count // workspace.group) * workspace.group
         real = np.finfo(spec.dtype).dtype
         # Zeros are quick, whatever is in the places of no matrix.
-        arrays = [_aligned((m, n, n), spec.dtype), _aligned((m, n, n), spec.dtype), _aligned((m,), np.dtype(np.int32))]
-        arrays += [_aligned((m,), real), _aligned((workspace.nbytes,), np.dtype(np.uint8))]
+        arrays = [aligned((m, n, n), spec.dtype), aligned((m, n, n), spec.dtype), aligned((m,), np.dtype(np.int32))]
+        arrays += [aligned((m,), real), aligned((workspace.nbytes,), np.dtype(np.uint8))]
+        for array in arrays:
+            array[...] = 0
         self._arrays = arrays
         self._addresses = (ctypes.c_void_p * 5)(*(array.ctypes.data for array in arrays))
         self._table = ctypes.addressof(self._addresses)
@@ -108,13 +110,6 @@ class Memory:
             return None
         inverse = self._inverse.copy()
         return (inverse, self._info.copy(), self._rcond.copy()) if account else inverse
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    size = int(np.prod(shape, dtype=np.intp)) * dtype.itemsize
-    memory = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class _Thread(threading.local):
