@@ -13,6 +13,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, settings
+from threadpoolctl import threadpool_limits
 
 from dask_batchinv import RefusedError, invert_store
 from dask_batchinv.job.options import JobOptions
@@ -30,6 +31,9 @@ settings.load_profile("ci")
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # those have it from who starts them
         os.environ[fake_cupy.FOLDER] = tempfile.mkdtemp(prefix="emulated-")
+    else:
+        # Threads of BLAS that wait for work keep the processors from the tests beside.
+        threadpool_limits(1, user_api="blas")
 
 
 def pytest_unconfigure(config):

@@ -8,9 +8,10 @@ import pytest
 from dask_batchinv.kernels.cpu import blocked, dispatch
 from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
 from dask_batchinv.kernels.cpu.scaling import RCOND_UNKNOWN
+from dask_batchinv.kernels.emit import compiler
 from tests.kernels.test_compiled import blocks
 from tests.support import arm64
-from tests.support.running import results_for, run_cpu
+from tests.support.running import results_for
 from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
 pytest.importorskip("unicorn", reason="the emulator of ARM64 is not installed: pip install unicorn pyelftools")
@@ -42,15 +43,18 @@ def test_the_bits_are_those_of_this_processor(n, structure, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_so_are_those_of_large_matrices(dtype):
-    spec = replace(spec_of(513, dtype, "general", arm64.VECTOR_NBYTES), n=0)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_so_are_those_of_large_matrices(structure, dtype):
+    spec = replace(spec_of(513, dtype, structure, arm64.VECTOR_NBYTES), n=0)
     functions = arm64.functions(blocked.write(spec))
     kernel = blocked.BlockedKernel(spec, [functions(name) for name in blocked.signatures(spec)])
     dispatch._test(kernel, spec)
-    a = conditioned(1, 141, 1e4, dtype)
-    results = results_for(a)
+    a = conditioned(1, 141, 1e4, dtype, structure)
+    results, expected = results_for(a), results_for(a)
     kernel.run(a, *results)
-    assert_same_bits(results[0], run_cpu(a)[0])
+    dispatch._load(spec_of(513, dtype, structure, compiler.vector_nbytes())).run(a, *expected)
+    for got, want in zip(results, expected, strict=True):
+        assert_same_bits(got, want)
 
 
 def test_a_wrong_result_would_be_seen():

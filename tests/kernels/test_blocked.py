@@ -1,72 +1,146 @@
 """Large matrices: n known when the kernel runs, and several threads at one matrix."""
 
-import random
+import ctypes
+import itertools
 import signal
 import subprocess
 import sys
+import threading
+from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dask_batchinv.kernels import choose_kernel
+from dask_batchinv.kernels import choose_kernel, lapack
 from dask_batchinv.kernels.cpu import blocked, dispatch
 from dask_batchinv.kernels.cpu.blocked_frame import PANEL
-from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Elimination, Pieces
+from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Stage, Worker
+from dask_batchinv.kernels.cpu.blocked_work import Task
 from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
 from dask_batchinv.kernels.emit import compiler
 from tests.support.running import ratios, results_for, run_cpu
-from tests.support.stacks import DTYPES, assert_same_bits, conditioned
+from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
 #: The smallest for which `dispatch` takes it.
 FIRST = 513
+#: Structures whose elimination is shared out.
+ELIMINATED = [structure for structure in STRUCTURES if structure != "diagonal"]
+SYMMETRIC_OR_GENERAL = ("general", "symmetric", "hermitian")
 
 
-def run_blocked(a, threads=1, vector_nbytes=None):
+def run_blocked(a, threads=1, vector_nbytes=None, structure="general"):
     """Run the blocked kernel on matrices of any size."""
-    spec = spec_of(FIRST, a.dtype, "general", vector_nbytes or compiler.vector_nbytes())
+    spec = spec_of(FIRST, a.dtype, structure, vector_nbytes or compiler.vector_nbytes())
     results = results_for(a)
     dispatch._load(spec).run(np.ascontiguousarray(a), *results, threads=threads)
     return results
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_its_layout_begins_where_within_ends(dtype):
-    names = [layout_of(spec_of(n, dtype, "general", 32)).name for n in (FIRST - 1, FIRST, 4096)]
-    assert names == ["within", "blocked", "blocked"]
+def test_its_layout_begins_where_within_ends(dtype, structure):
+    names = [layout_of(spec_of(n, dtype, structure, 32)).name for n in (448, FIRST, 4096)]
+    assert names == ["diagonal" if structure == "diagonal" else "within", "blocked", "blocked"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [33, 97, 200])
 def test_the_bits_are_those_of_elimination_within_a_matrix(n, dtype):
     a = conditioned(3, n, 1e4, dtype)
-    x, info, rcond = run_blocked(a)
-    expected = run_cpu(a)
-    assert_same_bits(x, expected[0])
-    assert_same_bits(info, expected[1])
-    np.testing.assert_allclose(rcond, expected[2], rtol=1e-5)
+    for got, want in zip(run_blocked(a), run_cpu(a), strict=True):
+        assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_neither_the_width_of_vectors_nor_threads_change_a_bit(dtype):
-    a = conditioned(1, 2 * PANEL + 41, 1e3, dtype)
-    expected = run_blocked(a, vector_nbytes=16)
+def test_threads_share_one_that_is_not_yet_large_with_the_same_bits(dtype):
+    a = conditioned(2, 400, 1e4, dtype)
+    a[1, :, 7] = 0
+    expected = run_cpu(a)
+    results = results_for(a)
+    dispatch.invert(a, *results, structure="general", threads=3)
+    for got, want in zip(results, expected, strict=True):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2 * PANEL + 41])
+def test_neither_the_width_of_vectors_nor_threads_change_a_bit(n, dtype, structure):
+    a = conditioned(1, n, 1e3, dtype, structure)
+    expected = run_blocked(a, vector_nbytes=16, structure=structure)
     for nbytes in (16, 32, 64):
         for threads in (1, 2, 3, 7):
             if nbytes <= compiler.vector_nbytes():
-                for got, want in zip(run_blocked(a, threads, nbytes)[:2], expected[:2], strict=True):
+                for got, want in zip(run_blocked(a, threads, nbytes, structure), expected, strict=True):
                     assert_same_bits(got, want)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_residuals(dtype):
+def test_residuals(dtype, structure):
     n, eps = FIRST, np.finfo(dtype).eps
     for cond, one_large in ((2, False), (0.1 / eps, False), (0.1 / eps, True)):
-        a = conditioned(1, n, cond, dtype, one_large=one_large)
-        x, info, rcond = run_cpu(a)
+        a = choose_part(conditioned(1, n, cond, dtype, structure, one_large=one_large), structure)
+        x, info, rcond = run_cpu(poisoned(a, structure), structure)
         assert not info.any()
         assert ratios(a, x).max() <= 3
+        assert_same_bits(x, choose_part(x, structure))
         norms = np.abs(a).sum(axis=1).max(axis=1) * np.abs(x).sum(axis=1).max(axis=1)
         np.testing.assert_allclose(rcond, 1 / norms, rtol=50 * n * eps)
+
+
+def made(spec, n):
+    """Return what would be in work, without functions."""
+    kind = blocked.MATRICES[spec.structure]
+    return kind(spec, n, [None] * len(kind.FUNCTIONS))
+
+
+def choose_part(a, structure):
+    """Return matrices made of the part of others that a structure names."""
+    return lapack.METHODS[structure].read(a).astype(a.dtype)
+
+
+def poisoned(a, structure):
+    """Put NaN where a structure has nothing to read."""
+    n, a = a.shape[-1], a.copy()
+    upper = structure == "upper triangular" or structure not in ("general", "lower triangular", "diagonal")
+    if structure != "general":
+        unread = ~(
+            np.eye(n, dtype=bool)
+            if structure == "diagonal"
+            else np.tri(n, dtype=bool).T
+            if upper
+            else np.tri(n, dtype=bool)
+        )
+        a[:, unread] = np.nan
+    return a
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", [structure for structure in STRUCTURES if structure != "general"])
+def test_each_failure_of_a_structure(structure, dtype, threads):
+    n, limits = FIRST, np.finfo(dtype)
+    a = np.eye(n, dtype=dtype)[None] * np.linspace(1, 2, 9)[:, None, None].astype(dtype)
+    a[1] = 0
+    a[2, 500, 500] = np.nan
+    a[3, 3, 3] = -np.inf
+    a[4, 300, 300] = 0
+    a[5] *= limits.smallest_subnormal
+    a[6] *= limits.tiny
+    a[7] *= limits.max / 4
+    a[8, 400, 400] = -1
+    x, info, rcond = results_for(a)
+    dispatch.invert(a, x, info, rcond, structure=structure, threads=threads)
+    assert list(info) == [0, 1, -1, -1, 301, -2, 0, 0, 401 if structure == "positive definite" else 0]
+    assert np.isnan(x[info != 0]).all()
+    assert np.isnan(rcond[[2, 3]]).all()
+    assert (rcond[[1, 4]] == 0).all()
+    assert_same_bits(x[6] * limits.tiny, run_cpu(a[6:7] / limits.tiny, structure)[0][0])
+    np.testing.assert_allclose(
+        np.einsum("mii->mi", x[[0, 7]]) * np.einsum("mii->mi", a[[0, 7]]), 1, rtol=4 * limits.eps
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,51 +201,95 @@ def test_strides_and_what_is_beside_a_block(threads):
         assert (whole[[0, -1]] == 7).all()
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [FIRST, 1000])
-def test_memory_is_what_the_plan_says(n, dtype):
-    spec = spec_of(n, dtype, "general", compiler.vector_nbytes())
-    planned = choose_kernel("general").scratch_nbytes(n, dtype)
-    matrix = blocked.BlockedMatrix(spec, n, [None] * 5)
+def test_memory_is_what_the_plan_says(n, dtype, structure):
+    spec = spec_of(n, dtype, structure, compiler.vector_nbytes())
+    planned = choose_kernel(structure).scratch_nbytes(n, dtype)
+    matrix = made(spec, n)
     taken = sum(x.nbytes for x in vars(matrix).values() if isinstance(x, np.ndarray))
-    taken += sum(x.nbytes for kept in matrix._kept for x in kept)
     assert taken <= blocked.workspace(spec).nbytes <= 1.1 * taken + 2**17
     assert planned >= taken
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_every_order_of_the_work_is_a_right_one(seed):
-    draw = random.Random(seed)
-    panels, split = draw.randint(1, 7), draw.choice([1, 3])
-    eliminated, level = [], [0] * (panels * split)
+@pytest.mark.parametrize("structure", ELIMINATED)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("n", [FIRST, 700])
+def test_tasks_that_are_done_at_the_same_time_do_not_meet(n, threads, structure):
+    """What one writes no other reads or writes that needs the same ones."""
+    spec = replace(spec_of(n, "float64", structure, 16), n=0)
+    tasks = made(spec, n)._tasks(threads)
+    assert [task.needs for task in tasks] == sorted(task.needs for task in tasks)
+    updated = {task.k0: 0 for task in tasks}
+    for needs in sorted({task.needs for task in tasks}):
+        assert tasks[needs].needs == needs
+        ranges = defaultdict(list)
+        for task in tasks:
+            if task.needs == needs:
+                assert task.width > 0 or task.k0 == 0
+                ranges[is_of_rows(structure, task)].append((task.start, task.stop))
+                updated[task.k0] += task.stop - task.start
+        for found in ranges.values():
+            found.sort()
+            if len(found) > 1:
+                assert all(one[1] <= other[0] for one, other in itertools.pairwise(found))
+    if structure == "general":
+        # All columns but its own, and those of the first panel when that is eliminated.
+        assert [count - (PANEL if k0 == 0 else 0) for k0, count in updated.items()] == [
+            n - min(PANEL, n - k0) for k0 in range(0, n, PANEL)
+        ]
 
-    def eliminate(k):
-        assert eliminated == list(range(k))
-        assert all(level[i] == k for i in range(k * split, (k + 1) * split))
-        # Its memory is that of the panel before the last.
-        assert k < 2 or all(done >= k - 1 for i, done in enumerate(level) if i // split != k - 2)
-        eliminated.append(k)
-        for i in range(k * split, (k + 1) * split):
-            level[i] += 1
 
-    def update(k, chunk):
-        assert k in eliminated
-        assert level[chunk] == k
-        assert chunk // split != k
-        level[chunk] += 1
+def is_of_rows(structure, task):
+    """Tell whether a task of a triangle is one of columns, the only of its kind there."""
+    return structure not in SYMMETRIC_OR_GENERAL and task.action == 1
 
-    stage, running = Elimination(panels, split, eliminate, update), []
-    while True:
-        task = stage.take() if len(running) < 4 else None
-        if task:
-            running.append(task)
-            continue
-        if not running:
-            break
-        task = running.pop(draw.randrange(len(running)))
-        task.work()
-        task.done()
-    assert level == [panels] * (panels * split)
+
+def test_a_thread_that_waits_comes_back_and_goes_on():
+    """The second task needs the first, which another thread has taken, and is long at."""
+    calls, held = [], threading.Event()
+
+    def work(tasks, count, counters, own):
+        number = ctypes.c_int64.from_address(own)
+        calls.append(number.value)
+        if len(calls) == 3:
+            held.set()
+        number.value = count if held.is_set() else 1
+
+    worker = Worker(work, [Task(*[0] * len(Task._fields))] * 2, 64)
+    worker.begin()
+    worker.run()
+    assert calls == [-1, 1, 1]
+
+
+def test_an_interrupted_thread_lets_no_other_wait_for_it():
+    entered = threading.Event()
+
+    def work(tasks, count, counters, own):
+        if threading.current_thread() is threading.main_thread():
+            entered.wait()
+            raise KeyboardInterrupt
+        entered.set()
+        ctypes.c_int64.from_address(own).value = 1  # waits for what the other has
+
+    worker = Worker(work, [Task(*[0] * len(Task._fields))] * 2, 64)
+    worker.begin()
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        worker.run()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("structure", ["general", "positive definite"])
+def test_many_threads_at_small_tasks(structure):
+    a = conditioned(1, FIRST, 10, "float32", structure)
+    expected = run_blocked(a, structure=structure)
+    for _ in range(20):
+        for got, want in zip(run_blocked(a, 8, structure=structure), expected, strict=True):
+            assert_same_bits(got, want)
 
 
 INTERRUPTED = """
@@ -215,7 +333,7 @@ def test_an_error_ends_all_threads():
     def fail():
         raise ZeroDivisionError
 
-    crew = Crew([Pieces([fail, *[lambda: done.append(1)] * 3]), Pieces([lambda: done.append(2)])])
+    crew = Crew([Stage([fail, *[lambda: done.append(1)] * 3]), Stage([lambda: done.append(2)])])
     with pytest.raises(ZeroDivisionError):
         crew.run(3)
     assert 2 not in done

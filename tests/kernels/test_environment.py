@@ -87,12 +87,13 @@ def test_the_environment_of_the_caller_changes_no_bit_and_is_left_as_it_is(struc
 
 @needs_control
 @pytest.mark.parametrize("mode", MODES[::3], ids=hex)
-@pytest.mark.parametrize("structure", ["symmetric", "upper triangular"])
-def test_nor_does_it_where_matrices_are_left_to_lapack(structure, mode):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("structure", ["general", "positive definite", "symmetric", "upper triangular", "diagonal"])
+def test_nor_does_it_where_threads_share_a_large_matrix(structure, threads, mode):
     a = stack(513, "complex64", structure, 3)
-    expected = invert_block(a, dtype="complex64", assume_a=structure, device="cpu")
+    expected = invert_block(a, dtype="complex64", assume_a=structure, device="cpu", threads=threads)
     with disturbed(mode):
-        results = invert_block(a, dtype="complex64", assume_a=structure, device="cpu")
+        results = invert_block(a, dtype="complex64", assume_a=structure, device="cpu", threads=threads)
     for got, want in zip(results, expected, strict=True):
         assert_same_bits(got, want)
 

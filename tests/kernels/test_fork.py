@@ -10,7 +10,7 @@ import pytest
 FORK = """
 import itertools, os, signal, sys, threading, time
 import numpy as np
-from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels import invert_block, lapack
 from dask_batchinv.kernels.cpu import dispatch
 from dask_batchinv.kernels.emit import compiler, environment
 
@@ -25,7 +25,8 @@ def ask_the_processor():
     invert_block(np.eye(3)[None], dtype="float64", device="cpu")
 
 def use_lapack():
-    invert_block(np.eye(513)[None], dtype="float64", assume_a="symmetric", device="cpu")
+    results = (np.empty(shape, dtype) for shape, dtype in (((1, 513, 513), "f8"), (1, "i4"), (1, "f8")))
+    lapack.invert(np.eye(513)[None], *results, structure="symmetric")
 
 sizes, work = itertools.count(), globals()[sys.argv[1]]
 stop = threading.Event()
@@ -74,7 +75,7 @@ LIMITED = """
 import os, signal, threading
 import numpy as np
 from threadpoolctl import threadpool_info
-from dask_batchinv.kernels import invert_block
+from dask_batchinv.kernels import lapack
 from dask_batchinv.kernels.blas_threads import one_blas_thread
 
 def threads():
@@ -94,7 +95,8 @@ if pid == 0:
     signal.alarm(30)
     status = 1
     try:
-        invert_block(np.eye(513)[None], dtype="f8", assume_a="symmetric", device="cpu")
+        results = (np.empty(shape, dtype) for shape, dtype in (((1, 513, 513), "f8"), (1, "i4"), (1, "f8")))
+        lapack.invert(np.eye(513)[None], *results, structure="symmetric")
         assert threads() == before, (threads(), before)
         status = 0
     finally:

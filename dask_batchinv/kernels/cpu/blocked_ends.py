@@ -25,10 +25,10 @@ def write(spec: KernelSpec, module: ir.Module) -> None:
     """
     _write_measure(Frame(spec, "measure", 3, module))
     _write_read(Frame(spec, "read", 3, module))
-    _write_give(Frame(spec, "give", 3, module))
+    write_give(Frame(spec, "give", 3, module))
 
 
-def _tell(f: Frame, first: Value, second: Value) -> None:
+def tell(f: Frame, first: Value, second: Value) -> None:
     """Note what a function has found."""
     for i, value in enumerate((first, second)):
         f.set(
@@ -38,7 +38,7 @@ def _tell(f: Frame, first: Value, second: Value) -> None:
         )
 
 
-def _where(e: Emitter, count: Value) -> Value:
+def first_lanes(e: Emitter, count: Value) -> Value:
     """Return the mask of the first lanes, of so many."""
     return e.iota < e.splat(e.resize(count, e.word))
 
@@ -49,24 +49,35 @@ def _write_measure(f: Frame) -> None:
     whole = start + (stop - start) / f.lanes * f.lanes
     with e.loop(start, whole, f.lanes) as i:
         measure.look(e.load(e.at(f["source"], i)))
-    measure.look(e.load_where(_where(e, stop - whole), e.at(f["source"], whole)))
+    measure.look(e.load_where(first_lanes(e, stop - whole), e.at(f["source"], whole)))
     largest, smallest = e.reduce("umax", measure.largest.get()), e.reduce("umin", measure.smallest.get()) + 1
-    _tell(f, largest, smallest)
+    tell(f, largest, smallest)
     e.finish()
 
 
-def _scale(f: Frame) -> list[Value]:
+def put(f: Frame, numbers: Value, place: Value, count: Value) -> None:
+    """Store the first lanes, of so many; all of them if there are more."""
+    # Stores by a mask are slow on some processors.
+    with f.e.builder.if_else((count >= f.lanes).raw) as (all_of_them, some):
+        with all_of_them:
+            f.e.store(numbers, place)
+        with some:
+            f.e.store_where(first_lanes(f.e, count), numbers, place)
+
+
+def scale(f: Frame) -> list[Value]:
+    """Return the factors that bring the matrix to unit size, and its inverse back."""
     return [f.e.splat(f.e.load(f.e.at(f["scale"], i), f.e.real)) for i in range(2)]
 
 
 def _write_read(f: Frame) -> None:
     """Scale, sum up the columns, and transpose."""
     e, n, parts = f.e, f["n"], f.parts
-    first, second = _scale(f)
+    first, second = scale(f)
     norm = e.variable(e.numbers(0.0))
     with e.loop(f.arguments[0] * parts, f.arguments[1] * parts, f.lanes) as c:
         total = e.variable(e.numbers(0.0))
-        inside = _where(e, n * parts - c)
+        inside = first_lanes(e, n * parts - c)
         with e.loop(0, n, f.lanes) as r:
             block = []
             for t in range(f.lanes):
@@ -79,18 +90,17 @@ def _write_read(f: Frame) -> None:
                 e.store(turned, place, align=e.nbytes)
         norm.set(larger_sum(e, total.get(), norm.get()))
     largest = e.lane(across(e, norm.get(), partial(larger_sum, e)), 0)
-    _tell(f, e.bits(largest), e.bits(largest))
+    tell(f, e.bits(largest), e.bits(largest))
     e.finish()
 
 
-def _write_give(f: Frame) -> None:
-    """Turn the inverse back and write it, rows and columns in their order."""
+def write_give(f: Frame) -> None:
+    """Write ``give``: it turns the inverse back and writes it, rows and columns in their order."""
     e, n, parts = f.e, f["n"], f.parts
-    first, second = _scale(f)
+    first, second = scale(f)
     norm, largest = e.variable(e.numbers(0.0)), e.variable(e.integers(0))
     with e.loop(f.arguments[0] * parts, f.arguments[1] * parts, f.lanes) as c:
         total = e.variable(e.numbers(0.0))
-        inside = _where(e, n * parts - c)
         sources = []
         for q in range(f.lanes):
             # Beyond the last column it is taken once more: that changes no maximum.
@@ -104,7 +114,7 @@ def _write_give(f: Frame) -> None:
                     numbers = without_sign_of_zero(e, turned[t] * first, second)
                     largest.set(e.unsigned("umax", largest.get(), e.bits(e.absolute(numbers))))
                     k = f.get("columns", r + t)
-                    e.store_where(inside, numbers, e.at(f["target"], k * (n * parts) + c))
+                    put(f, numbers, e.at(f["target"], k * (n * parts) + c), n * parts - c)
         norm.set(larger_sum(e, total.get(), norm.get()))
-    _tell(f, e.reduce("umax", largest.get()), e.bits(e.lane(across(e, norm.get(), partial(larger_sum, e)), 0)))
+    tell(f, e.reduce("umax", largest.get()), e.bits(e.lane(across(e, norm.get(), partial(larger_sum, e)), 0)))
     e.finish()

@@ -18,8 +18,6 @@ from dask_batchinv.kernels.emit.values import INT, Value
 STEPS, STRIP, PANEL = 8, 32, 96
 #: Columns that an update finds the factors of together: these stay in the second-level cache.
 CHUNK = 32
-#: Vectors of a row that an update has in registers together.
-BLOCK = 3
 #: What the table says of a matrix: addresses, and at last sizes.
 PLACES = (
     "source",  # the matrix
@@ -29,6 +27,8 @@ PLACES = (
     "saved",  # the columns of a panel as each was at its turn, block by block
     "lower",  # what they had in the rows of later pivots
     "pivots",  # the row of each pivot
+    "factors",  # by which the steps of a panel are added to each row, tile by tile, where they are not solved for
+    "inverses",  # of the pivots of a panel
     "columns",  # for each row the column that it was the pivot of
     "sizes",  # what each pivot is judged by
     "used",  # bits, a word for each vector: rows that have been pivots, and those that are no rows
@@ -40,11 +40,33 @@ PLACES = (
 _SIZES = PLACES[-3:]
 
 
+def rows_of_tile(spec: KernelSpec) -> int:
+    """Return how many rows an update has in registers together; measured."""
+    return (8 if spec.lanes * spec.itemsize == 64 else 4) // spec.parts
+
+
+def vectors_of_block(spec: KernelSpec) -> int:
+    """Return how many vectors of each of them; measured."""
+    return 3 if spec.parts == 1 else 2
+
+
+def rows_of_group(spec: KernelSpec) -> int:
+    """Return how many rows have their factors beside each other, and are solved for together; whole tiles."""
+    return max(rows_of_tile(spec), min(spec.lanes, STEPS))
+
+
+def block_of(spec: KernelSpec) -> int:
+    """Return the reals of a block."""
+    return vectors_of_block(spec) * spec.lanes
+
+
 class Frame:
     """A function for matrices of a dtype, and the matrix that it is at."""
 
     def __init__(self, spec: KernelSpec, name: str, integers: int, module: ir.Module):
         self.spec, self.parts, self.lanes = spec, spec.parts, spec.lanes
+        self.vectors = vectors_of_block(spec)
+        """Vectors of a block."""
         self.e = e = Emitter(f"{spec.name}_{name}", spec.itemsize, spec.lanes, integers=integers, module=module)
         table, *self.arguments = e.arguments
         self._places = {}
@@ -65,7 +87,7 @@ class Frame:
     @property
     def block(self) -> int:
         """Reals of a block."""
-        return BLOCK * self.lanes
+        return self.vectors * self.lanes
 
     def row(self, j: Value) -> Value:
         """Return the address of a row."""

@@ -3,100 +3,83 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from dask_batchinv.kernels.cpu.aligned import aligned
+from dask_batchinv.kernels.cpu.blocked_work import COUNTERS, OWN, Task
 from dask_batchinv.kernels.threads import run_all
 
-
-class Task(NamedTuple):
-    """What one thread does."""
-
-    work: Callable[[], object]
-    """The work itself."""
-    done: Callable[[], None] = lambda: None
-    """Notes that it is done, while no other thread notes or takes anything."""
+Array = npt.NDArray[Any]
 
 
-class Stage(Protocol):
-    """Work that begins when all of the stage before is done."""
+class Stage:
+    """Pieces of work that do not depend on each other; they begin when all of the stage before is done."""
 
-    def take(self) -> Task | None:
+    def __init__(self, pieces: Iterable[Callable[[], object]]):
+        self._left = deque(pieces)
+
+    def take(self) -> Callable[[], object] | None:
         """Return what can be done now, or None."""
+        return self._left.popleft() if self._left else None
 
 
-class Pieces:
-    """A stage of pieces that do not depend on each other."""
+class TaskList:
+    """Tasks of which any may be done at the same time that need the same ones."""
 
-    def __init__(self, tasks: Iterable[Callable[[], object]]):
-        self._left = deque(tasks)
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
 
-    def take(self) -> Task | None:
-        """Return what can be done now, or None."""
-        return Task(self._left.popleft()) if self._left else None
+    def add(self, *tasks: Task) -> None:
+        """Add tasks that need all which are there."""
+        needs = len(self.tasks)
+        self.tasks += [task._replace(needs=needs) for task in tasks]
 
 
-class Elimination:
-    """The stage in which panels are eliminated and update all other columns, which are cut into chunks.
-
-    Panel k + 1 waits for the updates of its columns by panel k, and for those of all columns by panel k - 1, whose
-    memory it takes. A chunk is updated by one panel after the other.
+class Worker:
+    """Has threads go through a list of tasks in the machine code of `blocked_work`, which no other must do meanwhile.
 
     Parameters
     ----------
-    panels : int
-        How many there are.
-    split : int
-        Chunks that the columns of a panel make.
-    eliminate : callable
-        ``eliminate(k)`` eliminates panel k.
-    update : callable
-        ``update(k, chunk)`` updates a chunk by panel k.
+    work : callable
+        The function of that name.
+    tasks : sequence of Task
+        The list.
+    nbytes : int
+        What each thread needs as memory of its own.
     """
 
-    def __init__(
-        self, panels: int, split: int, eliminate: Callable[[int], object], update: Callable[[int, int], object]
-    ):
-        self._panels, self._split, self._eliminate, self._update = panels, split, eliminate, update
-        self._eliminated, self._begun = 0, 0
-        #: How many panels each chunk has been updated by; -1 while it is.
-        self._level = [0] * (panels * split)
-        #: The chunks that each panel has still to begin with: first those that the next panel waits for.
-        self._pending = [deque(self._chunks_from(k)) for k in range(panels)]
-        self._unfinished = [len(pending) for pending in self._pending]
+    def __init__(self, work: Callable[[int, int, int, int], None], tasks: Sequence[Task], nbytes: int):
+        self._work, self._tasks, self._nbytes = work, np.array(tasks, np.int64), nbytes
+        self._counters = aligned((COUNTERS[-1] + 1,), np.dtype(np.int64))
 
-    def _own(self, k: int) -> range:
-        return range(k * self._split, (k + 1) * self._split)
+    def begin(self) -> None:
+        """Begin from the first task."""
+        self._counters[:] = 0
+        self._is_broken_off = False
 
-    def _chunks_from(self, k: int) -> list[int]:
-        first, total = (k + 1) * self._split, self._panels * self._split
-        return [i % total for i in range(first, first + total - self._split)]
-
-    def take(self) -> Task | None:
-        """Return what can be done now, or None."""
-        k = self._begun
-        has_memory = k < 2 or self._unfinished[k - 2] == 0
-        if k == self._eliminated < self._panels and has_memory and all(self._level[i] == k for i in self._own(k)):
-            self._begun += 1
-            return Task(partial(self._eliminate, k), self._note_eliminated)
-        for k in range(max(0, self._eliminated - 2), self._eliminated):
-            for chunk in self._pending[k]:
-                if self._level[chunk] == k:
-                    self._pending[k].remove(chunk)
-                    self._level[chunk] = -1
-                    return Task(partial(self._update, k, chunk), partial(self._note, k, chunk))
-        return None
-
-    def _note_eliminated(self) -> None:
-        for chunk in self._own(self._eliminated):
-            self._level[chunk] += 1
-        self._eliminated += 1
-
-    def _note(self, k: int, chunk: int) -> None:
-        self._level[chunk] = k + 1
-        self._unfinished[k] -= 1
+    def run(self) -> None:
+        """Do tasks, in a thread, until none is left."""
+        own = aligned((8 * OWN + self._nbytes,), np.dtype(np.uint8))
+        number = own[:8].view(np.int64)
+        number[0] = -1
+        count = len(self._tasks)
+        addresses = self._tasks.ctypes.data, count, self._counters.ctypes.data, own.ctypes.data
+        try:
+            self._work(*addresses)
+            while number[0] < count and not self._is_broken_off:
+                # Another thread is at what this one needs.
+                time.sleep(0)
+                self._work(*addresses)
+        except BaseException:
+            # Nobody will do what this thread may hold.
+            self._is_broken_off = True
+            raise
 
 
 class Crew:
@@ -127,24 +110,23 @@ class Crew:
 
     def _work(self) -> None:
         try:
-            while task := self._take():
-                task.work()
+            while work := self._take():
+                work()
                 with self._lock:
                     self._running -= 1
-                    task.done()
                     self._wake()
         except BaseException:
             self.end()
             raise
 
-    def _take(self) -> Task | None:
+    def _take(self) -> Callable[[], object] | None:
         while self._stages:
             with self._lock:
                 if not self._stages:
                     break
-                if task := self._stages[0].take():
+                if work := self._stages[0].take():
                     self._running += 1
-                    return task
+                    return work
                 if not self._running:
                     self._stages.popleft()
                     self._wake()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from dask_batchinv.kernels.cpu.blocked_frame import BLOCK, STEPS, Frame
+from dask_batchinv.kernels.cpu.blocked_frame import STEPS, Frame
 from dask_batchinv.kernels.cpu.spec import KernelSpec
 from dask_batchinv.kernels.cpu.within_workspace import across
 from dask_batchinv.kernels.emit.values import INT, Value
@@ -55,8 +55,8 @@ def _search(f: Frame, row: Value) -> tuple[Value, Value]:
     best, first = e.variable(e.numbers(-1.0)), e.variable(e.integers(0))
     start = e.variable(e.iota)
     with e.loop(0, f["blocks"]) as b:
-        for v in range(BLOCK):
-            used = e.mask_from(f.get("used", b * BLOCK + v))
+        for v in range(f.vectors):
+            used = e.mask_from(f.get("used", b * f.vectors + v))
             size = e.select(used, e.numbers(-1.0), f.load(row, b * f.block + v * f.lanes).size())
             more = size > best.get()
             best.set(e.select(more, size, best.get()))

@@ -32,6 +32,7 @@ from dask_batchinv.kernels.cpu import (
     interleaved_group,
     interleaved_ldl,
     interleaved_triangular,
+    kept,
     registers_gauss_jordan,
     registers_ldl,
     registers_symmetric,
@@ -51,9 +52,10 @@ from dask_batchinv.stack import AssumeA
 
 Array = npt.NDArray[Any]
 
-_ALIGNMENT = 64
 #: Bytes of inverses from which on they are written with non-temporal stores.
 NONTEMPORAL_NBYTES = 2**23
+#: The smallest n of general matrices that several threads share, if there are not enough for all; measured.
+_SHARED_FROM = {"f": 384, "d": 320, "F": 320, "D": 256}
 #: The largest n of which each thread has a matrix of its own: beyond, scratch memory for all of them would be too much.
 _SHARED_OUT = 1024
 #: Parts that a block is cut into for each thread, so that none waits long for another; and the time in nanoseconds, a
@@ -93,12 +95,14 @@ _ALL_512, _ALL = dict.fromkeys("fdFD", 512), dict.fromkeys("fdFD", 2**20)
 LAYOUTS = (
     Layout("registers", "general", {"f": 6, "d": 6, "F": 4, "D": 4}, registers_gauss_jordan.write, _PER_LANE),
     Layout("interleaved", "general", {"f": 24, "d": 20, "F": 16, "D": 14}, interleaved_gauss_jordan.write, _PER_LANE),
-    Layout("within", "general", _ALL_512, within_gauss_jordan.write, within_gauss_jordan.workspace),
+    Layout("within", "general", dict.fromkeys("fdFD", 448), within_gauss_jordan.write, within_gauss_jordan.workspace),
     Layout("blocked", "general", _ALL, blocked.write, blocked.workspace),
     Layout("registers", "positive definite", {"f": 7, "d": 7, "F": 4, "D": 4}, registers_ldl.write, _PER_LANE),
     Layout("interleaved", "positive definite", {"f": 40, "d": 36, "F": 40, "D": 40}, interleaved_ldl.write, _PER_LANE),
     Layout("within", "positive definite", _ALL_512, within_sweep.write, within_sweep.workspace),
+    Layout("blocked", "positive definite", _ALL, blocked.write, blocked.workspace),
     Layout("diagonal", "diagonal", _ALL_512, diagonal.write, diagonal.workspace),
+    Layout("blocked", "diagonal", _ALL, blocked.write, blocked.workspace),
     *(
         layout
         for word in ("upper triangular", "lower triangular")
@@ -106,6 +110,7 @@ LAYOUTS = (
             Layout("registers", word, {"f": 6, "d": 6, "F": 4, "D": 4}, registers_triangular.write, _PER_LANE),
             Layout("interleaved", word, {"f": 40, "d": 40, "F": 40, "D": 40}, interleaved_triangular.write, _PER_LANE),
             Layout("within", word, _ALL_512, within_triangular.write, within_triangular.workspace),
+            Layout("blocked", word, _ALL, blocked.write, blocked.workspace),
         )
     ),
     *(
@@ -114,6 +119,7 @@ LAYOUTS = (
         for layout in (
             Layout("registers", word, {"f": 6, "d": 6, "F": 4, "D": 4}, registers_symmetric.write, _PER_LANE),
             Layout("within", word, _ALL_512, within_symmetric.write, within_symmetric.workspace),
+            Layout("blocked", word, _ALL, blocked.write, blocked.workspace),
         )
     ),
 )
@@ -134,7 +140,7 @@ def layout_of(spec: KernelSpec) -> Layout | None:
 
     Examples
     --------
-    >>> [layout_of(spec_of(n, "float64", "general", 64)).name for n in (6, 7, 21, 512, 513)]
+    >>> [layout_of(spec_of(n, "float64", "general", 64)).name for n in (6, 7, 21, 448, 449)]
     ['registers', 'interleaved', 'within', 'within', 'blocked']
     """
     return next((layout for layout in LAYOUTS if layout.takes(spec)), None)
@@ -169,9 +175,10 @@ class _Grouped:
         self, a: Array, out: Array, info: Array, rcond: Array, *, nontemporal: bool = False, threads: int = 1
     ) -> None:
         """Invert a block whose arrays are contiguous, by one thread."""
-        memory = np.empty(self.workspace.nbytes + _ALIGNMENT, np.uint8)
-        scratch = -(-memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+        with kept.scratch(self.workspace.nbytes) as memory:
+            self._run(a, out, info, rcond, nontemporal, memory.ctypes.data)
 
+    def _run(self, a: Array, out: Array, info: Array, rcond: Array, nontemporal: bool, scratch: int) -> None:
         def call(start: int, count: int, *arrays: Array) -> None:
             at, *others = (x[start:].ctypes.data for x in arrays)
             self.function(at, others[0], others[1], others[2], count, scratch, nontemporal)
@@ -197,11 +204,6 @@ _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def has_kernel(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> bool:
-    """Tell whether `invert` has a kernel for matrices, or leaves all of them to LAPACK."""
-    return layout_of(spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())) is not None
-
-
 def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """Return the working memory of `invert` in bytes, whatever the number of matrices."""
     spec, others = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes()), lapack.scratch_nbytes(n, dtype)
@@ -209,7 +211,7 @@ def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
         return others
     group, nbytes = layout.workspace(spec)
     copies = 2 * max(lapack.GROUP_NBYTES, group * n * n * spec.dtype.itemsize)
-    return others + nbytes + _ALIGNMENT + copies
+    return others + nbytes + copies
 
 
 def compile_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
@@ -231,13 +233,17 @@ def _tested(spec: KernelSpec, workspace: Workspace) -> tuple[int, int]:
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA, threads: int = 1) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
-    kernel = _load(spec_of(a.shape[-1], a.dtype, structure, compiler.vector_nbytes()))
+    spec = spec_of(a.shape[-1], a.dtype, structure, compiler.vector_nbytes())
+    kernel = _load(spec)
     nontemporal = out.nbytes >= NONTEMPORAL_NBYTES
 
     def work(part: slice, *, threads: int = 1) -> None:
         arrays = (x[part] for x in (a, out, info, rcond))
         _invert(kernel, *arrays, structure=structure, nontemporal=nontemporal, threads=threads)
 
+    if structure == "general" and len(a) < threads and a.shape[-1] >= _SHARED_FROM[a.dtype.char]:
+        # The same bits.
+        kernel = _load(replace(spec, n=_ALL_512[a.dtype.char] + 1))
     if isinstance(kernel, blocked.BlockedKernel):
         each = len(a) // threads if a.shape[-1] <= _SHARED_OUT else 0
         parts = [slice(start, start + each) for start in range(0, each * threads, max(1, each))]

@@ -1,0 +1,150 @@
+"""Large matrices of which one triangle is in work: what each stage is for `blocked_sweep`, `blocked_substitution`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+from llvmlite import ir
+
+from dask_batchinv.kernels.cpu import blocked_substitution, blocked_sweep, blocked_work
+from dask_batchinv.kernels.cpu.aligned import aligned
+from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL, STEPS, Frame, block_of
+from dask_batchinv.kernels.cpu.blocked_matrix import SPARE, Array, BlockedMatrix, nbytes_of_rows, row
+from dask_batchinv.kernels.cpu.blocked_schedule import TaskList
+from dask_batchinv.kernels.cpu.blocked_triangle import Triangle, write_give, write_measure, write_read
+from dask_batchinv.kernels.cpu.blocked_work import Call, Task
+from dask_batchinv.kernels.cpu.spec import KernelSpec
+from dask_batchinv.kernels.emit.values import Value
+
+#: Pieces for each thread that the work is cut into.
+_PIECES = 4
+
+
+class _UpperMatrix(BlockedMatrix):
+    """A matrix in work of which only the upper triangle is kept up."""
+
+    FUNCTIONS: ClassVar[Mapping[str, int]] = {"measure": 3, "read": 3, "work": 3, "give": 3}
+
+    @classmethod
+    def nbytes(cls, spec: KernelSpec) -> int:
+        """Return the bytes of memory for a matrix of `spec.n` rows."""
+        blocks, _ = row(spec, spec.n)
+        columns = 2 * blocks * block_of(spec) + STEPS
+        return nbytes_of_rows(spec) + PANEL * columns * spec.parts * spec.itemsize
+
+    def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]]):
+        super().__init__(spec, n, functions)
+        #: With ones on the diagonal beyond the matrix, up to whole steps.
+        self._whole = -(-n // STEPS) * STEPS
+        self._panels = range(0, self._whole, PANEL)
+        self._saved = aligned((PANEL * spec.parts * self._length,), self._real)
+        # Whole tiles, of which the last may reach beyond the last block.
+        self._factors = aligned((PANEL * spec.parts * (self._length + STEPS),), self._real)
+        self._inverses = np.empty((n + SPARE) * spec.parts, self._real)
+        self._tables = [self._table(saved=self._saved, factors=self._factors, inverses=self._inverses)]
+
+    def _begin(self) -> None:
+        super()._begin()
+        beyond = np.arange(self.n, self._whole)
+        self._rows[self.n :] = 0
+        self._rows[beyond, beyond] = 1
+
+    def _cut(self, action: int, start: int, first: int, last: int, step: int) -> list[Task]:
+        """Return the parts of what there is to do for the panel from `start` on."""
+        return [self._task(action, start, at, min(at + step, last)) for at in range(first, last, step)]
+
+    def _task(self, action: int, start: int, first: int = 0, last: int = 0) -> Task:
+        return Task(0, action, self._tables[0].ctypes.data, 0, start, self._after(start) - start, first, last)
+
+    def _after(self, start: int) -> int:
+        """Return where the panel ends that begins at `start`."""
+        return min(start + PANEL, self._whole)
+
+    def _steps(self, threads: int) -> tuple[int, int]:
+        """Return how many blocks and rows to take at a time, so that all threads end at about the same time."""
+        if threads == 1:
+            return self._blocks, self._whole
+        pieces = _PIECES * threads
+        return -(-self._blocks // pieces), -(-self._whole // pieces // CHUNK) * CHUNK
+
+
+def _square(call: Call, task: dict[str, Value]) -> None:
+    call("square", task["table"], task["k0"], task["width"])
+
+
+def _rows(call: Call, task: dict[str, Value]) -> None:
+    call("rows", *(task[name] for name in ("table", "k0", "width", "start", "stop")))
+
+
+def _update(call: Call, task: dict[str, Value]) -> None:
+    call("update", *(task[name] for name in ("table", "k0", "width", "start", "stop")))
+
+
+def _advance(call: Call, task: dict[str, Value]) -> None:
+    """Update the rows of the next panel, and sweep its square."""
+    _update(call, task)
+    call("square", task["table"], task["start"], task["stop"] - task["start"])
+
+
+_ACTIONS = (_square, _rows, _update, _advance)
+_SQUARE, _ROWS, _UPDATE, _ADVANCE = range(len(_ACTIONS))
+
+
+class DefiniteMatrix(_UpperMatrix):
+    """A positive definite matrix in work."""
+
+    @classmethod
+    def write(cls, spec: KernelSpec, module: ir.Module) -> None:
+        """Write the functions."""
+        triangle = Triangle.of(spec)
+        write_measure(Frame(spec, "measure", 3, module), triangle)
+        write_read(Frame(spec, "read", 3, module), triangle)
+        write_give(Frame(spec, "give", 3, module), triangle, is_minus=True)
+        blocked_sweep.write(spec, module)
+        blocked_work.write(spec, module, _ACTIONS)
+
+    def _tasks(self, threads: int) -> list[Task]:
+        blocks, rows = self._steps(threads)
+        tasks = TaskList()
+        tasks.add(self._task(_SQUARE, 0))
+        for start in self._panels:
+            tasks.add(*self._cut(_ROWS, start, 0, self._blocks, blocks))
+            stop = self._after(start)
+            tasks.add(
+                *([self._task(_ADVANCE, start, stop, self._after(stop))] if stop < self._whole else []),
+                *self._cut(_UPDATE, start, 0, start, rows),
+                *self._cut(_UPDATE, start, self._after(stop), self._whole, rows),
+            )
+        return tasks.tasks
+
+    def _failing(self, sizes: Array) -> Array:
+        return sizes <= 0
+
+
+class TriangularMatrix(_UpperMatrix):
+    """A triangular matrix in work; a lower one is transposed."""
+
+    @classmethod
+    def write(cls, spec: KernelSpec, module: ir.Module) -> None:
+        """Write the functions."""
+        triangle = Triangle.of(spec)
+        write_measure(Frame(spec, "measure", 3, module), triangle)
+        write_read(Frame(spec, "read", 3, module), triangle)
+        write_give(Frame(spec, "give", 3, module), triangle)
+        blocked_substitution.write(spec, module)
+        blocked_work.write(spec, module, _ACTIONS[:_ADVANCE])
+
+    def _tasks(self, threads: int) -> list[Task]:
+        blocks, rows = self._steps(threads)
+        tasks = TaskList()
+        tasks.add(*(self._task(_SQUARE, start) for start in self._panels))
+        for start in self._panels:
+            tasks.add(*self._cut(_ROWS, start, 0, self._blocks, blocks))
+            tasks.add(*self._cut(_UPDATE, start, 0, start, rows))
+        return tasks.tasks
+
+    def _failing(self, sizes: Array) -> Array:
+        failing: Array = sizes == 0
+        return failing
