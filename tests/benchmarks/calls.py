@@ -3,7 +3,8 @@
     python -m tests.benchmarks.calls --out docs/benchmarks
 
 Medians of repetitions in which all take turns. Before longer calls the machine rests, because the threads of BLAS and
-OpenMP go on spinning for a while after their work, on cores that the next would need.
+OpenMP go on spinning for a while after their work, on cores that the next would need; then comes a call that is not
+timed, since a processor that has rested is slow.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ LARGE = (
 )
 LARGEST = ((0, 2000), (0, 3000), (0, 4096))
 STRUCTURES = ("symmetric", "positive definite", "upper triangular", "lower triangular", "diagonal")
+#: What SciPy calls them.
+SCIPYS = {kind: kind for kind in STRUCTURES} | {"symmetric": "sym", "positive definite": "pos"}
 STRUCTURED = (2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512)
 WIDE = (3, 6, 12, 32, 64, 256, 600)
 DOUBLE = (2, 3, 4, 6, 8, 16, 32, 64, 128)
@@ -60,8 +63,9 @@ HEAD = """# Calls
 Made by `ci/bench-calls`; do not edit. {processor}; {compiler}; {threads} threads.
 {versions}.
 
-Medians of repetitions in which all take turns, with rests between them. The first column is the time of a call, or of
-one of our kernels; the others say how many times longer others take. Less than 1 means that they are faster.
+Medians of repetitions in which all take turns, with rests between them and a call before that does not count. The first
+column is the time of a call, or of one of our kernels; the others say how many times longer others take. Less than 1
+means that they are faster.
 """
 
 
@@ -83,6 +87,11 @@ def main() -> None:
                 a = stack("general", m, n, dtype)
                 table[" × ".join(map(str, a.shape))] = turns(calls(a), 3 if n >= 2000 else options.repeat)
                 print(dtype, a.shape, *table.values(), flush=True)
+    for dtype in ("float64", "complex64"):
+        table = found.setdefault(f"Large matrices of a structure, {dtype}", {})
+        for n in (600, 1000, 2000):
+            for kind in STRUCTURES:
+                table[f"{kind}, {n} × {n}"] = turns(structured_calls(kind, n, dtype), options.repeat)
     found["Structures, one thread, stacks of 32 MiB"] = {str(n): structures(n, options.repeat) for n in STRUCTURED}
     for dtype in ("float64", "float32"):
         found[f"Width of vectors, one thread, general {dtype}"] = {
@@ -115,6 +124,29 @@ def calls(a: Array) -> Calls:
     }
 
 
+def structured_calls(kind: str, n: int, dtype: str) -> Calls:
+    """Return what is timed for one matrix of a structure."""
+    import torch
+
+    # Well conditioned, and good for all structures.
+    a = stack("positive definite", 0, n, dtype)
+    tensor, one, lower = torch.from_numpy(a), torch.eye(n, dtype=torch.from_numpy(a).dtype), kind == "lower triangular"
+    assume_a: Any = kind
+    called: Calls = {
+        "ours": lambda: inverse(a, assume_a=assume_a),
+        "ours, general": lambda: inverse(a),
+        "NumPy, general": lambda: np.linalg.inv(a),
+        "SciPy": lambda: scipy.linalg.inv(a, assume_a=SCIPYS[kind], check_finite=False),
+    }
+    if "triangular" in kind:
+        called["torch"] = lambda: torch.linalg.solve_triangular(tensor, one, upper=not lower)
+    elif kind == "positive definite":
+        called["torch"] = lambda: torch.cholesky_inverse(torch.linalg.cholesky(tensor))
+    else:
+        called["torch"] = lambda: torch.linalg.inv(tensor)
+    return called
+
+
 def turns(called: Calls, repeat: int) -> dict[str, float]:
     """Return the median times in seconds of calls that take turns."""
     times: dict[str, list[float]] = {name: [] for name in called}
@@ -128,6 +160,7 @@ def turns(called: Calls, repeat: int) -> dict[str, float]:
             count = max(1, int(2e-3 / once))
             if once > 5e-4:
                 time.sleep(0.2)
+                call()
             start = time.perf_counter()
             for _ in range(count):
                 call()

@@ -6,8 +6,6 @@ each gives the same bits for vectors of any width:
     `registers`, `interleaved`   one matrix per lane: the smallest matrices, and small ones
     `within`                     vectors within a matrix
     `blocked`                    the same for large ones, of which several threads may share one
-
-Beyond the largest of each structure LAPACK's blocked routines take over.
 """
 
 from __future__ import annotations
@@ -136,7 +134,7 @@ def spec_of(n: int, dtype: np.dtype[Any] | str, structure: AssumeA, vector_nbyte
 
 
 def layout_of(spec: KernelSpec) -> Layout | None:
-    """Return the layout of a kernel; None for matrices that are left to LAPACK.
+    """Return the layout of a kernel; None for matrices without rows, which are left to LAPACK.
 
     Examples
     --------
