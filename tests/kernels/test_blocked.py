@@ -19,7 +19,7 @@ from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Stage, Worker
 from dask_batchinv.kernels.cpu.blocked_work import Task
 from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
 from dask_batchinv.kernels.emit import compiler
-from tests.support.running import ratios, results_for, run_cpu
+from tests.support.running import LIMIT, check, ratios, results_for, run_cpu
 from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
 #: The smallest for which `dispatch` takes it.
@@ -88,6 +88,12 @@ def test_residuals(dtype, structure):
         assert_same_bits(x, choose_part(x, structure))
         norms = np.abs(a).sum(axis=1).max(axis=1) * np.abs(x).sum(axis=1).max(axis=1)
         np.testing.assert_allclose(rcond, 1 / norms, rtol=50 * n * eps)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_types_of_lapack(dtype, structure):
+    assert check(structure, FIRST, dtype, 1)[0] <= LIMIT
 
 
 def made(spec, n):
