@@ -86,10 +86,9 @@ def inverse(
     device : {"auto", "cpu", "gpu"}
         Where to compute; "auto" follows the Dask configuration ``batchinv.device``, and without one takes the GPU for
         CuPy arrays and in processes that have one, else the CPU. Lazy input: in the process that computes a block.
-
     precision : {"same", "double"}
-        In what to compute: as the result is, or in double precision, for those who come from NumPy, which always does.
-        The result has the same dtype.
+        The precision to compute in: that of the result, or double precision, as NumPy always does. The result has the
+        same dtype either way.
 
     Returns
     -------

@@ -73,10 +73,13 @@ def _in_task() -> bool:
     return any(name == getattr(pool, "_thread_name_prefix", None) for pool in pools)
 
 
-def run_all(work: Callable[[Any], None], pieces: Sequence[Any], threads: int) -> None:
+def run_all(
+    work: Callable[[Any], None], pieces: Sequence[Any], threads: int, *, end: Callable[[], None] = lambda: None
+) -> None:
     """Call `work` for every piece, by up to so many threads, of which this is one.
 
     However it ends, the others have ended before, as they work on the caller's memory: also if Ctrl-C comes meanwhile.
+    `end` is called when this thread does nothing more: what others wait for will not come any more.
     """
     with _claimed(min(threads, len(pieces))) as claimed:
         left, lock = iter(pieces), threading.Lock()
@@ -104,17 +107,26 @@ def run_all(work: Callable[[Any], None], pieces: Sequence[Any], threads: int) ->
                 with suppress(RuntimeError):  # when it is released already
                     changed.release()
 
+        def wait() -> None:
+            with lock:
+                for _ in left:  # after an error, nothing else is begun
+                    pass
+            end()
+            _wait_until(lambda: len(ended) == len(begun), changed)
+
         try:
             for number in range(claimed - 1):
                 _hand_out(partial(help_out, number))
             run()
         finally:
+            # Ctrl-C may come once more at the very moment when what is to wait begins.
             try:
-                with lock:
-                    for _ in left:  # after an error, nothing else is begun
-                        pass
+                wait()
             finally:
-                _wait_until(lambda: len(ended) == len(begun), changed)
+                try:
+                    wait()
+                finally:
+                    wait()
         if errors:
             raise errors[0]
 

@@ -43,7 +43,7 @@ def test_the_bits_are_those_of_this_processor(n, structure, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", blocked.MATRICES)
 def test_so_are_those_of_large_matrices(structure, dtype):
     spec = replace(spec_of(513, dtype, structure, arm64.VECTOR_NBYTES), n=0)
     functions = arm64.functions(blocked.write(spec))

@@ -5,7 +5,6 @@ import itertools
 import signal
 import subprocess
 import sys
-import threading
 from collections import defaultdict
 from dataclasses import replace
 
@@ -15,18 +14,19 @@ import pytest
 from dask_batchinv.kernels import choose_kernel, lapack
 from dask_batchinv.kernels.cpu import blocked, dispatch
 from dask_batchinv.kernels.cpu.blocked_frame import PANEL
-from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Stage, Worker
+from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Stage, TaskRunner
 from dask_batchinv.kernels.cpu.blocked_work import Task
 from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
 from dask_batchinv.kernels.emit import compiler
 from tests.support.running import LIMIT, check, ratios, results_for, run_cpu
 from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
-#: The smallest for which `dispatch` takes it.
+#: The smallest that all structures with such kernels have them for.
 FIRST = 513
-#: Structures whose elimination is shared out.
-ELIMINATED = [structure for structure in STRUCTURES if structure != "diagonal"]
-SYMMETRIC_OR_GENERAL = ("general", "symmetric", "hermitian")
+#: Structures with kernels for any size.
+LARGE = [structure for structure in STRUCTURES if structure not in ("symmetric", "hermitian")]
+#: And with an elimination that is shared out.
+ELIMINATED = [structure for structure in LARGE if structure != "diagonal"]
 
 
 def run_blocked(a, threads=1, vector_nbytes=None, structure="general"):
@@ -37,10 +37,11 @@ def run_blocked(a, threads=1, vector_nbytes=None, structure="general"):
     return results
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", LARGE)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_its_layout_begins_where_within_ends(dtype, structure):
-    names = [layout_of(spec_of(n, dtype, structure, 32)).name for n in (448, FIRST, 4096)]
+def test_its_layout_begins_where_others_end(dtype, structure):
+    first = 449 if structure == "general" else FIRST
+    names = [layout_of(spec_of(n, dtype, structure, 32)).name for n in (first - 1, first, 4096)]
     assert names == ["diagonal" if structure == "diagonal" else "within", "blocked", "blocked"]
 
 
@@ -63,9 +64,9 @@ def test_threads_share_one_that_is_not_yet_large_with_the_same_bits(dtype):
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", LARGE)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 2 * PANEL + 41])
+@pytest.mark.parametrize("n", [1, 97, 2 * PANEL + 41])
 def test_neither_the_width_of_vectors_nor_threads_change_a_bit(n, dtype, structure):
     a = conditioned(1, n, 1e3, dtype, structure)
     expected = run_blocked(a, vector_nbytes=16, structure=structure)
@@ -76,7 +77,7 @@ def test_neither_the_width_of_vectors_nor_threads_change_a_bit(n, dtype, structu
                     assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", LARGE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residuals(dtype, structure):
     n, eps = FIRST, np.finfo(dtype).eps
@@ -90,7 +91,7 @@ def test_residuals(dtype, structure):
         np.testing.assert_allclose(rcond, 1 / norms, rtol=50 * n * eps)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", LARGE)
 @pytest.mark.parametrize("dtype", ["float32", "complex128"])
 def test_types_of_lapack(dtype, structure):
     assert check(structure, FIRST, dtype, 1)[0] <= LIMIT
@@ -125,7 +126,7 @@ def poisoned(a, structure):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("structure", [structure for structure in STRUCTURES if structure != "general"])
+@pytest.mark.parametrize("structure", LARGE[1:])
 def test_each_failure_of_a_structure(structure, dtype, threads):
     n, limits = FIRST, np.finfo(dtype)
     a = np.eye(n, dtype=dtype)[None] * np.linspace(1, 2, 9)[:, None, None].astype(dtype)
@@ -207,7 +208,7 @@ def test_strides_and_what_is_beside_a_block(threads):
         assert (whole[[0, -1]] == 7).all()
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", LARGE)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [FIRST, 1000])
 def test_memory_is_what_the_plan_says(n, dtype, structure):
@@ -221,72 +222,62 @@ def test_memory_is_what_the_plan_says(n, dtype, structure):
 
 @pytest.mark.parametrize("structure", ELIMINATED)
 @pytest.mark.parametrize("threads", [1, 2, 7])
-@pytest.mark.parametrize("n", [FIRST, 700])
-def test_tasks_that_are_done_at_the_same_time_do_not_meet(n, threads, structure):
-    """What one writes no other reads or writes that needs the same ones."""
-    spec = replace(spec_of(n, "float64", structure, 16), n=0)
-    tasks = made(spec, n)._tasks(threads)
+@pytest.mark.parametrize("n", [96, 97, 192, FIRST, 700])
+def test_tasks_that_are_done_at_the_same_time_do_not_meet_and_leave_nothing_out(n, threads, structure):
+    matrix = made(replace(spec_of(FIRST, "float64", structure, 16), n=0), n)
+    tasks, end = matrix._tasks(threads), n if structure == "general" else -(-n // 8) * 8
     assert [task.needs for task in tasks] == sorted(task.needs for task in tasks)
-    updated = {task.k0: 0 for task in tasks}
-    for needs in sorted({task.needs for task in tasks}):
-        assert tasks[needs].needs == needs
-        ranges = defaultdict(list)
-        for task in tasks:
-            if task.needs == needs:
-                assert task.width > 0 or task.k0 == 0
-                ranges[is_of_rows(structure, task)].append((task.start, task.stop))
-                updated[task.k0] += task.stop - task.start
-        for found in ranges.values():
-            found.sort()
-            if len(found) > 1:
-                assert all(one[1] <= other[0] for one, other in itertools.pairwise(found))
-    if structure == "general":
-        # All columns but its own, and those of the first panel when that is eliminated.
-        assert [count - (PANEL if k0 == 0 else 0) for k0, count in updated.items()] == [
-            n - min(PANEL, n - k0) for k0 in range(0, n, PANEL)
-        ]
+    #: Of each panel: what its actions take, by whether these are blocks of columns or rows.
+    taken = defaultdict(list)
+    for task in tasks:
+        assert tasks[task.needs].needs == task.needs
+        if task.width:
+            taken[task.k0, task.needs, structure != "general" and task.action == 1].append((task.start, task.stop))
+    for ranges in taken.values():
+        ranges.sort()
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(ranges))
+    for k0 in range(0, end, PANEL):
+        after = min(k0 + PANEL, end)
+        others = {*range(k0), *(range(after, end) if "triangular" not in structure else ())}
+        updated = [at for (k, _, blocks), ranges in taken.items() if k == k0 and not blocks for at in covered(ranges)]
+        assert sorted(updated) == sorted(others)
+        if structure != "general":
+            swept = [at for (k, _, blocks), ranges in taken.items() if k == k0 and blocks for at in covered(ranges)]
+            assert sorted(swept) == list(range(matrix._blocks))
 
 
-def is_of_rows(structure, task):
-    """Tell whether a task of a triangle is one of columns, the only of its kind there."""
-    return structure not in SYMMETRIC_OR_GENERAL and task.action == 1
+def covered(ranges):
+    return [at for start, stop in ranges for at in range(start, stop)]
 
 
 def test_a_thread_that_waits_comes_back_and_goes_on():
     """The second task needs the first, which another thread has taken, and is long at."""
-    calls, held = [], threading.Event()
+    calls = []
 
     def work(tasks, count, counters, own):
         number = ctypes.c_int64.from_address(own)
         calls.append(number.value)
-        if len(calls) == 3:
-            held.set()
-        number.value = count if held.is_set() else 1
+        number.value = count if len(calls) == 3 else 1
 
-    worker = Worker(work, [Task(*[0] * len(Task._fields))] * 2, 64)
-    worker.begin()
-    worker.run()
+    runner(work).run(lambda: False)
     assert calls == [-1, 1, 1]
 
 
-def test_an_interrupted_thread_lets_no_other_wait_for_it():
-    entered = threading.Event()
+def test_a_thread_waits_no_more_when_all_has_ended():
+    calls = []
 
     def work(tasks, count, counters, own):
-        if threading.current_thread() is threading.main_thread():
-            entered.wait()
-            raise KeyboardInterrupt
-        entered.set()
-        ctypes.c_int64.from_address(own).value = 1  # waits for what the other has
+        ctypes.c_int64.from_address(own).value = 1
+        calls.append(1)
 
-    worker = Worker(work, [Task(*[0] * len(Task._fields))] * 2, 64)
-    worker.begin()
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        worker.run()
-    thread.join(30)
-    assert not thread.is_alive()
+    runner(work).run(lambda: len(calls) == 5)
+    assert len(calls) == 5
+
+
+def runner(work):
+    made = TaskRunner(work, [Task(*[0] * len(Task._fields))] * 2, 64)
+    made.begin()
+    return made
 
 
 @pytest.mark.parametrize("structure", ["general", "positive definite"])
@@ -299,38 +290,51 @@ def test_many_threads_at_small_tasks(structure):
 
 
 INTERRUPTED = """
-import faulthandler, random, signal, time
+import faulthandler, random, signal, sys, time
 import dask, numpy as np
 from dask_batchinv import inverse
 
 def interrupt(*_):
-    raise KeyboardInterrupt
-
-signal.signal(signal.SIGALRM, interrupt)
-a = np.random.default_rng(0).normal(size=(1, 530, 530)).astype("f4")
-draw, count, out = random.Random(0), 0, np.zeros_like(a)
-with dask.config.set({"batchinv.threads": 3}):
-    expected = inverse(a)
-    while count < 200:
-        faulthandler.dump_traceback_later(20, exit=True)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 0.02))
-            inverse(a, out=out, on_error="nan")
+    global left
+    if left:
+        left -= 1
+        if not left:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt
+
+often, left = int(sys.argv[1]), 0
+signal.signal(signal.SIGALRM, interrupt)
+a = (np.eye(530) * 530 + np.ones((530, 530))).astype("f4")[None]
+draw, count, out = random.Random(0), 0, np.zeros_like(a)
+structures = ["general", "positive definite", "upper triangular"]
+with dask.config.set({"batchinv.threads": 3}):
+    expected = {structure: inverse(a, assume_a=structure) for structure in structures}
+    while count < 120:
+        faulthandler.dump_traceback_later(20, exit=True)
+        structure = draw.choice(structures)
+        try:
+            left = often
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 0.01), draw.choice([1e-4, 3e-4, 1e-3]))
+            inverse(a, out=out, assume_a=structure)
+            left = 0
         except KeyboardInterrupt:
-            count += 1
+            left, count = 0, count + 1
             now = out.copy()
             time.sleep(0.004)
             assert now.tobytes() == out.tobytes(), "a thread is still at work"
-    assert inverse(a).tobytes() == expected.tobytes()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for structure in structures:
+        assert inverse(a, assume_a=structure).tobytes() == expected[structure].tobytes()
 print(count, flush=True)
 """
 
 
+@pytest.mark.parametrize("often", [1, 2, 3])
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
-def test_ctrl_c_at_any_moment_ends_a_call():
-    found = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=150)
-    assert found.stdout.strip() == "200", found.stderr[-3000:]
+def test_ctrl_c_at_any_moment_ends_a_call(often):
+    command = [sys.executable, "-c", INTERRUPTED, str(often)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert found.stdout.strip() == "120", found.stderr[-3000:]
 
 
 def test_an_error_ends_all_threads():

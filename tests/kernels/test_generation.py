@@ -13,7 +13,7 @@ from tests.support.stacks import DTYPES, STRUCTURES
 RECORDED = Path(__file__).with_suffix(".json")
 #: In each layout, and not whole groups of them.
 SIZES = (1, 2, 3, 4, 7, 12, 33, 100, 130)
-#: Of these one.
+#: And one matrix of this size.
 LARGE = 520
 
 

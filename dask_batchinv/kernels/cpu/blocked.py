@@ -16,7 +16,6 @@ from dask_batchinv.kernels.cpu.blocked_diagonal import DiagonalMatrix
 from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL
 from dask_batchinv.kernels.cpu.blocked_general import GeneralMatrix
 from dask_batchinv.kernels.cpu.blocked_matrix import BlockedMatrix
-from dask_batchinv.kernels.cpu.blocked_symmetric import SymmetricMatrix
 from dask_batchinv.kernels.cpu.blocked_upper import DefiniteMatrix, TriangularMatrix
 from dask_batchinv.kernels.cpu.scaling import RCOND_UNKNOWN
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
@@ -33,8 +32,6 @@ MATRICES: Mapping[AssumeA, type[BlockedMatrix]] = {
     "positive definite": DefiniteMatrix,
     "upper triangular": TriangularMatrix,
     "lower triangular": TriangularMatrix,
-    "symmetric": SymmetricMatrix,
-    "hermitian": SymmetricMatrix,
     "diagonal": DiagonalMatrix,
 }
 
@@ -63,7 +60,7 @@ class BlockedKernel:
     """The functions for matrices of a structure and dtype, and any size."""
 
     def __init__(self, spec: KernelSpec, functions: Sequence[Callable[..., None]]):
-        self.workspace, self._spec, self._functions = Workspace(1, 0), spec, functions
+        self.workspace, self._spec, self._functions = workspace(spec), spec, functions
 
     def run(
         self, a: Array, out: Array, info: Array, rcond: Array, *, nontemporal: bool = False, threads: int = 1
@@ -79,5 +76,5 @@ class BlockedKernel:
             info[i], rcond[i] = matrix.invert(a[i], out[i], threads)
             if info[i] not in (int(Info.GOOD), RCOND_UNKNOWN):
                 out[i] = np.nan if out.dtype.kind == "f" else complex(np.nan, np.nan)
-        # After an error it is left to its fate: others may still be at it.
+        # After an error nobody knows what state it is in.
         kept.give_back(spec, matrix, workspace(spec).nbytes)

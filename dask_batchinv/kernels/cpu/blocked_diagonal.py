@@ -10,9 +10,8 @@ from llvmlite import ir
 
 from dask_batchinv.kernels.cpu.blocked_ends import first_lanes, scale, tell
 from dask_batchinv.kernels.cpu.blocked_frame import Frame
-from dask_batchinv.kernels.cpu.blocked_matrix import Array, BlockedMatrix, nbytes_of_rows
+from dask_batchinv.kernels.cpu.blocked_matrix import BlockedMatrix, nbytes_of_rows
 from dask_batchinv.kernels.cpu.blocked_schedule import Stage
-from dask_batchinv.kernels.cpu.blocked_work import Task
 from dask_batchinv.kernels.cpu.scaling import Measure, larger_sum, without_sign_of_zero
 from dask_batchinv.kernels.cpu.spec import KernelSpec
 from dask_batchinv.kernels.cpu.within_workspace import across
@@ -43,13 +42,6 @@ class DiagonalMatrix(BlockedMatrix):
 
     def _eliminate(self, threads: int) -> Iterator[Stage]:
         yield Stage([self._check])
-
-    def _tasks(self, threads: int) -> list[Task]:
-        return []
-
-    def _failing(self, sizes: Array) -> Array:
-        failing: Array = sizes == 0
-        return failing
 
 
 def _entries(f: Frame, i: Value) -> Number:

@@ -25,7 +25,7 @@ def write(spec: KernelSpec, module: ir.Module) -> None:
     """
     _write_measure(Frame(spec, "measure", 3, module))
     _write_read(Frame(spec, "read", 3, module))
-    write_give(Frame(spec, "give", 3, module))
+    _write_give(Frame(spec, "give", 3, module))
 
 
 def tell(f: Frame, first: Value, second: Value) -> None:
@@ -94,8 +94,8 @@ def _write_read(f: Frame) -> None:
     e.finish()
 
 
-def write_give(f: Frame) -> None:
-    """Write ``give``: it turns the inverse back and writes it, rows and columns in their order."""
+def _write_give(f: Frame) -> None:
+    """Turn the inverse back and write it, rows and columns in their order."""
     e, n, parts = f.e, f["n"], f.parts
     first, second = scale(f)
     norm, largest = e.variable(e.numbers(0.0)), e.variable(e.integers(0))

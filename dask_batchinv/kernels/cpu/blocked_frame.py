@@ -13,8 +13,9 @@ from dask_batchinv.kernels.emit.emitter import Emitter
 from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.values import INT, Value
 
-#: Columns that are eliminated step by step; by updates of a strip; and by updates of the whole matrix. Measured; the
-#: bits are the same with any others.
+#: Columns that are eliminated step by step; by updates of a strip; and by updates of the whole matrix. Measured. Of
+#: general matrices no bit depends on them; of definite and complex triangular ones they are a part of the
+#: arithmetic: another number gives other roundings.
 STEPS, STRIP, PANEL = 8, 32, 96
 #: Columns that an update finds the factors of together: these stay in the second-level cache.
 CHUNK = 32
@@ -27,7 +28,7 @@ PLACES = (
     "saved",  # the columns of a panel as each was at its turn, block by block
     "lower",  # what they had in the rows of later pivots
     "pivots",  # the row of each pivot
-    "factors",  # by which the steps of a panel are added to each row, tile by tile, where they are not solved for
+    "factors",  # of each step of a panel for every row; of general matrices the update finds them instead
     "inverses",  # of the pivots of a panel
     "columns",  # for each row the column that it was the pivot of
     "sizes",  # what each pivot is judged by
@@ -46,7 +47,7 @@ def rows_of_tile(spec: KernelSpec) -> int:
 
 
 def vectors_of_block(spec: KernelSpec) -> int:
-    """Return how many vectors of each of them; measured."""
+    """Return how many vectors of each row of a tile are in registers; measured."""
     return 3 if spec.parts == 1 else 2
 
 
@@ -87,7 +88,7 @@ class Frame:
     @property
     def block(self) -> int:
         """Reals of a block."""
-        return self.vectors * self.lanes
+        return block_of(self.spec)
 
     def row(self, j: Value) -> Value:
         """Return the address of a row."""

@@ -16,7 +16,7 @@ from llvmlite import ir
 from dask_batchinv.kernels.cpu import blocked_ends, blocked_panel, blocked_steps, blocked_update, blocked_work
 from dask_batchinv.kernels.cpu.aligned import aligned
 from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL, STEPS, block_of
-from dask_batchinv.kernels.cpu.blocked_matrix import Array, BlockedMatrix, nbytes_of_rows, row
+from dask_batchinv.kernels.cpu.blocked_matrix import EliminatedMatrix, nbytes_of_rows, row_shape
 from dask_batchinv.kernels.cpu.blocked_schedule import TaskList
 from dask_batchinv.kernels.cpu.blocked_work import Call, Task
 from dask_batchinv.kernels.cpu.spec import KernelSpec
@@ -31,9 +31,9 @@ def _panel(call: Call, task: dict[str, Value]) -> None:
 
 
 def _update(call: Call, task: dict[str, Value]) -> None:
-    columns = (task[name] for name in ("k0", "width", "start", "stop", "memory"))
-    k0, *others = columns
-    call("update", task["table"], k0, k0 - k0, *others)
+    k0, width, start, stop, memory = (task[name] for name in ("k0", "width", "start", "stop", "memory"))
+    # By all steps of the panel, from the first on.
+    call("update", task["table"], k0, k0 - k0, width, start, stop, memory)
 
 
 def _advance(call: Call, task: dict[str, Value]) -> None:
@@ -42,7 +42,7 @@ def _advance(call: Call, task: dict[str, Value]) -> None:
     _panel(call, task | {"table": task["next_table"]})
 
 
-class GeneralMatrix(BlockedMatrix):
+class GeneralMatrix(EliminatedMatrix):
     """A general matrix in work."""
 
     FUNCTIONS: ClassVar[Mapping[str, int]] = {"measure": 3, "read": 3, "work": 3, "give": 3}
@@ -50,19 +50,14 @@ class GeneralMatrix(BlockedMatrix):
     @classmethod
     def write(cls, spec: KernelSpec, module: ir.Module) -> None:
         """Write the functions."""
-        blocked_ends.write(spec, module)
-        cls._write_elimination(spec, module)
-
-    @staticmethod
-    def _write_elimination(spec: KernelSpec, module: ir.Module) -> None:
-        for part in (blocked_steps, blocked_update, blocked_panel):
+        for part in (blocked_ends, blocked_steps, blocked_update, blocked_panel):
             part.write(spec, module)
         blocked_work.write(spec, module, [_panel, _update, _advance])
 
     @classmethod
     def nbytes(cls, spec: KernelSpec) -> int:
         """Return the bytes of memory for a matrix of `spec.n` rows."""
-        blocks, _ = row(spec, spec.n)
+        blocks, _ = row_shape(spec, spec.n)
         return nbytes_of_rows(spec) + 2 * PANEL * (blocks * block_of(spec) + PANEL) * spec.parts * spec.itemsize
 
     def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]]):
@@ -100,7 +95,3 @@ class GeneralMatrix(BlockedMatrix):
                 ),
             )
         return tasks.tasks
-
-    def _failing(self, sizes: Array) -> Array:
-        failing: Array = sizes == 0
-        return failing

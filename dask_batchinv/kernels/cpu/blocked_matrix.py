@@ -12,8 +12,8 @@ import numpy.typing as npt
 from llvmlite import ir
 
 from dask_batchinv.kernels.cpu.aligned import aligned
-from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PLACES, block_of, vectors_of_block
-from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Stage, Worker
+from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PLACES, STEPS, block_of, vectors_of_block
+from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Stage, TaskRunner
 from dask_batchinv.kernels.cpu.blocked_work import Task
 from dask_batchinv.kernels.cpu.scaling import RCOND_UNKNOWN
 from dask_batchinv.kernels.cpu.spec import KernelSpec
@@ -21,7 +21,7 @@ from dask_batchinv.outcome import Info
 
 Array = npt.NDArray[Any]
 
-#: Rows after the last, for functions that work on some at a time.
+#: Rows after the last, for functions that work on some at a time: as many as a vector has lanes at most.
 SPARE = 16
 
 
@@ -54,24 +54,22 @@ class BlockedMatrix(ABC):
         """Return the bytes of memory for a matrix of `spec.n` rows."""
 
     @abstractmethod
-    def _tasks(self, threads: int) -> list[Task]:
-        """Return what there is to do to eliminate the matrix, cut for so many threads."""
+    def _eliminate(self, threads: int) -> Iterator[Stage]:
+        """Return the stages between the way in and the way out."""
 
-    @abstractmethod
-    def _failing(self, sizes: Array) -> Array:
-        """Return which pivots are failures, from what they are judged by."""
+    _tables: Sequence[Array]
+    """Those that the functions are called with."""
 
     def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]], *, rows: int | None = None):
         self.n, self._parts = n, spec.parts
         self._call = dict(zip(self.FUNCTIONS, functions, strict=True))
         self._real = np.dtype(f"f{spec.itemsize}")
-        self._blocks, self._stride = row(spec, n)
+        self._blocks, self._stride = row_shape(spec, n)
         self._length = self._blocks * block_of(spec)
         self._rows = aligned((rows or n + SPARE, self._stride), self._real)
         self._rows[n:] = 0
         self._scale, self._sizes = np.ones(2, self._real), np.empty(n + SPARE, self._real)
         self._found = np.empty((-(-n // CHUNK), 2), np.int64)
-        self._workers: dict[int, Worker] = {}
 
     def _table(self, **arrays: Array) -> Array:
         """Return the table that the functions take, with arrays of the structure's own."""
@@ -84,11 +82,13 @@ class BlockedMatrix(ABC):
 
     def invert(self, a: Array, out: Array, threads: int) -> tuple[int, Any]:
         """Invert a matrix; return ``info`` and ``rcond``."""
+        # Held on to, as all that works on them knows but their addresses.
+        self._arrays = a, out
         for table in self._tables:
             table[:2] = a.ctypes.data, out.ctypes.data
         self._info, self._norm = int(Info.GOOD), 0
         self._found[:] = 0
-        crew = Crew(
+        self._crew = crew = Crew(
             [
                 self._all_columns("measure", threads),
                 Stage([self._prepare]),
@@ -98,7 +98,6 @@ class BlockedMatrix(ABC):
                 self._all_columns("give", threads),
             ]
         )
-        self._end = crew.end
         crew.run(threads)
         if self._info == int(Info.NOT_FINITE):
             return self._info, np.nan
@@ -117,20 +116,6 @@ class BlockedMatrix(ABC):
         )
         return int(Info.GOOD) if known else RCOND_UNKNOWN, rcond
 
-    _tables: Sequence[Array]
-    """Those that the functions are called with."""
-    _memory_nbytes: int = 0
-    """Bytes of memory that each thread needs for itself while it eliminates."""
-
-    def _eliminate(self, threads: int) -> Iterator[Stage]:
-        """Return the stages between the way in and the way out."""
-        if threads not in self._workers:
-            self._workers[threads] = Worker(self._call["work"], self._tasks(threads), self._memory_nbytes)
-        worker = self._workers[threads]
-        yield Stage([worker.begin])
-        yield Stage([worker.run] * threads)
-        yield Stage([self._check])
-
     def _all_columns(self, name: str, threads: int, table: Array | None = None) -> Stage:
         """Return the pieces of a call of one of the functions for all columns, a few for each thread."""
         address = (self._tables[0] if table is None else table).ctypes.data
@@ -146,7 +131,7 @@ class BlockedMatrix(ABC):
         largest, smallest = int(self._found[:, 0].max()), self._found[:, 1]
         if largest >= self._infinity or largest == 0:
             self._info = int(Info.NOT_FINITE) if largest else 1
-            self._end()
+            self._crew.end()
             return
         least, limits = int(smallest[smallest > 0].min()), np.finfo(self._real)
         lowest, one = int(limits.minexp), 1 << int(limits.nmant)
@@ -176,19 +161,49 @@ class BlockedMatrix(ABC):
         failed = np.flatnonzero(self._failing(self._sizes[: self.n]))
         if len(failed):
             self._info = int(failed[0]) + 1
-            self._end()
+            self._crew.end()
+
+    @staticmethod
+    def _failing(sizes: Array) -> Array:
+        """Return which pivots are failures, from what they are judged by."""
+        failing: Array = sizes == 0
+        return failing
 
 
-def row(spec: KernelSpec, n: int) -> tuple[int, int]:
+class EliminatedMatrix(BlockedMatrix):
+    """A matrix in work that is eliminated by a list of tasks."""
+
+    @abstractmethod
+    def _tasks(self, threads: int) -> list[Task]:
+        """Return what there is to do, cut for so many threads."""
+
+    _memory_nbytes: int = 0
+    """Bytes of memory that each thread needs for itself meanwhile."""
+
+    def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]]):
+        super().__init__(spec, n, functions)
+        self._runners: dict[int, TaskRunner] = {}
+
+    def _eliminate(self, threads: int) -> Iterator[Stage]:
+        """Return the stages between the way in and the way out."""
+        if threads not in self._runners:
+            self._runners[threads] = TaskRunner(self._call["work"], self._tasks(threads), self._memory_nbytes)
+        runner = self._runners[threads]
+        yield Stage([runner.begin])
+        yield Stage([partial(runner.run, lambda: self._crew.has_ended)] * threads)
+        yield Stage([self._check])
+
+
+def row_shape(spec: KernelSpec, n: int) -> tuple[int, int]:
     """Return the blocks of a row, with space for a few numbers more than there are, and the reals from row to row."""
-    blocks = (n + 7) // block_of(spec) + 1
+    blocks = (n + STEPS - 1) // block_of(spec) + 1
     # An odd number of vectors, so that rows do not map to the same cache sets.
     return blocks, spec.lanes * (spec.parts * blocks * vectors_of_block(spec) | 1)
 
 
 def nbytes_of_rows(spec: KernelSpec, rows: int | None = None) -> int:
     """Return the bytes of memory for the numbers of a matrix, in so many rows, and of small tables."""
-    blocks, stride = row(spec, spec.n)
+    blocks, stride = row_shape(spec, spec.n)
     return (rows or spec.n + SPARE) * stride * spec.itemsize + 8 * (spec.n + 3 * blocks * block_of(spec)) + 2**16
 
 

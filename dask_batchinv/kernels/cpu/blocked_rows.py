@@ -22,7 +22,7 @@ from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.values import Value
 
 
-class Panel:
+class RowPanel:
     """The panel that a function works on: the rows from `k0` on, `width` of them, a multiple of `STEPS`."""
 
     def __init__(self, f: Frame, symmetry: Symmetry | None):

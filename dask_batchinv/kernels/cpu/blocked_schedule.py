@@ -41,8 +41,8 @@ class TaskList:
         self.tasks += [task._replace(needs=needs) for task in tasks]
 
 
-class Worker:
-    """Has threads go through a list of tasks in the machine code of `blocked_work`, which no other must do meanwhile.
+class TaskRunner:
+    """A list of tasks, which threads go through in the machine code of `blocked_work`; for one matrix at a time.
 
     Parameters
     ----------
@@ -61,25 +61,19 @@ class Worker:
     def begin(self) -> None:
         """Begin from the first task."""
         self._counters[:] = 0
-        self._is_broken_off = False
 
-    def run(self) -> None:
-        """Do tasks, in a thread, until none is left."""
+    def run(self, has_ended: Callable[[], bool]) -> None:
+        """Do tasks, in a thread, until none is left, or all has ended since another thread was broken off."""
         own = aligned((8 * OWN + self._nbytes,), np.dtype(np.uint8))
         number = own[:8].view(np.int64)
         number[0] = -1
         count = len(self._tasks)
         addresses = self._tasks.ctypes.data, count, self._counters.ctypes.data, own.ctypes.data
-        try:
+        self._work(*addresses)
+        while number[0] < count and not has_ended():
+            # Another thread is at what this one needs.
+            time.sleep(0)
             self._work(*addresses)
-            while number[0] < count and not self._is_broken_off:
-                # Another thread is at what this one needs.
-                time.sleep(0)
-                self._work(*addresses)
-        except BaseException:
-            # Nobody will do what this thread may hold.
-            self._is_broken_off = True
-            raise
 
 
 class Crew:
@@ -96,12 +90,17 @@ class Crew:
 
     def run(self, threads: int) -> None:
         """Go through all stages, with so many threads if they are free."""
-        run_all(lambda _: self._work(), range(threads), threads)
+        run_all(lambda _: self._work(), range(threads), threads, end=self.end)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing more to begin."""
+        return not self._stages
 
     def end(self) -> None:
         """Begin nothing more."""
-        self._stages.clear()
         with self._lock:
+            self._stages.clear()
             self._wake()
 
     def _wake(self) -> None:
@@ -115,7 +114,7 @@ class Crew:
                 with self._lock:
                     self._running -= 1
                     self._wake()
-        except BaseException:
+        except Exception:
             self.end()
             raise
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from dask_batchinv.kernels.cpu.blocked_frame import STEPS, Frame
-from dask_batchinv.kernels.cpu.blocked_rows import Panel
+from dask_batchinv.kernels.cpu.blocked_rows import RowPanel
 from dask_batchinv.kernels.cpu.spec import KernelSpec
 from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.values import Value
@@ -31,7 +31,7 @@ def write(spec: KernelSpec, module: ir.Module) -> None:
 
 def _write_square(f: Frame) -> None:
     """The factor of a row above is for what lies beyond; of one below, for what stands above the panel."""
-    panel, e = Panel(f, None), f.e
+    panel, e = RowPanel(f, None), f.e
     k0, width = panel.k0, panel.width
     with e.loop(0, width) as p:
         k = k0 + p
@@ -59,7 +59,7 @@ def _write_square(f: Frame) -> None:
 
 
 def _write_rows(f: Frame) -> None:
-    panel, e = Panel(f, None), f.e
+    panel, e = RowPanel(f, None), f.e
     start, stop = f.arguments[2:]
 
     def beyond(number: Number, p: Value, column: Value) -> tuple[Number, Number]:
@@ -79,7 +79,7 @@ def _write_rows(f: Frame) -> None:
 
 
 def _write_update(f: Frame) -> None:
-    panel = Panel(f, None)
+    panel = RowPanel(f, None)
     start, stop = f.arguments[2:]
     panel.update(start, stop, beyond=True)
     panel.put_back(start, stop)

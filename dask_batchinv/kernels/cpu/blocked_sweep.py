@@ -1,6 +1,6 @@
 """Large positive definite matrices, by panels of sweeps: the formula is in `within_sweep`, the way in `blocked_rows`.
 
-Of the square of a panel only the upper triangle is kept up as well.
+In the square of a panel, too, only the upper triangle is kept up to date.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from dask_batchinv.kernels.cpu.blocked_frame import STEPS, Frame
-from dask_batchinv.kernels.cpu.blocked_rows import Panel
+from dask_batchinv.kernels.cpu.blocked_rows import RowPanel
 from dask_batchinv.kernels.cpu.spec import KernelSpec
 from dask_batchinv.kernels.cpu.symmetric_pivots import Symmetry
 from dask_batchinv.kernels.emit.number import Number, constant_number
@@ -29,7 +29,7 @@ def write(spec: KernelSpec, module: ir.Module) -> None:
 
 
 def _write_square(f: Frame) -> None:
-    panel, e = Panel(f, _HERMITIAN), f.e
+    panel, e = RowPanel(f, _HERMITIAN), f.e
     k0, width = panel.k0, panel.width
     with e.loop(0, width) as p:
         k = k0 + p
@@ -61,7 +61,7 @@ def _write_square(f: Frame) -> None:
 
 
 def _write_rows(f: Frame) -> None:
-    panel, e = Panel(f, _HERMITIAN), f.e
+    panel, e = RowPanel(f, _HERMITIAN), f.e
     _, width, start, stop = f.arguments
 
     def step(number: Number, p: Value, column: Value) -> tuple[Number, Number]:
@@ -77,7 +77,7 @@ def _write_rows(f: Frame) -> None:
 
 
 def _write_update(f: Frame) -> None:
-    panel = Panel(f, _HERMITIAN)
+    panel = RowPanel(f, _HERMITIAN)
     start, stop = f.arguments[2:]
     panel.update(start, stop)
     with f.e.when(start < panel.k0):

@@ -94,11 +94,8 @@ def write_measure(f: Frame, triangle: Triangle) -> None:
     e.finish()
 
 
-def write_read(f: Frame, triangle: Triangle, *, whole: bool = False) -> None:
-    """Write ``read(table, start, stop, part)``: it scales the triangle, and sums up the columns.
-
-    What is symmetric may be read `whole`.
-    """
+def write_read(f: Frame, triangle: Triangle) -> None:
+    """Write ``read(table, start, stop, part)``: it scales the triangle, and sums up the columns."""
     e, factors = f.e, scale(f)
     norm = e.variable(e.numbers(0.0))
     with e.loop(f.arguments[0], f.arguments[1], f.lanes) as c:
@@ -115,15 +112,15 @@ def write_read(f: Frame, triangle: Triangle, *, whole: bool = False) -> None:
             else:
                 put_block(f, block, r, c)
 
-        other = (use if whole else add) if triangle.symmetry else lambda block, r: None
-        triangle.each_block(f, c, partial(source_block, f, factors), use, other)
+        other = add if triangle.symmetry else lambda block, r: None
+        triangle.each_block(f, c, partial(_source, f, factors), use, other)
         norm.set(larger_sum(e, total.get(), norm.get()))
     largest = e.lane(across(e, norm.get(), partial(larger_sum, e)), 0)
     tell(f, e.bits(largest), e.bits(largest))
     e.finish()
 
 
-def source_block(f: Frame, factors: list[Value], r: Value, c: Value) -> Block:
+def _source(f: Frame, factors: list[Value], r: Value, c: Value) -> Block:
     """Load a block of the matrix, scaled; zeros beyond it."""
     e, n = f.e, f["n"]
     inside = [first_lanes(e, (n - c) * f.parts - p * f.lanes) for p in range(f.parts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from llvmlite import ir
 from dask_batchinv.kernels.cpu import blocked_substitution, blocked_sweep, blocked_work
 from dask_batchinv.kernels.cpu.aligned import aligned
 from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL, STEPS, Frame, block_of
-from dask_batchinv.kernels.cpu.blocked_matrix import SPARE, Array, BlockedMatrix, nbytes_of_rows, row
+from dask_batchinv.kernels.cpu.blocked_matrix import SPARE, Array, EliminatedMatrix, nbytes_of_rows, row_shape
 from dask_batchinv.kernels.cpu.blocked_schedule import TaskList
 from dask_batchinv.kernels.cpu.blocked_triangle import Triangle, write_give, write_measure, write_read
 from dask_batchinv.kernels.cpu.blocked_work import Call, Task
@@ -22,7 +23,7 @@ from dask_batchinv.kernels.emit.values import Value
 _PIECES = 4
 
 
-class _UpperMatrix(BlockedMatrix):
+class _UpperMatrix(EliminatedMatrix):
     """A matrix in work of which only the upper triangle is kept up."""
 
     FUNCTIONS: ClassVar[Mapping[str, int]] = {"measure": 3, "read": 3, "work": 3, "give": 3}
@@ -30,7 +31,7 @@ class _UpperMatrix(BlockedMatrix):
     @classmethod
     def nbytes(cls, spec: KernelSpec) -> int:
         """Return the bytes of memory for a matrix of `spec.n` rows."""
-        blocks, _ = row(spec, spec.n)
+        blocks, _ = row_shape(spec, spec.n)
         columns = 2 * blocks * block_of(spec) + STEPS
         return nbytes_of_rows(spec) + PANEL * columns * spec.parts * spec.itemsize
 
@@ -74,12 +75,11 @@ def _square(call: Call, task: dict[str, Value]) -> None:
     call("square", task["table"], task["k0"], task["width"])
 
 
-def _rows(call: Call, task: dict[str, Value]) -> None:
-    call("rows", *(task[name] for name in ("table", "k0", "width", "start", "stop")))
+def _part(name: str, call: Call, task: dict[str, Value]) -> None:
+    call(name, *(task[field] for field in ("table", "k0", "width", "start", "stop")))
 
 
-def _update(call: Call, task: dict[str, Value]) -> None:
-    call("update", *(task[name] for name in ("table", "k0", "width", "start", "stop")))
+_rows, _update = partial(_part, "rows"), partial(_part, "update")
 
 
 def _advance(call: Call, task: dict[str, Value]) -> None:
@@ -119,8 +119,10 @@ class DefiniteMatrix(_UpperMatrix):
             )
         return tasks.tasks
 
-    def _failing(self, sizes: Array) -> Array:
-        return sizes <= 0
+    @staticmethod
+    def _failing(sizes: Array) -> Array:
+        failing: Array = sizes <= 0
+        return failing
 
 
 class TriangularMatrix(_UpperMatrix):
@@ -144,7 +146,3 @@ class TriangularMatrix(_UpperMatrix):
             tasks.add(*self._cut(_ROWS, start, 0, self._blocks, blocks))
             tasks.add(*self._cut(_UPDATE, start, 0, start, rows))
         return tasks.tasks
-
-    def _failing(self, sizes: Array) -> Array:
-        failing: Array = sizes == 0
-        return failing

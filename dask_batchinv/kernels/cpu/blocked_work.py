@@ -1,7 +1,8 @@
 """Threads at one matrix: they take tasks from a list, in its order, without coming back to the interpreter.
 
-A task waits until all those have been done that it needs: as many as the first of the list. Any thread could do them
-all, should no other have time; one that has waited for a while comes back, to be asked again.
+A task begins when so many have been done. A number is enough, as tasks are taken in order and what they need never
+falls: none that stands behind the first so many can be among those. Any thread could do them all, should no other have
+time; one that has waited for a while comes back, to be asked again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Task(NamedTuple):
     """What one thread does, as all functions see it: each has its own use for the numbers."""
 
     needs: int
-    """How many tasks of the list are done before."""
+    """How many tasks, from the first of the list on, must be done before."""
     action: int
     """Which of the actions it is."""
     table: int
@@ -68,20 +69,20 @@ def write(spec: KernelSpec, module: ir.Module, actions: Sequence[Action]) -> Non
     number, goes_on = e.variable(e.load(own, INT)), e.variable(e.boolean(True))
     with e.repeat(goes_on.get):
         with e.builder.if_then((number.get() < 0).raw):
-            number.set(e.add_for_all(taken))
+            number.set(e.atomic_add(taken))
         e.store(number.get(), own)
         goes_on.set(number.get() < count)
         with e.builder.if_then(goes_on.get().raw):
             place = e.at(tasks, number.get() * len(Task._fields), INT)
             task = {name: e.load(e.at(place, i, INT), INT) for i, name in enumerate(Task._fields)}
             looks = e.variable(e.integer(0))
-            with e.repeat(lambda: (e.load_from_all(done) < task["needs"]) & (looks.get() < _LOOKS)):
+            with e.repeat(lambda: (e.atomic_load(done) < task["needs"]) & (looks.get() < _LOOKS)):
                 looks.set(looks.get() + 1)
             goes_on.set(looks.get() < _LOOKS)
             with e.builder.if_then(goes_on.get().raw):
                 for i, action in enumerate(actions):
                     with e.builder.if_then(task["action"].eq(i).raw):
                         action(call, task | {"memory": memory})
-                e.add_for_all(done)
+                e.atomic_add(done)
                 number.set(e.integer(-1))
     e.finish()

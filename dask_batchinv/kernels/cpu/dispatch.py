@@ -1,11 +1,14 @@
 """The CPU kernels of our own: which one takes which matrices, and calling it.
 
-Four layouts share the work. Which one a matrix gets depends on its size and dtype alone, never on the machine, and
-each gives the same bits for vectors of any width:
+Layouts share the work. Which one a matrix gets depends on its structure, size and dtype, not on the machine, and each
+gives the same bits for vectors of any width:
 
     `registers`, `interleaved`   one matrix per lane: the smallest matrices, and small ones
     `within`                     vectors within a matrix
     `blocked`                    the same for large ones, of which several threads may share one
+    `diagonal`                   for diagonal matrices but large ones
+
+Large symmetric and Hermitian matrices are left to LAPACK.
 """
 
 from __future__ import annotations
@@ -88,7 +91,9 @@ class Layout:
 
 
 _PER_LANE = interleaved_group.workspace
-_ALL_512, _ALL = dict.fromkeys("fdFD", 512), dict.fromkeys("fdFD", 2**20)
+#: The largest n.
+LARGEST = 2**20
+_ALL_512, _ALL = dict.fromkeys("fdFD", 512), dict.fromkeys("fdFD", LARGEST)
 #: The first that takes a matrix has it.
 LAYOUTS = (
     Layout("registers", "general", {"f": 6, "d": 6, "F": 4, "D": 4}, registers_gauss_jordan.write, _PER_LANE),
@@ -116,8 +121,7 @@ LAYOUTS = (
         for word in ("symmetric", "hermitian")
         for layout in (
             Layout("registers", word, {"f": 6, "d": 6, "F": 4, "D": 4}, registers_symmetric.write, _PER_LANE),
-            Layout("within", word, _ALL_512, within_symmetric.write, within_symmetric.workspace),
-            Layout("blocked", word, _ALL, blocked.write, blocked.workspace),
+            Layout("within", word, dict.fromkeys("fdFD", 1024), within_symmetric.write, within_symmetric.workspace),
         )
     ),
 )
@@ -134,7 +138,7 @@ def spec_of(n: int, dtype: np.dtype[Any] | str, structure: AssumeA, vector_nbyte
 
 
 def layout_of(spec: KernelSpec) -> Layout | None:
-    """Return the layout of a kernel; None for matrices without rows, which are left to LAPACK.
+    """Return the layout of a kernel; None for matrices that are left to LAPACK.
 
     Examples
     --------
@@ -202,6 +206,11 @@ _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
+def has_kernel(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> bool:
+    """Tell whether `invert` has a kernel for matrices, or leaves all of them to LAPACK."""
+    return layout_of(spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())) is not None
+
+
 def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """Return the working memory of `invert` in bytes, whatever the number of matrices."""
     spec, others = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes()), lapack.scratch_nbytes(n, dtype)
@@ -231,17 +240,13 @@ def _tested(spec: KernelSpec, workspace: Workspace) -> tuple[int, int]:
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA, threads: int = 1) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
-    spec = spec_of(a.shape[-1], a.dtype, structure, compiler.vector_nbytes())
-    kernel = _load(spec)
+    kernel = _load(_spec_for(len(a), a.shape[-1], a.dtype, structure, threads))
     nontemporal = out.nbytes >= NONTEMPORAL_NBYTES
 
     def work(part: slice, *, threads: int = 1) -> None:
         arrays = (x[part] for x in (a, out, info, rcond))
         _invert(kernel, *arrays, structure=structure, nontemporal=nontemporal, threads=threads)
 
-    if structure == "general" and len(a) < threads and a.shape[-1] >= _SHARED_FROM[a.dtype.char]:
-        # The same bits.
-        kernel = _load(replace(spec, n=_ALL_512[a.dtype.char] + 1))
     if isinstance(kernel, blocked.BlockedKernel):
         each = len(a) // threads if a.shape[-1] <= _SHARED_OUT else 0
         parts = [slice(start, start + each) for start in range(0, each * threads, max(1, each))]
@@ -253,6 +258,15 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Assume
         work(parts[0])
     else:
         run_all(work, parts, threads)
+
+
+def _spec_for(m: int, n: int, dtype: np.dtype[Any], structure: AssumeA, threads: int) -> KernelSpec:
+    """Return what the kernel for a stack is written for."""
+    spec = spec_of(n, dtype, structure, compiler.vector_nbytes())
+    if structure == "general" and m < threads and n >= _SHARED_FROM[dtype.char]:
+        # Where there is not one for each thread they had better share it, with the same bits.
+        return replace(spec, n=max(n, LARGEST))
+    return spec
 
 
 def _parts(a: Array, group: int, threads: int) -> list[slice]:
@@ -304,9 +318,10 @@ def invert_in(
     dtype: np.dtype[Any], a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA, threads: int = 1
 ) -> None:
     """Invert a block as `invert` does, but in a wider dtype than its own."""
-    n = a.shape[-1]
+    m, n = a.shape[:2]
+    layout = layout_of(_spec_for(m, n, dtype, structure, threads))
     # Large ones are left to `invert` to share out.
-    own = threads if n > _ALL_512[a.dtype.char] else 1
+    own = threads if layout is not None and layout.name == "blocked" else 1
     step = max(own, lapack.GROUP_NBYTES // max(1, n * n * dtype.itemsize))
 
     def work(part: slice) -> None:

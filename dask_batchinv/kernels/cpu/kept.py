@@ -57,5 +57,5 @@ def scratch(nbytes: int) -> Iterator[npt.NDArray[np.uint8]]:
     if memory is None:
         memory = aligned((nbytes,), np.dtype(np.uint8))
     yield memory
-    # After an error it is left to its fate.
+    # Not after an error: somebody may hold on to it.
     give_back(nbytes, memory, nbytes)

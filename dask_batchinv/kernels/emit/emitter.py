@@ -135,12 +135,12 @@ class Emitter:
         raw = self.builder.store(vector.raw, pointer.raw, align=self.nbytes)
         raw.set_metadata("nontemporal", self.module.add_metadata([ir.Constant(self.int32, 1)]))
 
-    def add_for_all(self, pointer: Value) -> Value:
+    def atomic_add(self, pointer: Value) -> Value:
         """Add 1 to an integer that several threads count with; return what it was."""
         one = ir.Constant(INT, 1)
         return self.value(self.builder.atomic_rmw("add", pointer.raw, one, "acq_rel"))
 
-    def load_from_all(self, pointer: Value) -> Value:
+    def atomic_load(self, pointer: Value) -> Value:
         """Load an integer that several threads count with; what they stored before they changed it can be seen."""
         return self.value(self.builder.load_atomic(pointer.raw, "acquire", 8, typ=INT))
 
