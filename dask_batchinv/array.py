@@ -96,6 +96,8 @@ def inverse(
 
     Raises
     ------
+    ValueError
+        If a word is not known, `min_rcond` is no number from 0 to 1, or `out` does not fit.
     numpy.linalg.LinAlgError
         If `a` is not a stack of square matrices. Lazy input: at the call, not when it is computed.
     TypeError

@@ -29,6 +29,7 @@ from dask_batchinv.stack import (
     computed_dtype,
     parse_assume_a,
     parse_choice,
+    parse_flag,
     parse_min_rcond,
     result_dtype,
 )
@@ -43,7 +44,7 @@ def _parsed(
     if check_errors is not None:
         on_error = "raise" if check_errors else "nan"
     return CallOptions(
-        parse_assume_a(assume_a), bool(lower), on_error, parse_min_rcond(min_rcond), device,
+        parse_assume_a(assume_a), parse_flag("lower", lower), on_error, parse_min_rcond(min_rcond), device,
         parse_choice("precision", precision, Precision), bool(logdet),
     )  # fmt: skip
 

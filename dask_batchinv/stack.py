@@ -48,6 +48,13 @@ def parse_assume_a(word: AssumeAWord) -> AssumeA:
     return found
 
 
+def parse_flag(name: str, value: Any) -> bool:
+    """Return whether something holds, or raise ValueError for a text: "no" would count as true."""
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def parse_min_rcond(min_rcond: float) -> float:
     """Return `min_rcond` if it is a number from 0 to 1, else raise ValueError."""
     if not 0 <= min_rcond <= 1:

@@ -22,6 +22,7 @@ from dask_batchinv.stack import (
     Precision,
     parse_assume_a,
     parse_choice,
+    parse_flag,
     parse_min_rcond,
     result_dtype,
 )
@@ -95,7 +96,7 @@ class JobOptions:
         try:
             object.__setattr__(self, "assume_a", parse_assume_a(self.assume_a))
             object.__setattr__(self, "min_rcond", parse_min_rcond(self.min_rcond))
-            object.__setattr__(self, "lower", bool(self.lower))
+            object.__setattr__(self, "lower", parse_flag("lower", self.lower))
             parse_choice("missing", self.missing, Missing)
             parse_choice("bad_chunks", self.bad_chunks, BadChunks)
             parse_choice("keep", self.keep, Keep)

@@ -9,7 +9,8 @@ import pytest
 import scipy.linalg
 import xarray as xr
 
-from dask_batchinv import IllConditionedWarning, Info, SingularMatrixError, inverse, inverse_ex
+from dask_batchinv import IllConditionedWarning, Info, RefusedError, SingularMatrixError, inverse, inverse_ex
+from dask_batchinv.job.options import JobOptions
 from tests.support.stacks import DTYPES, assert_same_bits, conditioned
 
 NEARLY_SINGULAR = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
@@ -151,3 +152,11 @@ def test_lower_is_ignored_where_both_triangles_are_read_and_words_may_be_short()
         assert_same_bits(inverse(a, assume_a=word, lower=True), inverse(a, assume_a=word))
     with dask.config.set(scheduler="sync"), pytest.raises(ValueError, match="assume_a must be one of 'general'"):
         inverse(a, assume_a="positive")
+
+
+@pytest.mark.parametrize("lower", ["no", "False", "L"])
+def test_a_text_says_nothing_of_which_triangle_is_read(lower):
+    with pytest.raises(ValueError, match="lower must be True or False"):
+        inverse(np.eye(2), assume_a="sym", lower=lower)
+    with pytest.raises(RefusedError, match="lower must be True or False"):
+        JobOptions(assume_a="sym", lower=lower)

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from dask_batchinv import IllConditionedWarning, inverse, inverse_ex
-from dask_batchinv.kernels.cpu import dispatch
+from dask_batchinv.kernels.cpu import blocked, dispatch
 from tests.support.stacks import STRUCTURES, assert_same_bits, conditioned
 
 
@@ -41,6 +41,18 @@ def test_large_matrices_and_threads(monkeypatch):
     results = np.empty_like(many), np.empty(5000, np.int32), np.empty(5000, np.float32)
     dispatch.invert_in(double, many, *results, structure="general", threads=3)
     assert_same_bits(results[0], rounded(many))
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 460), (1, 330)])
+def test_threads_share_what_they_share_of_double_precision(monkeypatch, m, n):
+    inverse(conditioned(1, 600, 10))  # compiles the kernel
+    seen, run = [], blocked.BlockedKernel.run
+    monkeypatch.setattr(blocked.BlockedKernel, "run", lambda *a, threads=1, **k: seen.append(threads) or run(*a, **k))
+    monkeypatch.setattr(dispatch, "_load_grouped", None)  # nothing is compiled for this n
+    a = conditioned(m, n, 10, "float32")
+    results = np.empty_like(a), np.empty(m, np.int32), np.empty(m, np.float32)
+    dispatch.invert_in(np.dtype("float64"), a, *results, structure="general", threads=3)
+    assert set(seen) == {3}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", ">f4", "float64", "int8", "complex64", "complex128"])
