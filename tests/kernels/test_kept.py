@@ -1,6 +1,8 @@
 """Memory that is kept for the next call."""
 
+import gc
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -57,6 +59,17 @@ def test_nothing_of_one_matrix_is_in_the_next(n, structure):
     inverse(huge * 1e-300, assume_a=structure, on_error="nan")
     assert kept._kept
     assert_same_bits(inverse(a, assume_a=structure), expected)
+
+
+@pytest.mark.parametrize("n", [100, 530])
+def test_no_array_of_the_caller_is_kept(n):
+    a = conditioned(2, n, 10)
+    x = inverse(a)
+    left = [weakref.ref(a), weakref.ref(x)]
+    del a, x
+    gc.collect()
+    assert kept._kept
+    assert [ref() for ref in left] == [None, None]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -83,7 +83,7 @@ class BlockedMatrix(ABC):
     def invert(self, a: Array, out: Array, threads: int) -> tuple[int, Any]:
         """Invert a matrix; return ``info`` and ``rcond``."""
         # Held on to, as all that works on them knows but their addresses.
-        self._arrays = a, out
+        self._arrays: tuple[Array, ...] = a, out
         for table in self._tables:
             table[:2] = a.ctypes.data, out.ctypes.data
         self._info, self._norm = int(Info.GOOD), 0
@@ -99,6 +99,7 @@ class BlockedMatrix(ABC):
             ]
         )
         crew.run(threads)
+        self._arrays = ()
         if self._info == int(Info.NOT_FINITE):
             return self._info, np.nan
         if self._info:
@@ -116,9 +117,9 @@ class BlockedMatrix(ABC):
         )
         return int(Info.GOOD) if known else RCOND_UNKNOWN, rcond
 
-    def _all_columns(self, name: str, threads: int, table: Array | None = None) -> Stage:
+    def _all_columns(self, name: str, threads: int) -> Stage:
         """Return the pieces of a call of one of the functions for all columns, a few for each thread."""
-        address = (self._tables[0] if table is None else table).ctypes.data
+        address = self._tables[0].ctypes.data
         count = min(len(self._found), 2 * threads if threads > 1 else 1)
         step = -(-self.n // count // CHUNK) * CHUNK
         return Stage(
