@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from llvmlite import ir
+
 from dask_batchinv.kernels.cpu.blocked_ends import first_lanes, put, scale, tell
 from dask_batchinv.kernels.cpu.blocked_frame import Frame
 from dask_batchinv.kernels.cpu.scaling import Measure, larger_sum, without_sign_of_zero
@@ -78,8 +80,19 @@ def turned(f: Frame, block: Block, symmetry: Symmetry | None) -> Block:
     return numbers if symmetry is None else [symmetry.across(number) for number in numbers]
 
 
-def write_measure(f: Frame, triangle: Triangle) -> None:
-    """Write ``measure(table, start, stop, part)``."""
+def write(spec: KernelSpec, module: ir.Module, *, is_minus: bool = False) -> None:
+    """Write ``measure(table, start, stop, part)``, and ``read`` and ``give`` likewise.
+
+    What `give` finds in the scratch may be `is_minus` the inverse.
+    """
+    triangle = Triangle.of(spec)
+    _write_measure(Frame(spec, "measure", 3, module), triangle)
+    _write_read(Frame(spec, "read", 3, module), triangle)
+    _write_give(Frame(spec, "give", 3, module), triangle, is_minus=is_minus)
+
+
+def _write_measure(f: Frame, triangle: Triangle) -> None:
+    """Measure the triangle."""
     e, measure = f.e, Measure(f.e)
     length, symmetry = f["n"] * f.parts, triangle.symmetry
     with e.loop(f.arguments[0], f.arguments[1]) as i:
@@ -94,8 +107,8 @@ def write_measure(f: Frame, triangle: Triangle) -> None:
     e.finish()
 
 
-def write_read(f: Frame, triangle: Triangle) -> None:
-    """Write ``read(table, start, stop, part)``: it scales the triangle, and sums up the columns."""
+def _write_read(f: Frame, triangle: Triangle) -> None:
+    """Scale the triangle, and sum up the columns."""
     e, factors = f.e, scale(f)
     norm = e.variable(e.numbers(0.0))
     with e.loop(f.arguments[0], f.arguments[1], f.lanes) as c:
@@ -145,11 +158,8 @@ def put_block(f: Frame, block: Block, r: Value, c: Value) -> None:
         f.store(number, f.row(r + t), c)
 
 
-def write_give(f: Frame, triangle: Triangle, *, is_minus: bool = False) -> None:
-    """Write ``give(table, start, stop, part)``: it writes whole inverses, scaled back.
-
-    What stands in the scratch may be `is_minus` the inverse.
-    """
+def _write_give(f: Frame, triangle: Triangle, *, is_minus: bool = False) -> None:
+    """Write whole inverses, scaled back."""
     e, n = f.e, f["n"]
     first, second = scale(f)
     norm, largest = e.variable(e.numbers(0.0)), e.variable(e.integers(0))

@@ -9,12 +9,11 @@ from typing import ClassVar
 import numpy as np
 from llvmlite import ir
 
-from dask_batchinv.kernels.cpu import blocked_substitution, blocked_sweep, blocked_work
+from dask_batchinv.kernels.cpu import blocked_substitution, blocked_sweep, blocked_triangle, blocked_work
 from dask_batchinv.kernels.cpu.aligned import aligned
-from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL, STEPS, Frame, block_of
+from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL, STEPS, block_of
 from dask_batchinv.kernels.cpu.blocked_matrix import SPARE, Array, EliminatedMatrix, nbytes_of_rows, row_shape
 from dask_batchinv.kernels.cpu.blocked_schedule import TaskList
-from dask_batchinv.kernels.cpu.blocked_triangle import Triangle, write_give, write_measure, write_read
 from dask_batchinv.kernels.cpu.blocked_work import Call, Task
 from dask_batchinv.kernels.cpu.spec import KernelSpec
 from dask_batchinv.kernels.emit.values import Value
@@ -98,10 +97,7 @@ class DefiniteMatrix(_UpperMatrix):
     @classmethod
     def write(cls, spec: KernelSpec, module: ir.Module) -> None:
         """Write the functions."""
-        triangle = Triangle.of(spec)
-        write_measure(Frame(spec, "measure", 3, module), triangle)
-        write_read(Frame(spec, "read", 3, module), triangle)
-        write_give(Frame(spec, "give", 3, module), triangle, is_minus=True)
+        blocked_triangle.write(spec, module, is_minus=True)
         blocked_sweep.write(spec, module)
         blocked_work.write(spec, module, _ACTIONS)
 
@@ -131,10 +127,7 @@ class TriangularMatrix(_UpperMatrix):
     @classmethod
     def write(cls, spec: KernelSpec, module: ir.Module) -> None:
         """Write the functions."""
-        triangle = Triangle.of(spec)
-        write_measure(Frame(spec, "measure", 3, module), triangle)
-        write_read(Frame(spec, "read", 3, module), triangle)
-        write_give(Frame(spec, "give", 3, module), triangle)
+        blocked_triangle.write(spec, module)
         blocked_substitution.write(spec, module)
         blocked_work.write(spec, module, _ACTIONS[:_ADVANCE])
 
