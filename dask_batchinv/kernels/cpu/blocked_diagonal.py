@@ -59,7 +59,7 @@ def _write_measure(f: Frame) -> None:
     with e.loop(f.arguments[0], f.arguments[1], f.lanes) as i:
         for part in _entries(f, i).parts:
             measure.look(part)
-    tell(f, e.reduce("umax", measure.largest.get()), e.reduce("umin", measure.smallest.get()) + 1)
+    tell(f, *measure.bits_of_all())
     e.finish()
 
 

@@ -50,7 +50,7 @@ def _write_measure(f: Frame) -> None:
     with e.loop(start, whole, f.lanes) as i:
         measure.look(e.load(e.at(f["source"], i)))
     measure.look(e.load_where(first_lanes(e, stop - whole), e.at(f["source"], whole)))
-    largest, smallest = e.reduce("umax", measure.largest.get()), e.reduce("umin", measure.smallest.get()) + 1
+    largest, smallest = measure.bits_of_all()
     tell(f, largest, smallest)
     e.finish()
 

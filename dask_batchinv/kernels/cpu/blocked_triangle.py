@@ -103,7 +103,7 @@ def _write_measure(f: Frame, triangle: Triangle) -> None:
             if f.parts == 2 and symmetry is not None and symmetry.is_hermitian:
                 counts = counts & ~(e.iota + e.splat(e.resize(c - diagonal, e.word))).eq(1)
             measure.look(e.load_where(counts, e.at(row, c)))
-    tell(f, e.reduce("umax", measure.largest.get()), e.reduce("umin", measure.smallest.get()) + 1)
+    tell(f, *measure.bits_of_all())
     e.finish()
 
 

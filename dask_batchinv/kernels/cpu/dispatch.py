@@ -32,6 +32,7 @@ from dask_batchinv.kernels.cpu import (
     interleaved_gauss_jordan,
     interleaved_group,
     interleaved_ldl,
+    interleaved_symmetric,
     interleaved_triangular,
     kept,
     registers_gauss_jordan,
@@ -121,6 +122,13 @@ LAYOUTS = (
         for word in ("symmetric", "hermitian")
         for layout in (
             Layout("registers", word, {"f": 6, "d": 6, "F": 4, "D": 4}, registers_symmetric.write, _PER_LANE),
+            Layout(
+                "interleaved",
+                word,
+                dict.fromkeys("fdFD", 40),
+                interleaved_symmetric.write,
+                interleaved_symmetric.workspace,
+            ),
             Layout("within", word, dict.fromkeys("fdFD", 1024), within_symmetric.write, within_symmetric.workspace),
         )
     ),

@@ -6,7 +6,7 @@ all of them. What happens to it in between is in `interleaved_gauss_jordan` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,12 +41,14 @@ class Algorithm:
     """``invert(g, scale, between_steps)``; the latter is called with the number of each step."""
     n_steps: Callable[[int], int]
     """``n_steps(n)``: how often `invert` calls `between_steps`."""
+    tables: Sequence[int] = ()
+    """Lengths in vectors of tables that it has in the scratch for itself: `Group.more`."""
 
 
 def write(algorithm: Algorithm, spec: KernelSpec) -> str:
     """Write the kernel: it inverts `count` groups of as many matrices as there are lanes."""
     e = Emitter(spec.name, spec.itemsize, spec.lanes)
-    g = Group(e, spec)
+    g = Group(e, spec, algorithm.tables)
     streaming, steps = Streaming(e, g.size, g.buffer), algorithm.n_steps(g.n)
     with e.loop(0, e.count) as group:
         finite, scale = _read(g, group, algorithm.part)

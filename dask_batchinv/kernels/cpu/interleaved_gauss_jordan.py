@@ -138,10 +138,12 @@ def _second_factors(g: Group, after: Value, one: _Pivot, two: _Pivot, old_factor
     with e.loop(after + 1, g.n) as i:
         here = g.mask_of(two.rows, i)
         g.keep(two.old.where(here, g.read(g.entry(i, after))) * minus, g.item(two.factors, i))
-        factor = g.read(g.item(one.factors, i))
+        place = g.item(one.factors, i)
+        factor = g.read(place)
         for variable, part in zip(taken, factor.parts, strict=True):
             variable.set(e.select(here, part, variable.get()))
-        g.keep(old_factor.where(here, factor), g.item(one.factors, i))
+        # Not a masked store, which is slow on some processors.
+        g.keep(old_factor.where(here, factor), e.launder(place))
     return Number(e, tuple(variable.get() for variable in taken))
 
 

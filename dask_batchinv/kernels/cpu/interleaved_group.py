@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.cpu.streaming import buffer_nbytes
@@ -11,17 +11,17 @@ from dask_batchinv.kernels.emit.number import Number
 from dask_batchinv.kernels.emit.values import Value
 
 
-def workspace(spec: KernelSpec) -> Workspace:
-    """Return what a kernel with a matrix per lane works on at a time."""
+def workspace(spec: KernelSpec, more: Sequence[int] = ()) -> Workspace:
+    """Return what a kernel with a matrix per lane works on at a time; with the lengths of its own tables in vectors."""
     vector_nbytes = spec.lanes * spec.itemsize
-    return Workspace(spec.lanes, _tables(spec)[-1] * vector_nbytes + buffer_nbytes(spec.size, vector_nbytes))
+    return Workspace(spec.lanes, _tables(spec, more)[-1] * vector_nbytes + buffer_nbytes(spec.size, vector_nbytes))
 
 
-def _tables(spec: KernelSpec) -> list[int]:
-    """Return where the tables begin and end, in vectors: entries, two of factors, sums, chosen, orders."""
+def _tables(spec: KernelSpec, more: Sequence[int]) -> list[int]:
+    """Return where the tables begin and end, in vectors: entries, two of factors, sums, chosen, orders, and others."""
     n, row = spec.n, spec.n * spec.parts
     ends = [0]
-    for length in (n * row, row, row, n, n, spec.lanes * -(-row // spec.lanes)):
+    for length in (n * row, row, row, n, n, spec.lanes * -(-row // spec.lanes), *more):
         ends.append(ends[-1] + length)
     return ends
 
@@ -29,10 +29,10 @@ def _tables(spec: KernelSpec) -> list[int]:
 class Group:
     """As many matrices as there are lanes: vector (i, j) has that entry of all of them."""
 
-    def __init__(self, e: Emitter, spec: KernelSpec):
+    def __init__(self, e: Emitter, spec: KernelSpec, more: Sequence[int] = ()):
         self.e, self.n, self.parts, self.size = e, spec.n, spec.parts, spec.size
         self.base = e.scratch
-        starts = [self.vector(start) for start in _tables(spec)]
+        starts = [self.vector(start) for start in _tables(spec, more)]
         self.factors = starts[1:3]
         """What the rows of two pivots are multiplied by, for each row."""
         self.sums = starts[3]
@@ -41,7 +41,9 @@ class Group:
         """For each step the row that its pivot was in."""
         self.orders = starts[5]
         """Matrix by matrix, where in a row of the scratch the numbers of a row of the inverse are."""
-        self.buffer = starts[6]
+        self.more = starts[6:-1]
+        """Tables of a kernel's own."""
+        self.buffer = starts[-1]
         """Inverses on their way."""
 
     def vector(self, index: Value | int, base: Value | None = None) -> Value:

@@ -25,25 +25,31 @@ class Measure:
 
     def __init__(self, e: Emitter):
         self.e = e
-        self.largest, self.smallest = e.variable(e.integers(0)), e.variable(e.integers(-1))
+        # This, added to the bits, makes zeros the largest integers: many processors compare signed ones only.
+        self._added = (1 << (8 * e.itemsize - 1)) - 1
+        self._largest, self._smallest = e.variable(e.integers(0)), e.variable(e.integers(self._added))
 
     def look(self, numbers: Value) -> None:
         """Look at a vector of numbers; zeros do not count."""
         e = self.e
         bits = e.bits(e.absolute(numbers))
-        self.largest.set(e.unsigned("umax", self.largest.get(), bits))
-        self.smallest.set(e.unsigned("umin", self.smallest.get(), bits - 1))
+        self._largest.set(e.signed("smax", self._largest.get(), bits))
+        self._smallest.set(e.signed("smin", self._smallest.get(), bits + self._added))
 
     def of_lanes(self) -> tuple[Value, Scale]:
         """Return whether the matrix in each lane is finite, and by what it is scaled."""
-        largest, smallest = self.largest.get(), self.smallest.get() + 1
+        largest, smallest = self._largest.get(), self._smallest.get() - self._added
         return is_finite(self.e, largest), unit_scale(self.e, largest, smallest)
 
     def of_all(self) -> tuple[Value, Scale]:
         """Return the same, as scalars, of one matrix that all lanes belong to."""
+        largest, smallest = self.bits_of_all()
+        return is_finite(self.e, largest), unit_scale(self.e, largest, smallest)
+
+    def bits_of_all(self) -> tuple[Value, Value]:
+        """Return the bits of the largest and the smallest number in all lanes."""
         e = self.e
-        largest, smallest = e.reduce("umax", self.largest.get()), e.reduce("umin", self.smallest.get()) + 1
-        return is_finite(e, largest), unit_scale(e, largest, smallest)
+        return e.reduce("smax", self._largest.get()), e.reduce("smin", self._smallest.get()) - self._added
 
 
 @dataclass(frozen=True)

@@ -171,14 +171,13 @@ class _Sweeps:
         # Symmetric: [t][u] is the entry of the inverse of the block.
         inverse = [[block.first, block.beside], [symmetry.across(block.beside), block.second]]
 
-        def body(v: Value) -> None:
-            here = [self._here(row, v) for row in rows]
+        for row in rows:
             for p in range(PANEL):
                 for table in (a.saved, a.scaled):
-                    number = a.load(table, e.integer(p), v)
-                    for mask in here:
-                        number = self.zero.where(mask, number)
-                    a.store(number, table, e.integer(p), v)
+                    a.set_entry(self.zero.lane(0), table, e.integer(p), row)
+
+        def body(v: Value) -> None:
+            here = [self._here(row, v) for row in rows]
             own = [a.load(a.panel_rows, e.integer(row), v) for row in (_FIRST, _SECOND)[: len(rows)]]
             if len(rows) == 1:
                 factors = [symmetry.times(symmetry.across(own[0]), block.first)]
