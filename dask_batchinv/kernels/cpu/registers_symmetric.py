@@ -29,9 +29,10 @@ def write(spec: KernelSpec) -> str:
 
     def invert(e: Emitter, a: Matrix, between_steps: Callable[[], None]) -> Value:
         failed, used = e.integers(0), [e.mask([False] * e.lanes) for _ in a]
-        for _ in a:
+        for number in range(len(a)):
             between_steps()
-            step = _Step(symmetry, e, a, used)
+            # In the last step there is at most one row left.
+            step = _Step(symmetry, e, a, used, may_be_pairs=number < len(a) - 1)
             failed = e.select(step.is_zero & failed.eq(0), step.row + 1, failed)
             step.sweep()
             used = [was | now | too for was, now, too in zip(used, step.first, step.second, strict=True)]
@@ -45,8 +46,8 @@ def write(spec: KernelSpec) -> str:
 class _Step:
     """The pivots of a step, lane by lane: a row, two, or none where all rows have been pivots."""
 
-    def __init__(self, symmetry: Symmetry, e: Emitter, a: Matrix, used: list[Value]):
-        self.symmetry, self.e, self.a = symmetry, e, a
+    def __init__(self, symmetry: Symmetry, e: Emitter, a: Matrix, used: list[Value], *, may_be_pairs: bool):
+        self.symmetry, self.e, self.a, self.may_be_pairs = symmetry, e, a, may_be_pairs
         parts = len(a[0][0].parts)
         self.zero, one = (constant_number(e, e.numbers(number), parts) for number in (0.0, 1.0))
         diagonal = [row[i] for i, row in enumerate(a)]
@@ -55,11 +56,16 @@ class _Step:
         self.first = [self.row.eq(i) & active for i in range(len(a))]
         self.first_row = self._collect(self.first)
         own = _pick(self.first, diagonal, one)
+        self.second = [e.mask([False] * e.lanes) for _ in a]
+        self.block = Block(symmetry.reciprocal(own), self.zero, self.zero)
+        self.is_zero = size.eq(0.0)
+        if not may_be_pairs:
+            return
         offside, partner = _largest(e, self.first_row, [a | b for a, b in zip(used, self.first, strict=True)])
         wants = active & wants_partner(size, offside)
-        self.is_zero = size.eq(0.0) & ~wants
+        self.is_zero = self.is_zero & ~wants
         pairs = e.variable(e.integers(0))
-        block = [NumberVariable(x) for x in (symmetry.reciprocal(own), self.zero, self.zero)]
+        block = [NumberVariable(x) for x in (self.block.first, self.block.beside, self.block.second)]
         rows = [NumberVariable(self.zero) for _ in a]
         with e.when(e.any(wants)):
             second = [partner.eq(i) & wants for i in range(len(a))]
@@ -88,6 +94,10 @@ class _Step:
     def sweep(self) -> None:
         """Sweep the rows of the pivots."""
         e, every = self.e, range(len(self.a))
+        if not self.may_be_pairs:
+            for (i, j), number in self._swept(pairs=False).items():
+                self.a[i][j] = number
+            return
         entries = {(i, j): NumberVariable(self.a[i][j]) for i in every for j in every[i:]}
         for condition, pairs in ((~self.any_pair, False), (self.any_pair, True)):
             with e.when(condition):
