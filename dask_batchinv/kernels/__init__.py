@@ -84,8 +84,6 @@ class Kernel:
     """``scratch_nbytes(n, dtype)``: its working memory in bytes."""
     compile_nbytes: Callable[[int, npt.DTypeLike], int] = lambda n, dtype: COMPILE_NBYTES
     """``compile_nbytes(n, dtype)``: what it takes in bytes before its first use in a process."""
-    is_ours: Callable[[int, npt.DTypeLike], bool] = lambda n, dtype: True
-    """``is_ours(n, dtype)``: whether `GENERATION` says what bits come out; else LAPACK computes."""
 
 
 def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
@@ -110,7 +108,6 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
         invert=partial(cpu.invert, structure=assume_a),
         scratch_nbytes=partial(cpu.scratch_nbytes, structure=assume_a),
         compile_nbytes=partial(cpu.compile_nbytes, structure=assume_a),
-        is_ours=partial(cpu.has_kernel, structure=assume_a),
     )
 
 

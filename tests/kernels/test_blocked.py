@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dask_batchinv.kernels import choose_kernel, lapack
-from dask_batchinv.kernels.cpu import blocked, dispatch
+from dask_batchinv.kernels.cpu import blocked, blocked_symmetric, dispatch
 from dask_batchinv.kernels.cpu.blocked_frame import PANEL
 from dask_batchinv.kernels.cpu.blocked_schedule import Crew, Stage, TaskRunner
 from dask_batchinv.kernels.cpu.blocked_work import Task
@@ -21,12 +21,10 @@ from dask_batchinv.kernels.emit import compiler
 from tests.support.running import LIMIT, check, ratios, results_for, run_cpu
 from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
-#: The smallest that all structures with such kernels have them for.
+#: The smallest that all structures have such kernels for.
 FIRST = 513
-#: Structures with kernels for any size.
-LARGE = [structure for structure in STRUCTURES if structure not in ("symmetric", "hermitian")]
-#: And with an elimination that is shared out.
-ELIMINATED = [structure for structure in LARGE if structure != "diagonal"]
+#: Structures with an elimination that is shared out.
+ELIMINATED = [structure for structure in STRUCTURES if structure != "diagonal"]
 
 
 def run_blocked(a, threads=1, vector_nbytes=None, structure="general"):
@@ -37,7 +35,7 @@ def run_blocked(a, threads=1, vector_nbytes=None, structure="general"):
     return results
 
 
-@pytest.mark.parametrize("structure", LARGE)
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_its_layout_begins_where_others_end(dtype, structure):
     first = 449 if structure == "general" else FIRST
@@ -64,7 +62,7 @@ def test_threads_share_one_that_is_not_yet_large_with_the_same_bits(dtype):
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("structure", LARGE)
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 97, 2 * PANEL + 41])
 def test_neither_the_width_of_vectors_nor_threads_change_a_bit(n, dtype, structure):
@@ -77,7 +75,7 @@ def test_neither_the_width_of_vectors_nor_threads_change_a_bit(n, dtype, structu
                     assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("structure", LARGE)
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residuals(dtype, structure):
     n, eps = FIRST, np.finfo(dtype).eps
@@ -91,7 +89,7 @@ def test_residuals(dtype, structure):
         np.testing.assert_allclose(rcond, 1 / norms, rtol=50 * n * eps)
 
 
-@pytest.mark.parametrize("structure", LARGE)
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", ["float32", "complex128"])
 def test_types_of_lapack(dtype, structure):
     assert check(structure, FIRST, dtype, 1)[0] <= LIMIT
@@ -126,7 +124,7 @@ def poisoned(a, structure):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("structure", LARGE[1:])
+@pytest.mark.parametrize("structure", STRUCTURES[1:])
 def test_each_failure_of_a_structure(structure, dtype, threads):
     n, limits = FIRST, np.finfo(dtype)
     a = np.eye(n, dtype=dtype)[None] * np.linspace(1, 2, 9)[:, None, None].astype(dtype)
@@ -208,7 +206,7 @@ def test_strides_and_what_is_beside_a_block(threads):
         assert (whole[[0, -1]] == 7).all()
 
 
-@pytest.mark.parametrize("structure", LARGE)
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [FIRST, 1000])
 def test_memory_is_what_the_plan_says(n, dtype, structure):
@@ -220,7 +218,23 @@ def test_memory_is_what_the_plan_says(n, dtype, structure):
     assert planned >= taken
 
 
-@pytest.mark.parametrize("structure", ELIMINATED)
+@pytest.mark.parametrize("structure", ["symmetric", "hermitian"])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("n", [40, FIRST, 700])
+def test_symmetric_pivots_are_found_alone_and_then_every_row_is_updated_once(n, threads, structure):
+    matrix = made(replace(spec_of(FIRST, "float64", structure, 16), n=0), n)
+    rounds = [list(group) for _, group in itertools.groupby(matrix._tasks(threads), lambda task: task.needs)]
+    assert [group[0].needs for group in rounds] == list(itertools.accumulate(map(len, rounds), initial=0))[:-1]
+    finding, updating = rounds[::2], rounds[1::2]
+    assert [[task.action for task in group] for group in finding] == [[0]] * len(updating)
+    # Pairs for which there is no room leave every panel a row short.
+    assert len(finding) * (blocked_symmetric.SWEEPS - 1) >= n
+    for group in updating:
+        assert {task.action for task in group} == {1}
+        assert covered((task.start, task.stop) for task in group) == list(range(-(-n // 8) * 8))
+
+
+@pytest.mark.parametrize("structure", [word for word in ELIMINATED if word not in ("symmetric", "hermitian")])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("n", [96, 97, 192, FIRST, 700])
 def test_tasks_that_are_done_at_the_same_time_do_not_meet_and_leave_nothing_out(n, threads, structure):

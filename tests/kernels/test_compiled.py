@@ -9,7 +9,6 @@ import threading
 import numpy as np
 import pytest
 
-from dask_batchinv.kernels import lapack
 from dask_batchinv.kernels.cpu import dispatch
 from dask_batchinv.kernels.cpu.dispatch import layout_of, spec_of
 from dask_batchinv.kernels.emit import compiler
@@ -113,22 +112,6 @@ def test_an_unaligned_block_is_served(dtype):
     shifted = np.frombuffer(b"x" + a.tobytes(), dtype, offset=1).reshape(a.shape)
     assert not shifted.flags.aligned
     for got, want in zip(run(shifted), run(a), strict=True):
-        assert_same_bits(got, want)
-
-
-def test_there_is_a_kernel_for_every_size_but_of_large_symmetric_matrices():
-    for kind in KINDS:
-        for dtype in DTYPES:
-            assert all(dispatch.has_kernel(n, dtype, structure=kind) for n in range(1, 1025))
-            assert dispatch.has_kernel(4096, dtype, structure=kind) == (kind not in ("symmetric", "hermitian"))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_those_are_left_to_lapack(dtype):
-    a = conditioned(1, 1025, 10, dtype, "symmetric")
-    out, info, rcond = np.empty_like(a), np.empty(1, np.int32), np.empty(1, a.real.dtype)
-    lapack.invert(a, out, info, rcond, structure="symmetric")
-    for got, want in zip(run(a, "symmetric"), (out, info, rcond), strict=True):
         assert_same_bits(got, want)
 
 

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.support.running import ratios, run_cpu
+from dask_batchinv.kernels.cpu import dispatch
+from dask_batchinv.kernels.cpu.dispatch import spec_of
+from dask_batchinv.kernels.emit import compiler
+from tests.support.running import ratios, results_for, run_cpu
 from tests.support.stacks import DTYPES, assert_same_bits, normal
 
 #: In each layout, odd and even.
@@ -33,6 +36,7 @@ def of_every_kind(n, dtype, structure):
     alone[0, 0] = 2.0**-11
     alone[0, 1:2] = alone[1:2, 0] = 2.0**-10
     alone[1, 2:4] = alone[2:4, 1] = 1
+    sizes = 2.0 ** np.linspace(-15, 15, n).round()
     matrices = {
         "indefinite": a,
         "definite": definite,
@@ -41,7 +45,7 @@ def of_every_kind(n, dtype, structure):
         "pairs the other way round": pairs[::-1, ::-1],
         "no diagonal": no_diagonal,
         "diagonal": np.diag(np.arange(1.0, n + 1)),
-        "unlike in size": a * np.outer(2.0 ** np.arange(n), 2.0 ** np.arange(n)) / 2.0**n,
+        "unlike in size": a * np.outer(sizes, sizes),
         "large": a * 2.0**90,
         "small": a * 2.0**-90,
         "pivots alone": alone,
@@ -78,3 +82,20 @@ def test_each_matrix_goes_its_own_way(n, dtype, structure):
         for at, which in enumerate(order):
             for got, want in zip(results, expected[which], strict=True):
                 assert_same_bits(got[at], want[0])
+
+
+@pytest.mark.parametrize("structure", ["symmetric", "hermitian"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [2, 45, 46, 131])
+def test_the_kernel_for_large_ones_takes_all_of_them(n, dtype, structure):
+    good, bad = of_every_kind(n, dtype, structure), of_every_failure(n, dtype)
+    stack = np.array([*good.values(), *(a for a, _ in bad)])
+    expected = [0] * len(good) + [info for _, info in bad]
+    kernel = dispatch._load(spec_of(4096, dtype, structure, compiler.vector_nbytes()))
+    for threads in (1, 2):
+        x, info, _ = results = results_for(stack)
+        kernel.run(stack, *results, threads=threads)
+        assert list(info) == expected
+        for name, a, inverse in zip(good, stack, x, strict=False):
+            assert ratios(a[None], inverse[None]).max() <= 3, name
+            assert (inverse == (inverse.T.conj() if structure == "hermitian" else inverse.T)).all()

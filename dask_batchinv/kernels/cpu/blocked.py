@@ -16,7 +16,7 @@ from dask_batchinv.kernels.cpu.blocked_diagonal import DiagonalMatrix
 from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL
 from dask_batchinv.kernels.cpu.blocked_general import GeneralMatrix
 from dask_batchinv.kernels.cpu.blocked_matrix import BlockedMatrix
-from dask_batchinv.kernels.cpu.blocked_upper import DefiniteMatrix, TriangularMatrix
+from dask_batchinv.kernels.cpu.blocked_upper import DefiniteMatrix, SymmetricMatrix, TriangularMatrix
 from dask_batchinv.kernels.cpu.scaling import RCOND_UNKNOWN
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.outcome import Info
@@ -30,6 +30,8 @@ TESTED = PANEL + CHUNK + 5
 MATRICES: Mapping[AssumeA, type[BlockedMatrix]] = {
     "general": GeneralMatrix,
     "positive definite": DefiniteMatrix,
+    "symmetric": SymmetricMatrix,
+    "hermitian": SymmetricMatrix,
     "upper triangular": TriangularMatrix,
     "lower triangular": TriangularMatrix,
     "diagonal": DiagonalMatrix,

@@ -16,7 +16,7 @@ from llvmlite import ir
 from dask_batchinv.kernels.cpu import blocked_ends, blocked_panel, blocked_steps, blocked_update, blocked_work
 from dask_batchinv.kernels.cpu.aligned import aligned
 from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL, STEPS, block_of
-from dask_batchinv.kernels.cpu.blocked_matrix import EliminatedMatrix, nbytes_of_rows, row_shape
+from dask_batchinv.kernels.cpu.blocked_matrix import EliminatedMatrix, nbytes_of_rows, no_rows, row_shape
 from dask_batchinv.kernels.cpu.blocked_schedule import TaskList
 from dask_batchinv.kernels.cpu.blocked_work import Call, Task
 from dask_batchinv.kernels.cpu.spec import KernelSpec
@@ -64,8 +64,7 @@ class GeneralMatrix(EliminatedMatrix):
         super().__init__(spec, n, functions)
         self._pivots, self._columns = np.empty(n + STEPS, np.int64), np.empty(self._length, np.int64)
         self._used = np.empty(self._length // spec.lanes, np.int64)
-        beyond = np.arange(self._length).reshape(-1, spec.lanes) >= n
-        self._no_rows = (beyond * (1 << np.arange(spec.lanes))).sum(axis=1)
+        self._no_rows = no_rows(spec, n, self._length)
         # A panel is eliminated while another is still needed.
         self._saved = aligned((2, PANEL * spec.parts * self._length), self._real)
         self._lower = aligned((2, PANEL * PANEL * spec.parts), self._real)

@@ -202,6 +202,13 @@ def row_shape(spec: KernelSpec, n: int) -> tuple[int, int]:
     return blocks, spec.lanes * (spec.parts * blocks * vectors_of_block(spec) | 1)
 
 
+def no_rows(spec: KernelSpec, n: int, length: int) -> Array:
+    """Return bits, a word for each vector of a row: those that are beyond the matrix."""
+    beyond = np.arange(length).reshape(-1, spec.lanes) >= n
+    bits: Array = (beyond * (1 << np.arange(spec.lanes))).sum(axis=1)
+    return bits
+
+
 def nbytes_of_rows(spec: KernelSpec, rows: int | None = None) -> int:
     """Return the bytes of memory for the numbers of a matrix, in so many rows, and of small tables."""
     blocks, stride = row_shape(spec, spec.n)

@@ -17,7 +17,7 @@ def write(spec: KernelSpec, module: ir.Module) -> None:
     with e.loop(0, width) as q:
         k, step = k0 + q, p0 + q
         own = f.row(k)
-        largest, pivot = _search(f, own)
+        largest, pivot = search(f, own)
         e.store(largest, e.at(f["sizes"], k))
         f.set("pivots", k, pivot)
         f.set("columns", pivot, k)
@@ -49,7 +49,7 @@ def write(spec: KernelSpec, module: ir.Module) -> None:
     e.finish()
 
 
-def _search(f: Frame, row: Value) -> tuple[Value, Value]:
+def search(f: Frame, row: Value) -> tuple[Value, Value]:
     """Return the largest size in rows of the matrix that have not been pivots, and which is the first to have it."""
     e = f.e
     best, first = e.variable(e.numbers(-1.0)), e.variable(e.integers(0))

@@ -9,10 +9,16 @@ from typing import ClassVar
 import numpy as np
 from llvmlite import ir
 
-from dask_batchinv.kernels.cpu import blocked_substitution, blocked_sweep, blocked_triangle, blocked_work
+from dask_batchinv.kernels.cpu import (
+    blocked_substitution,
+    blocked_sweep,
+    blocked_symmetric,
+    blocked_triangle,
+    blocked_work,
+)
 from dask_batchinv.kernels.cpu.aligned import aligned
 from dask_batchinv.kernels.cpu.blocked_frame import CHUNK, PANEL, STEPS, block_of
-from dask_batchinv.kernels.cpu.blocked_matrix import SPARE, Array, EliminatedMatrix, nbytes_of_rows, row_shape
+from dask_batchinv.kernels.cpu.blocked_matrix import SPARE, Array, EliminatedMatrix, nbytes_of_rows, no_rows, row_shape
 from dask_batchinv.kernels.cpu.blocked_schedule import TaskList
 from dask_batchinv.kernels.cpu.blocked_work import Call, Task
 from dask_batchinv.kernels.cpu.spec import KernelSpec
@@ -119,6 +125,53 @@ class DefiniteMatrix(_UpperMatrix):
     def _failing(sizes: Array) -> Array:
         failing: Array = sizes <= 0
         return failing
+
+
+def _panel(call: Call, task: dict[str, Value]) -> None:
+    call("panel", task["table"], task["k0"], task["width"])
+
+
+class SymmetricMatrix(_UpperMatrix):
+    """A symmetric or Hermitian matrix in work."""
+
+    @classmethod
+    def write(cls, spec: KernelSpec, module: ir.Module) -> None:
+        """Write the functions."""
+        blocked_triangle.write(spec, module, is_minus=True)
+        blocked_symmetric.write(spec, module)
+        blocked_work.write(spec, module, [_panel, _update])
+
+    @classmethod
+    def nbytes(cls, spec: KernelSpec) -> int:
+        """Return the bytes of memory for a matrix of `spec.n` rows."""
+        return super().nbytes(spec) + blocked_symmetric.ROWS * row_shape(spec, spec.n)[1] * spec.itemsize
+
+    def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]]):
+        super().__init__(spec, n, functions)
+        self._lower = aligned((blocked_symmetric.ROWS, self._stride), self._real)
+        self._state, self._used = np.empty(blocked_symmetric.WORDS, np.int64), no_rows(spec, n, self._length)
+        self._no_rows = self._used.copy()
+        more = {"lower": self._lower, "pivots": self._state, "used": self._used}
+        self._tables = [self._table(saved=self._saved, factors=self._factors, inverses=self._inverses, **more)]
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._lower[:], self._state[:], self._used[:], self._sizes[:] = 0, 0, self._no_rows, 1
+
+    def _tasks(self, threads: int) -> list[Task]:
+        find, update = range(2)
+        _, rows = self._steps(threads)
+        tasks, table = TaskList(), self._tables[0].ctypes.data
+        # One less than a panel has, where there is no room for a pair.
+        for _ in range(-(-self.n // (blocked_symmetric.SWEEPS - 1))):
+            tasks.add(Task(0, find, table, 0, self._length, 0, 0, 0))
+            tasks.add(
+                *(
+                    Task(0, update, table, 0, self._length, 0, start, min(start + rows, self._whole))
+                    for start in range(0, self._whole, rows)
+                )
+            )
+        return tasks.tasks
 
 
 class TriangularMatrix(_UpperMatrix):

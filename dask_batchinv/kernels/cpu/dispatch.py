@@ -7,8 +7,6 @@ gives the same bits for vectors of any width:
     `within`                     vectors within a matrix
     `blocked`                    the same for large ones, of which several threads may share one
     `diagonal`                   for diagonal matrices but large ones
-
-Large symmetric and Hermitian matrices are left to LAPACK.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ from dask_batchinv.kernels.cpu import (
 )
 from dask_batchinv.kernels.cpu.spec import KernelSpec, Workspace
 from dask_batchinv.kernels.emit import compiler
-from dask_batchinv.kernels.emit.environment import COMPILE_NBYTES
 from dask_batchinv.kernels.threads import run_all
 from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA
@@ -88,7 +85,7 @@ class Layout:
         """Tell whether a kernel is written in this layout."""
         # Where rows of matrices are a high power of two apart, a group of them maps to the same cache sets.
         crowded = self.name in ("registers", "interleaved") and spec.n % 32 == 0
-        return self.structure == spec.structure and 0 < spec.n <= self.largest[spec.dtype.char] and not crowded
+        return self.structure == spec.structure and spec.n <= self.largest[spec.dtype.char] and not crowded
 
 
 _PER_LANE = interleaved_group.workspace
@@ -129,7 +126,8 @@ LAYOUTS = (
                 interleaved_symmetric.write,
                 interleaved_symmetric.workspace,
             ),
-            Layout("within", word, dict.fromkeys("fdFD", 1024), within_symmetric.write, within_symmetric.workspace),
+            Layout("within", word, _ALL_512, within_symmetric.write, within_symmetric.workspace),
+            Layout("blocked", word, _ALL, blocked.write, blocked.workspace),
         )
     ),
 )
@@ -145,15 +143,15 @@ def spec_of(n: int, dtype: np.dtype[Any] | str, structure: AssumeA, vector_nbyte
     return KernelSpec(structure, n, dtype, vector_nbytes // real_nbytes)
 
 
-def layout_of(spec: KernelSpec) -> Layout | None:
-    """Return the layout of a kernel; None for matrices that are left to LAPACK.
+def layout_of(spec: KernelSpec) -> Layout:
+    """Return the layout of a kernel.
 
     Examples
     --------
     >>> [layout_of(spec_of(n, "float64", "general", 64)).name for n in (6, 7, 21, 448, 449)]
     ['registers', 'interleaved', 'within', 'within', 'blocked']
     """
-    return next((layout for layout in LAYOUTS if layout.takes(spec)), None)
+    return next(layout for layout in LAYOUTS if layout.takes(spec))
 
 
 @cache
@@ -214,17 +212,10 @@ _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def has_kernel(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> bool:
-    """Tell whether `invert` has a kernel for matrices, or leaves all of them to LAPACK."""
-    return layout_of(spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())) is not None
-
-
 def scratch_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     """Return the working memory of `invert` in bytes, whatever the number of matrices."""
     spec, others = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes()), lapack.scratch_nbytes(n, dtype)
-    if (layout := layout_of(spec)) is None:
-        return others
-    group, nbytes = layout.workspace(spec)
+    group, nbytes = layout_of(spec).workspace(spec)
     copies = 2 * max(lapack.GROUP_NBYTES, group * n * n * spec.dtype.itemsize)
     return others + nbytes + copies
 
@@ -235,8 +226,7 @@ def compile_nbytes(n: int, dtype: npt.DTypeLike, *, structure: AssumeA) -> int:
     Measured: compiling takes 40 to 55 MiB.
     """
     spec = spec_of(n, np.dtype(dtype), structure, compiler.vector_nbytes())
-    if (layout := layout_of(spec)) is None:
-        return COMPILE_NBYTES
+    layout = layout_of(spec)
     m, n = _tested(replace(spec, n=0) if layout.name == "blocked" else spec, layout.workspace(spec))
     return 64 * 2**20 + 5 * m * n * n * np.dtype(np.complex128).itemsize
 
@@ -248,6 +238,9 @@ def _tested(spec: KernelSpec, workspace: Workspace) -> tuple[int, int]:
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA, threads: int = 1) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
+    if a.shape[-1] == 0:
+        info[:], rcond[:] = int(Info.GOOD), 1  # as LAPACK's gecon
+        return
     kernel = _load(_spec_for(len(a), a.shape[-1], a.dtype, structure, threads))
     nontemporal = out.nbytes >= NONTEMPORAL_NBYTES
 
@@ -261,7 +254,7 @@ def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: Assume
         run_all(work, parts, threads)
         work(slice(each * threads, None), threads=threads)
         return
-    parts = _parts(a, kernel.workspace.group if kernel else 1, threads)
+    parts = _parts(a, kernel.workspace.group, threads)
     if len(parts) == 1:
         work(parts[0])
     else:
@@ -288,7 +281,7 @@ def _parts(a: Array, group: int, threads: int) -> list[slice]:
 
 
 def _invert(
-    kernel: _Kernel | None,
+    kernel: _Kernel,
     a: Array,
     out: Array,
     info: Array,
@@ -299,9 +292,6 @@ def _invert(
     threads: int,
 ) -> None:
     m, n = a.shape[:2]
-    if kernel is None:
-        lapack.invert(a, out, info, rcond, structure=structure)
-        return
     # As many as are copied at a time, where they must be.
     step = max(kernel.workspace.group, lapack.GROUP_NBYTES // (n * n * a.itemsize))
     if all(x.flags.c_contiguous and x.flags.aligned for x in (a, out, info, rcond)):
@@ -329,7 +319,7 @@ def invert_in(
     m, n = a.shape[:2]
     layout = layout_of(_spec_for(m, n, dtype, structure, threads))
     # Large ones are left to `invert` to share out.
-    own = threads if layout is not None and layout.name == "blocked" else 1
+    own = threads if layout.name == "blocked" else 1
     step = max(own, lapack.GROUP_NBYTES // max(1, n * n * dtype.itemsize))
 
     def work(part: slice) -> None:
@@ -386,10 +376,9 @@ def _on_copies(invert_part: Callable[..., None], part: slice | Array, a: Array, 
         x[part] = copy
 
 
-def _load(spec: KernelSpec) -> _Kernel | None:
-    """Return a kernel, compiled and tested; None if there is none."""
-    if (layout := layout_of(spec)) is None:
-        return None
+def _load(spec: KernelSpec) -> _Kernel:
+    """Return a kernel, compiled and tested."""
+    layout = layout_of(spec)
     if layout.name == "blocked":
         spec = replace(spec, n=0)
     with _lock:
