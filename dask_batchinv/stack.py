@@ -28,8 +28,8 @@ KEPT = ("float32", "float64", "complex64", "complex128")
 
 
 def parse_choice(name: str, value: Any, choices: Any) -> Any:
-    """Return `value` if it is one of the words of the Literal type `choices`, else raise ValueError."""
-    words = get_args(choices)
+    """Return `value` if it is one of the words of a list or of the Literal type `choices`, else raise ValueError."""
+    words = get_args(choices) or choices
     if value not in words:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}; got {value!r}")
     return value
@@ -43,8 +43,8 @@ def parse_assume_a(word: AssumeAWord) -> AssumeA:
     >>> parse_assume_a("pos")
     'positive definite'
     """
-    word = SHORT_WORDS.get(word, word) if isinstance(word, str) else word
-    found: AssumeA = parse_choice("assume_a", word, AssumeA)
+    known = parse_choice("assume_a", word, [*get_args(AssumeA), *SHORT_WORDS])
+    found: AssumeA = SHORT_WORDS.get(known, known)
     return found
 
 

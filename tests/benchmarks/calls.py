@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dask
 import numpy as np
@@ -55,7 +55,7 @@ LARGE = (
 LARGEST = ((0, 2000), (0, 3000), (0, 4096))
 STRUCTURES = ("symmetric", "positive definite", "upper triangular", "lower triangular", "diagonal")
 #: What SciPy calls them.
-SCIPYS = {kind: kind for kind in STRUCTURES} | {"symmetric": "sym", "positive definite": "pos"}
+SCIPYS = {kind: kind for kind in STRUCTURES} | {"symmetric": "sym", "hermitian": "her", "positive definite": "pos"}
 STRUCTURED = (2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512)
 WIDE = (3, 6, 12, 32, 64, 256, 600)
 DOUBLE = (2, 3, 4, 6, 8, 16, 32, 64, 128)
@@ -93,9 +93,12 @@ def main() -> None:
     for dtype in ("float64", "complex64"):
         table = found.setdefault(f"Large matrices of a structure, {dtype}", {})
         for n in (600, 1000, 2000):
-            for kind in STRUCTURES:
+            for kind in structures_of(dtype):
                 table[f"{kind}, {n} × {n}"] = turns(structured_calls(kind, n, dtype), options.repeat)
-    found["Structures, one thread, stacks of 32 MiB"] = {str(n): structures(n, options.repeat) for n in STRUCTURED}
+    for dtype in ("float64", "complex128"):
+        found[f"Structures, one thread, stacks of 32 MiB, {dtype}"] = {
+            str(n): structures(n, dtype, options.repeat) for n in STRUCTURED
+        }
     for dtype in ("float64", "float32"):
         found[f"Width of vectors, one thread, general {dtype}"] = {
             str(n): widths(n, dtype, options.repeat) for n in WIDE
@@ -111,6 +114,20 @@ def stack(kind: str, m: int, n: int, dtype: str) -> Array:
     """Return a stack, or a single matrix for m = 0."""
     a = Case(kind, n, dtype).make(max(2, m) * n * n * np.dtype(dtype).itemsize)
     return a[:m] if m else a[0]
+
+
+def structures_of(dtype: str) -> list[str]:
+    """Return the structures that are timed for a dtype."""
+    return ["hermitian" if kind == "symmetric" and np.dtype(dtype).kind == "c" else kind for kind in STRUCTURES]
+
+
+def indefinite(shape: tuple[int, ...], dtype: str) -> Array:
+    """Return symmetric matrices, Hermitian ones if they are complex, as many of whose eigenvalues have either sign."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=shape)
+    if np.dtype(dtype).kind == "c":
+        a = a + 1j * rng.normal(size=shape)
+    return (a + a.conj().swapaxes(-2, -1)).astype(dtype)
 
 
 def calls(a: Array) -> Calls:
@@ -136,8 +153,8 @@ def structured_calls(kind: str, n: int, dtype: str) -> Calls:
     """Return what is timed for one matrix of a structure."""
     import torch
 
-    # Well conditioned, and good for all structures.
-    a = stack("positive definite", 0, n, dtype)
+    # Well conditioned, and good for all structures but those that are there for indefinite matrices.
+    a = indefinite((n, n), dtype) if kind in ("symmetric", "hermitian") else stack("positive definite", 0, n, dtype)
     tensor, one, lower = torch.from_numpy(a), torch.eye(n, dtype=torch.from_numpy(a).dtype), kind == "lower triangular"
     assume_a: Any = kind
     called: Calls = {
@@ -176,12 +193,17 @@ def turns(called: Calls, repeat: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def structures(n: int, repeat: int) -> dict[str, float]:
+def structures(n: int, dtype: str, repeat: int) -> dict[str, float]:
     """Return the times of our kernels by structure, and of a copy, by one thread."""
-    a = stack("positive definite", max(2, 2**25 // (8 * n * n)), n, "float64")
+    a = stack("positive definite", max(2, 2**25 // (np.dtype(dtype).itemsize * n * n)), n, dtype)
     results = np.empty_like(a), np.empty(len(a), np.int32), np.empty(len(a))
-    kernels = {name: choose_kernel(name).invert for name in ("general", *STRUCTURES)}
-    called: Calls = {name: lambda invert=invert: invert(a, *results) for name, invert in kernels.items()}
+    called: Calls = {}
+    for name in ("general", *structures_of(dtype)):
+        invert: Any = choose_kernel(cast(Any, name)).invert
+        called[name] = lambda invert=invert: invert(a, *results)
+        if name in ("symmetric", "hermitian"):
+            b = indefinite(a.shape, dtype)
+            called[f"{name}, indefinite"] = lambda invert=invert, b=b: invert(b, *results)
     return turns(called | {"copy": lambda: np.copyto(results[0], a)}, repeat)
 
 
