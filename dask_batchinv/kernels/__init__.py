@@ -47,7 +47,10 @@ class InverseEx(NamedTuple):
     inverse: Any
     """Shape ``(*, n, n)``; all NaN where `info` is not 0."""
     info: Any
-    """Shape ``(*,)``, int32: codes as `Info` has them; 0 no pivot is exactly zero, k > 0 the k-th is."""
+    """Shape ``(*,)``, int32: codes as `Info` has them; 0 no pivot is exactly zero, k > 0 the k-th is.
+
+    Of symmetric and Hermitian matrices k is the row of a pivot, whichever comes first.
+    """
     rcond: Any
     """Shape ``(*,)``, real: 1 / (‖A‖₁ ‖A⁻¹‖₁); 0 for a singular matrix, NaN for a non-finite one."""
 

@@ -49,10 +49,6 @@ def scratch_nbytes(n: int, dtype: npt.DTypeLike) -> int:
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, structure: AssumeA) -> None:
     """Invert a block; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
-    if n == 0:
-        info[:] = 0
-        rcond[:] = 1  # as LAPACK's gecon
-        return
     step = max(1, GROUP_NBYTES // (n * n * a.itemsize))
     with one_blas_thread(), np.errstate(all="ignore"):
         for start in range(0, m, step):

@@ -18,9 +18,9 @@ from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, condition
 KINDS = STRUCTURES
 #: Some of every layout, with every remainder of vectors and panels.
 SIZES = (1, 2, 3, 5, 6, 9, 13, 17, 33, 45)
-#: The same for the structures that have but one algorithm in each.
+#: One of every layout, for structures whose kernels do the same whatever the remainders are.
 FEW_SIZES = (2, 3, 9, 45)
-ONE_ALGORITHM = ("upper triangular", "lower triangular", "diagonal")
+OF_FEW_SIZES = ("upper triangular", "lower triangular", "diagonal")
 
 
 def blocks(n, dtype, kind):
@@ -38,7 +38,7 @@ def blocks(n, dtype, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("kind", "n"), [(kind, n) for kind in KINDS for n in (FEW_SIZES if kind in ONE_ALGORITHM else SIZES)]
+    ("kind", "n"), [(kind, n) for kind in KINDS for n in (FEW_SIZES if kind in OF_FEW_SIZES else SIZES)]
 )
 def test_the_width_of_vectors_changes_no_bit(kind, n, dtype):
     expected = None
@@ -113,6 +113,13 @@ def test_an_unaligned_block_is_served(dtype):
     assert not shifted.flags.aligned
     for got, want in zip(run(shifted), run(a), strict=True):
         assert_same_bits(got, want)
+
+
+def test_any_size_can_be_planned_for():
+    for kind in KINDS:
+        assert dispatch.scratch_nbytes(0, "float64", structure=kind) > 0
+        assert dispatch.scratch_nbytes(2**21, "float64", structure=kind) > 2**40 * (kind != "diagonal")
+        assert dispatch.compile_nbytes(2**21, "float64", structure=kind) > 0
 
 
 def test_the_layout_depends_on_size_and_dtype_alone():

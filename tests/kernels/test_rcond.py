@@ -7,7 +7,7 @@ from dask_batchinv.kernels import invert_block, read_part
 from tests.support.running import run_cpu
 from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned
 
-#: One of each layout; the last is left to LAPACK, or to cuBLAS.
+#: One of each layout; on a GPU the last is left to cuBLAS.
 SIZES = {"cpu": (2, 3, 5, 10, 30, 500, 520), "gpu": (2, 3, 13, 35, 129), "emulated": (3, 13, 35, 129)}
 
 

@@ -24,7 +24,7 @@ from dask_batchinv.stack import AssumeA
 
 Array = npt.NDArray[Any]
 
-#: The size of the matrices that a kernel is tested with: two panels, strips and what is left.
+#: The size of the matrices that a kernel is tested with: some panels, strips and what is left.
 TESTED = PANEL + CHUNK + 5
 #: What is in work, by structure.
 MATRICES: Mapping[AssumeA, type[BlockedMatrix]] = {

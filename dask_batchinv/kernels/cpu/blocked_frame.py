@@ -26,8 +26,8 @@ PLACES = (
     "scale",  # the two factors that bring it to unit size, and its inverse back
     "rows",  # the numbers in work
     "saved",  # the columns of a panel as each was at its turn, block by block
-    "lower",  # what they had in the rows of later pivots
-    "pivots",  # the row of each pivot
+    "lower",  # what they had in the rows of later pivots; of symmetric matrices some rows as they are now
+    "pivots",  # the row of each pivot; of symmetric matrices how many rows have been swept
     "factors",  # of each step of a panel for every row; of general matrices the update finds them instead
     "inverses",  # of the pivots of a panel
     "columns",  # for each row the column that it was the pivot of

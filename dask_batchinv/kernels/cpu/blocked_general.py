@@ -64,7 +64,7 @@ class GeneralMatrix(EliminatedMatrix):
         super().__init__(spec, n, functions)
         self._pivots, self._columns = np.empty(n + STEPS, np.int64), np.empty(self._length, np.int64)
         self._used = np.empty(self._length // spec.lanes, np.int64)
-        self._no_rows = no_rows(spec, n, self._length)
+        self._no_rows = no_rows(spec, n, self._blocks)
         # A panel is eliminated while another is still needed.
         self._saved = aligned((2, PANEL * spec.parts * self._length), self._real)
         self._lower = aligned((2, PANEL * PANEL * spec.parts), self._real)

@@ -202,9 +202,9 @@ def row_shape(spec: KernelSpec, n: int) -> tuple[int, int]:
     return blocks, spec.lanes * (spec.parts * blocks * vectors_of_block(spec) | 1)
 
 
-def no_rows(spec: KernelSpec, n: int, length: int) -> Array:
-    """Return bits, a word for each vector of a row: those that are beyond the matrix."""
-    beyond = np.arange(length).reshape(-1, spec.lanes) >= n
+def no_rows(spec: KernelSpec, n: int, blocks: int) -> Array:
+    """Return a word of bits for each vector of a row of so many blocks: set beyond the matrix."""
+    beyond = np.arange(blocks * block_of(spec)).reshape(-1, spec.lanes) >= n
     bits: Array = (beyond * (1 << np.arange(spec.lanes))).sum(axis=1)
     return bits
 

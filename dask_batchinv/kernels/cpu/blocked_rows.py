@@ -7,6 +7,9 @@ rows:
 2. `rows` does to the rows of the panel, and to the columns above it, what that asks for. These columns are transposed
    to become the left parts of the rows. What each step is to add to the rows is saved; by what factors is kept;
 3. `update` does so in the rows outside the panel, and puts the columns above it back.
+
+Symmetric matrices take the tables and the update from here, but no more: the rows of their panels are anywhere
+(`blocked_symmetric`).
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
-"""Large symmetric and Hermitian matrices that need not be definite, by panels of sweeps as in `within_symmetric`.
+"""Large symmetric and Hermitian matrices that need not be definite, by panels of sweeps as in `symmetric_pivots`.
 
-Of the largest number that is left of the diagonal nobody knows where it is before all that came earlier is done, so
-that one thread finds the pivots of a panel, and the rows that they stand in, before all threads update the rest.
+Where the largest number stands that is left of the diagonal is known only after all earlier sweeps. So one thread finds
+the pivots of a panel, and brings the rows that they stand in up to date, before all threads update the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llvmlite import ir
 
-from dask_batchinv.kernels.cpu.blocked_frame import Frame
+from dask_batchinv.kernels.cpu.blocked_frame import PANEL, Frame
 from dask_batchinv.kernels.cpu.blocked_rows import RowPanel
 from dask_batchinv.kernels.cpu.blocked_steps import search
 from dask_batchinv.kernels.cpu.spec import KernelSpec
@@ -24,22 +22,26 @@ ROWS = 3
 #: Words of "pivots": how many rows have been swept in the panel, and how many altogether.
 _WIDTH, _SWEPT = range(2)
 WORDS = 2
-#: Rows that a panel sweeps at most; a part of the arithmetic. Measured: with more of them the search takes longer than
-#: the update gains.
+#: Rows that a panel sweeps at most, for which tables have room; another number gives other roundings. Measured: with
+#: more of them the search takes longer than the update gains.
 SWEEPS = 40
+assert SWEEPS <= PANEL
 
 
 def write(spec: KernelSpec, module: ir.Module) -> None:
     """Write ``panel(table, k0, width)`` and ``update(table, k0, width, start, stop)``.
 
-    `k0` is beyond the matrix, as the panel is no block of it. The former sweeps as many rows as a panel has; the latter
-    does their sweeps to the rows from `start` to `stop`.
+    The former sweeps as many rows as a panel has, wherever they are; the latter does their sweeps to the rows from
+    `start` to `stop`. That must leave out no block, so that `k0` is the length of a row and `width` 0: how many rows
+    were swept is in "pivots".
     """
     symmetry = Symmetry.of(spec.structure)
     _Panel(Frame(spec, "panel", 2, module), symmetry).write()
     panel = RowPanel(f := Frame(spec, "update", 4, module), symmetry)
+    # Set after the blocks to leave out have been found from the argument.
     panel.width = f.get("pivots", f.e.integer(_WIDTH))
-    panel.update(*f.arguments[2:])
+    with f.e.builder.if_then((panel.width > 0).raw):
+        panel.update(*f.arguments[2:])
     f.e.finish()
 
 
@@ -52,15 +54,15 @@ class _Panel:
         self.slot = f.e.variable(f.e.integer(0))
         """How many rows have been swept in this panel."""
         self.swept = f.e.variable(f.get("pivots", f.e.integer(_SWEPT)))
+        self.has_room = f.e.variable(f.e.boolean(True))
 
     def write(self) -> None:
         """Write it."""
         f, e = self.f, self.e
         with e.builder.if_then(self.swept.get().eq(0).raw), e.loop(0, f["n"]) as i:
             f.set_entry(self.symmetry.diagonal(f.entry(f.row(i), i)), self._row(_DIAGONAL), i)
-        has_room = e.variable(e.boolean(True))
-        with e.repeat(lambda: has_room.get() & (self.slot.get() < SWEEPS) & (self.swept.get() < f["n"])):
-            self._step(has_room.set)
+        with e.repeat(lambda: self.has_room.get() & (self.slot.get() < SWEEPS) & (self.swept.get() < f["n"])):
+            self._step()
         f.set("pivots", e.integer(_WIDTH), self.slot.get())
         f.set("pivots", e.integer(_SWEPT), self.swept.get())
         e.finish()
@@ -74,34 +76,43 @@ class _Panel:
         bits = f.get("used", word)
         f.set("used", word, bits | bit if used else bits & ~bit)
 
-    def _step(self, set_room: Callable[[Value], None]) -> None:
-        """Sweep a row, or two."""
+    def _step(self) -> None:
+        """Sweep a row, or two; or none, where there is no room for two, or nothing to go on with."""
         f, e = self.f, self.e
         size, row = search(f, self._row(_DIAGONAL))
+        with e.builder.if_else((size < 0.0).raw) as (nothing, something):
+            with nothing:
+                # What is left of the diagonal is NaN: there is no inverse to be found.
+                self.swept.set(f["n"])
+            with something:
+                self._sweep(size, row)
+
+    def _sweep(self, size: Value, row: Value) -> None:
+        """Sweep a row, whose number on the diagonal has a size, alone or with another."""
+        f, e = self.f, self.e
         self._mark(row, used=True)
         self._look(_FIRST, row)
         offside, partner = search(f, self._row(_FIRST))
         second = e.variable(e.integer(-1))
-        with e.when(wants_partner(size, offside)):
+        with e.builder.if_then(wants_partner(size, offside).raw):
             self._mark(partner, used=True)
             self._look(_SECOND, partner)
             offside_of_partner, _ = search(f, self._row(_SECOND))
             alone = stands_alone(size, offside, e.larger(offside_of_partner, offside))
             second.set(e.select(alone, e.integer(-1), partner))
-            with e.when(alone):
+            with e.builder.if_then(alone.raw):
                 self._mark(partner, used=False)
         is_pair = second.get() > -1
-        set_room(~(is_pair & self.slot.get().eq(SWEEPS - 1)))
-        with e.builder.if_else(is_pair.raw) as (pair, single):
-            with pair, e.builder.if_else(self.slot.get().eq(SWEEPS - 1).raw) as (no_room, room):
-                with no_room:  # they will be found again
-                    self._mark(row, used=False)
-                    self._mark(second.get(), used=False)
-                with room:
-                    self._note([row, second.get()])
-            with single:
-                e.store(size, e.at(f["sizes"], row))
-                self._note([row])
+        # The next panel will find them again: this one never would find anything else.
+        self.has_room.set(~(is_pair & self.slot.get().eq(SWEEPS - 1)))
+        with e.builder.if_then((~self.has_room.get()).raw):
+            self._mark(row, used=False)
+            self._mark(second.get(), used=False)
+        with e.builder.if_then((is_pair & self.has_room.get()).raw):
+            self._note([row, second.get()])
+        with e.builder.if_then((~is_pair).raw):
+            e.store(size, e.at(f["sizes"], row))
+            self._note([row])
 
     def _look(self, into: int, row: Value) -> None:
         """Put a row as it is now into one of the rows of "lower"."""
@@ -142,7 +153,7 @@ class _Panel:
         f, e, symmetry, panel = self.f, self.e, self.symmetry, self.panel
         block = self._block(rows)
         slots = [self.slot.get() + t for t in range(len(rows))]
-        # Symmetric: [t][u] is the entry of the inverse of the block.
+        # [u][t]: the factor of the t-th sweep for the u-th row.
         inverse = [[block.first, block.beside], [symmetry.across(block.beside), block.second]]
         for row in rows:
             with e.loop(0, self.slot.get()) as p:

@@ -1,4 +1,7 @@
-"""Large matrices of which one triangle is in work: what each stage is for `blocked_sweep`, `blocked_substitution`."""
+"""Large matrices of which one triangle is in work, and what there is to do, in which order, for each structure.
+
+The functions are those of `blocked_sweep`, `blocked_substitution` and `blocked_symmetric`.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +43,37 @@ class _UpperMatrix(EliminatedMatrix):
         columns = 2 * blocks * block_of(spec) + STEPS
         return nbytes_of_rows(spec) + PANEL * columns * spec.parts * spec.itemsize
 
-    def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]]):
+    def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]], **arrays: Array):
         super().__init__(spec, n, functions)
         #: With ones on the diagonal beyond the matrix, up to whole steps.
         self._whole = -(-n // STEPS) * STEPS
-        self._panels = range(0, self._whole, PANEL)
         self._saved = aligned((PANEL * spec.parts * self._length,), self._real)
         # Whole tiles, of which the last may reach beyond the last block.
         self._factors = aligned((PANEL * spec.parts * (self._length + STEPS),), self._real)
-        self._inverses = np.empty((n + SPARE) * spec.parts, self._real)
-        self._tables = [self._table(saved=self._saved, factors=self._factors, inverses=self._inverses)]
+        self._held = arrays
+        self._tables = [self._table(saved=self._saved, factors=self._factors, **arrays)]
 
     def _begin(self) -> None:
         super()._begin()
         beyond = np.arange(self.n, self._whole)
         self._rows[self.n :] = 0
         self._rows[beyond, beyond] = 1
+
+    def _steps(self, threads: int) -> tuple[int, int]:
+        """Return how many blocks and rows to take at a time, so that all threads end at about the same time."""
+        if threads == 1:
+            return self._blocks, self._whole
+        pieces = _PIECES * threads
+        return -(-self._blocks // pieces), -(-self._whole // pieces // CHUNK) * CHUNK
+
+
+class _MatrixInOrder(_UpperMatrix):
+    """A matrix in work whose panels are rows beside each other, one panel after the other."""
+
+    def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]]):
+        inverses = np.empty((n + SPARE) * spec.parts, f"f{spec.itemsize}")
+        super().__init__(spec, n, functions, inverses=inverses)
+        self._panels = range(0, self._whole, PANEL)
 
     def _cut(self, action: int, start: int, first: int, last: int, step: int) -> list[Task]:
         """Return the parts of what there is to do for the panel from `start` on."""
@@ -67,13 +85,6 @@ class _UpperMatrix(EliminatedMatrix):
     def _after(self, start: int) -> int:
         """Return where the panel ends that begins at `start`."""
         return min(start + PANEL, self._whole)
-
-    def _steps(self, threads: int) -> tuple[int, int]:
-        """Return how many blocks and rows to take at a time, so that all threads end at about the same time."""
-        if threads == 1:
-            return self._blocks, self._whole
-        pieces = _PIECES * threads
-        return -(-self._blocks // pieces), -(-self._whole // pieces // CHUNK) * CHUNK
 
 
 def _square(call: Call, task: dict[str, Value]) -> None:
@@ -97,7 +108,7 @@ _ACTIONS = (_square, _rows, _update, _advance)
 _SQUARE, _ROWS, _UPDATE, _ADVANCE = range(len(_ACTIONS))
 
 
-class DefiniteMatrix(_UpperMatrix):
+class DefiniteMatrix(_MatrixInOrder):
     """A positive definite matrix in work."""
 
     @classmethod
@@ -147,16 +158,17 @@ class SymmetricMatrix(_UpperMatrix):
         return super().nbytes(spec) + blocked_symmetric.ROWS * row_shape(spec, spec.n)[1] * spec.itemsize
 
     def __init__(self, spec: KernelSpec, n: int, functions: Sequence[Callable[..., None]]):
-        super().__init__(spec, n, functions)
-        self._lower = aligned((blocked_symmetric.ROWS, self._stride), self._real)
-        self._state, self._used = np.empty(blocked_symmetric.WORDS, np.int64), no_rows(spec, n, self._length)
-        self._no_rows = self._used.copy()
-        more = {"lower": self._lower, "pivots": self._state, "used": self._used}
-        self._tables = [self._table(saved=self._saved, factors=self._factors, inverses=self._inverses, **more)]
+        blocks, stride = row_shape(spec, n)
+        self._lower = aligned((blocked_symmetric.ROWS, stride), np.dtype(f"f{spec.itemsize}"))
+        self._counts, self._no_rows = np.empty(blocked_symmetric.WORDS, np.int64), no_rows(spec, n, blocks)
+        self._used = self._no_rows.copy()
+        super().__init__(spec, n, functions, lower=self._lower, pivots=self._counts, used=self._used)
 
     def _begin(self) -> None:
         super()._begin()
-        self._lower[:], self._state[:], self._used[:], self._sizes[:] = 0, 0, self._no_rows, 1
+        self._lower[:], self._counts[:], self._used[:] = 0, 0, self._no_rows
+        # Rows of pairs are not judged.
+        self._sizes[:] = 1
 
     def _tasks(self, threads: int) -> list[Task]:
         find, update = range(2)
@@ -174,7 +186,7 @@ class SymmetricMatrix(_UpperMatrix):
         return tasks.tasks
 
 
-class TriangularMatrix(_UpperMatrix):
+class TriangularMatrix(_MatrixInOrder):
     """A triangular matrix in work; a lower one is transposed."""
 
     @classmethod

@@ -12,6 +12,7 @@ gives the same bits for vectors of any width:
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -84,13 +85,14 @@ class Layout:
     def takes(self, spec: KernelSpec) -> bool:
         """Tell whether a kernel is written in this layout."""
         # Where rows of matrices are a high power of two apart, a group of them maps to the same cache sets.
-        crowded = self.name in ("registers", "interleaved") and spec.n % 32 == 0
+        crowded = self.name in ("registers", "interleaved") and spec.n % 32 == 0 and spec.n > 0
+        # n = 0 is planned for, but needs no kernel.
         return self.structure == spec.structure and spec.n <= self.largest[spec.dtype.char] and not crowded
 
 
 _PER_LANE = interleaved_group.workspace
-#: The largest n.
-LARGEST = 2**20
+#: The largest n: there is none.
+LARGEST = sys.maxsize
 _ALL_512, _ALL = dict.fromkeys("fdFD", 512), dict.fromkeys("fdFD", LARGEST)
 #: The first that takes a matrix has it.
 LAYOUTS = (
@@ -266,7 +268,7 @@ def _spec_for(m: int, n: int, dtype: np.dtype[Any], structure: AssumeA, threads:
     spec = spec_of(n, dtype, structure, compiler.vector_nbytes())
     if structure == "general" and m < threads and n >= _SHARED_FROM[dtype.char]:
         # Where there is not one for each thread they had better share it, with the same bits.
-        return replace(spec, n=max(n, LARGEST))
+        return replace(spec, n=LARGEST)
     return spec
 
 
@@ -416,6 +418,11 @@ def _test(kernel: _Kernel, spec: KernelSpec) -> None:
         if dtype.kind == "c":
             x = x + 1j * np.sin((i - j) * (at + 1))
         a[at] = np.roll(x, at, axis=0) if spec.structure == "general" else x
+    if spec.structure in ("symmetric", "hermitian"):
+        # Of some rows, of one matrix, two belong together.
+        first = np.arange(0, n - 1, 4)
+        a[0, first, first] = a[0, first + 1, first + 1] = 0
+        a[0, first, first + 1] = a[0, first + 1, first] = 2 * n
     a[1] = 0
     a[2, -1, -1] = np.nan
     x, info, rcond = np.zeros_like(a), np.full(m, 9, np.int32), np.zeros(m, a.real.dtype)

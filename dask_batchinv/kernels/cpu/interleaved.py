@@ -1,7 +1,8 @@
 """One matrix per lane, in the first-level cache: for matrices that do not fit into registers.
 
 The scratch holds a group of as many matrices as there are lanes, entry by entry: vector (i, j) has that entry of
-all of them. What happens to it in between is in `interleaved_gauss_jordan` and `interleaved_ldl`.
+all of them. What happens to it in between is in `interleaved_gauss_jordan`, `interleaved_ldl`, `interleaved_symmetric`
+and `interleaved_triangular`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from dask_batchinv.kernels.cpu.symmetric_pivots import Block, Symmetry, inverse_
 from dask_batchinv.kernels.emit.number import Number, constant_number
 from dask_batchinv.kernels.emit.values import INT, Value
 
-#: Rows that are updated together.
+#: Rows that are updated together. Right of the diagonal the last row of an odd number has nothing to update.
 _ROWS = 2
 
 
@@ -57,10 +57,23 @@ def _n_steps(n: int) -> int:
     return (n + 1) // 2
 
 
+#: The tables, and how many parts their numbers have if not as many as others.
+_TABLES = {
+    "first rows": 0,
+    "second rows": 0,
+    "first factors": 0,
+    "second factors": 0,
+    "diagonals": 0,
+    "left": 1,
+    "stays": 1,
+    "sums": 1,
+}
+
+
 def _tables(spec: KernelSpec) -> list[int]:
-    """Return the lengths of the tables in vectors: `_Sweeps` says which they are."""
+    """Return the lengths of the tables in vectors, and at last of one with an integer for each entry."""
     places = -(-spec.n * spec.n * 4 // (spec.lanes * spec.itemsize))
-    return [(spec.n + 1) * parts for parts in (*[spec.parts] * 5, 1, 1, 1)] + [places]
+    return [(spec.n + 1) * (parts or spec.parts) for parts in _TABLES.values()] + [places]
 
 
 class _Sweeps:
@@ -72,23 +85,23 @@ class _Sweeps:
         self.zero, self.minus_one = (constant_number(e, e.numbers(x), parts) for x in (0.0, -1.0))
         self.none = e.integers(n)
         """The number of a row where there is none."""
-        starts = iter(g.more)
-
-        def table(parts: int = parts) -> Table:
-            return Table(g, next(starts), parts)
-
-        self.rows, self.factors, self.diagonal = [table(), table()], [table(), table()], table()
-        self.left = table(1)
-        """What makes the absolute values of numbers in the rows that are left, and zeros in others."""
-        self.stays = table(1)
+        *starts, self.places = g.more
+        """The last: where each entry is, or the one across the diagonal that stands for it."""
+        tables = {
+            name: Table(g, start, parts or g.parts)
+            for (name, parts), start in zip(_TABLES.items(), starts, strict=True)
+        }
+        self.rows = [tables["first rows"], tables["second rows"]]
+        self.factors = [tables["first factors"], tables["second factors"]]
+        self.diagonal, self.sums = tables["diagonals"], tables["sums"]
+        self.left = tables["left"]
+        """Which bits of a number count in a search: all but the sign in rows that are left, none in others."""
+        self.stays = tables["stays"]
         """All bits, but none in rows that are swept in this step."""
-        self.sums = table(1)
         self.failed, self.swept = e.variable(e.integers(0)), e.variable(e.integers(0))
         """``info`` of the pivots, and how many rows have been swept."""
         self.largest, self.row = e.variable(e.numbers(0.0)), e.variable(e.integers(0))
         """The largest number left of the diagonals, and where it is first."""
-        self.places = next(starts)
-        """Where each entry is, or the one across the diagonal that stands for it."""
         with e.loop(0, n) as i, e.loop(0, n) as j:
             place = (e.unsigned("umin", i, j) * n + e.unsigned("umax", i, j)) * (parts * e.lanes)
             e.store(e.resize(place, e.int32), e.at(self.places, i * n + j, e.int32), align=4)
@@ -118,6 +131,8 @@ class _Sweeps:
         def take_diagonal(i: Row) -> Number:
             number = self.symmetry.diagonal(g.read(g.entry(i.scalar, i.scalar)).times_real(factor))
             self.diagonal.set(i, number)
+            # Not to be used; but what is not read of it must not be there where a row is collected for nothing.
+            g.keep(number, g.entry(i.scalar, i.scalar))
             self.left.set(i, self._absolute)
             self.stays.set(i, self._bits(-1))
             return number
@@ -170,7 +185,7 @@ class _Sweeps:
         self._each(lambda j: self._search(self.diagonal.get(j), j))
         step = e.variable(e.integer(0))
         with e.repeat(lambda: e.any(self.swept.get() < g.n)):
-            with e.when(step.get() < _n_steps(g.n)):
+            with e.builder.if_then((step.get() < _n_steps(g.n)).raw):
                 between_steps(step.get())
             step.set(step.get() + 1)
             self._step()
@@ -186,31 +201,34 @@ class _Sweeps:
         self.left.put(first, self._bits(0))
         offside = self._collect(0, first)
         wants = wants_partner(pivot.size(), offside) & ~first.eq(none)
-        self._note(first, pivot, wants)
+        # A zero that wants a partner gets one.
+        self._account(first, pivot, wants)
         partners = e.variable(none)
         with e.when(e.any(wants)):
             partners.set(self._partners(pivot.size(), offside, wants))
         is_pair = ~partners.get().eq(none)
         single = e.select(is_pair, none, first)
+        # In lanes with pairs 0, so that factors are, too, and nothing changes there before `_sweep_pairs`.
         inverse = self._reciprocal(pivot, single)
         self._sweep_single(0, single, inverse)
 
         second, other_pivot = self._next()
         second = e.select(is_pair, partners.get(), second)
         self.left.put(second, self._bits(0))
-        factor = self.factors[0].pick(second)
+        factor = self.zero.where(second.eq(none), self.factors[0].pick(second))
         offside = self._collect(1, second, factor)
+        # In the column of the first row stands what was there before its sweep.
         self.rows[1].put(single, -factor)
         wants = wants_partner(other_pivot.size(), offside) & ~second.eq(none) & ~is_pair
         # Pairs that there is no room for will be found again.
         self.left.put(e.select(wants, second, none), self._absolute)
         second = e.select(wants, none, second)
-        self._note(second, other_pivot, is_pair)
+        self._account(second, other_pivot, is_pair)
         other_inverse = self._reciprocal(other_pivot, second)
         any_pair = e.any(is_pair)
         with e.when(any_pair):
             self._sweep_pairs(is_pair, first, second, pivot, (inverse, other_inverse))
-        with e.when(~any_pair):
+        with e.builder.if_then((~any_pair).raw):
             self._sweep_single(1, second, other_inverse)
             for table in (self.factors[0], self.rows[0]):
                 table.put(second, self.zero)
@@ -224,7 +242,7 @@ class _Sweeps:
         """Return 1 / pivots; 0 where there is none."""
         return self.zero.where(rows.eq(self.none), self.symmetry.reciprocal(pivot))
 
-    def _note(self, rows: Value, pivot: Number, is_no_failure: Value) -> None:
+    def _account(self, rows: Value, pivot: Number, is_no_failure: Value) -> None:
         """Account for rows that will have been swept."""
         e, is_swept = self.e, ~rows.eq(self.none)
         fails = pivot.size().eq(0.0) & is_swept & ~is_no_failure & self.failed.get().eq(0)
@@ -290,7 +308,7 @@ class _Sweeps:
     def _collect(self, slot: int, rows: Value, factor: Number | None = None) -> Value:
         """Collect a row in each lane; with a factor, as it is after the first sweep. Return the largest of its sizes.
 
-        That of a row itself must not be left.
+        The row itself must have left `left`: what stands on its diagonal there is old.
         """
         e, largest = self.e, self.e.variable(self.e.numbers(0.0))
         read = self._reader(rows)
@@ -359,7 +377,7 @@ class _Sweeps:
 
         def body(j: Row) -> None:
             numbers = [table.get(j) for table in self.rows]
-            # The first factors of single rows come out as they are.
+            # The first factors of single rows come out as they are, but for signs of zeros, which make no difference.
             factors = [-factor for factor in block.factors(symmetry, numbers[0], numbers[1])]
             for table, factor in zip(self.factors, factors, strict=True):
                 table.set(j, factor)

@@ -1,4 +1,4 @@
-"""Numbers for each row of a group of interleaved matrices of which each lane may want that of a row of its own.
+"""Tables with a number for each row of each matrix of a group, where each lane may ask for a row of its own.
 
 What a lane wants is loaded or stored by itself: that takes as many steps as there are lanes, not rows.
 """
@@ -24,7 +24,7 @@ class Row:
 
 
 def each_row(e: Emitter, start: Value | int, n: int, body: Callable[[Row], None]) -> None:
-    """Run the body for each row, from one on."""
+    """Run the body for each row from `start` on."""
     number = e.variable(e.integers(start) if isinstance(start, int) else e.splat(e.resize(start, e.word)))
     with e.loop(start, n) as i:
         body(Row(i, number.get()))
@@ -32,12 +32,12 @@ def each_row(e: Emitter, start: Value | int, n: int, body: Callable[[Row], None]
 
 
 def rows_of_lanes(e: Emitter, rows: Value) -> list[Value]:
-    """Return a vector of row numbers as scalars."""
+    """Return the row number of each lane as a scalar."""
     return [e.resize(e.lane(rows, lane), INT) for lane in range(e.lanes)]
 
 
 def gathered(e: Emitter, places: list[Value], parts: int) -> Number:
-    """Return the numbers at some addresses, one for each lane."""
+    """Return the numbers at some addresses, one for each lane; the parts of each are a vector apart."""
     loaded = [[e.load(e.at(place, p * e.lanes), e.real) for place in places] for p in range(parts)]
     return Number(e, tuple(e.gathered(part) for part in loaded))
 

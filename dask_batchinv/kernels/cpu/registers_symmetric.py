@@ -29,10 +29,10 @@ def write(spec: KernelSpec) -> str:
 
     def invert(e: Emitter, a: Matrix, between_steps: Callable[[], None]) -> Value:
         failed, used = e.integers(0), [e.mask([False] * e.lanes) for _ in a]
-        for number in range(len(a)):
+        for at in range(len(a)):
             between_steps()
             # In the last step there is at most one row left.
-            step = _Step(symmetry, e, a, used, may_be_pairs=number < len(a) - 1)
+            step = _Step(symmetry, e, a, used, may_have_pairs=at < len(a) - 1)
             failed = e.select(step.is_zero & failed.eq(0), step.row + 1, failed)
             step.sweep()
             used = [was | now | too for was, now, too in zip(used, step.first, step.second, strict=True)]
@@ -46,21 +46,26 @@ def write(spec: KernelSpec) -> str:
 class _Step:
     """The pivots of a step, lane by lane: a row, two, or none where all rows have been pivots."""
 
-    def __init__(self, symmetry: Symmetry, e: Emitter, a: Matrix, used: list[Value], *, may_be_pairs: bool):
-        self.symmetry, self.e, self.a, self.may_be_pairs = symmetry, e, a, may_be_pairs
+    def __init__(self, symmetry: Symmetry, e: Emitter, a: Matrix, used: list[Value], *, may_have_pairs: bool):
+        self.symmetry, self.e, self.a, self.may_have_pairs = symmetry, e, a, may_have_pairs
         parts = len(a[0][0].parts)
-        self.zero, one = (constant_number(e, e.numbers(number), parts) for number in (0.0, 1.0))
-        diagonal = [row[i] for i, row in enumerate(a)]
-        size, self.row = _largest(e, diagonal, used)
+        self.zero, self.one = (constant_number(e, e.numbers(number), parts) for number in (0.0, 1.0))
+        self.diagonal = [row[i] for i, row in enumerate(a)]
+        size, self.row = _largest(e, self.diagonal, used)
         active = size >= 0.0
         self.first = [self.row.eq(i) & active for i in range(len(a))]
         self.first_row = self._collect(self.first)
-        own = _pick(self.first, diagonal, one)
-        self.second = [e.mask([False] * e.lanes) for _ in a]
+        own = _pick(self.first, self.diagonal, self.one)
+        self.second, self.second_row = [e.mask([False] * e.lanes) for _ in a], [self.zero] * len(a)
+        self.any_pair = e.boolean(False)
         self.block = Block(symmetry.reciprocal(own), self.zero, self.zero)
         self.is_zero = size.eq(0.0)
-        if not may_be_pairs:
-            return
+        if may_have_pairs:
+            self._find_partners(used, active, size, own)
+
+    def _find_partners(self, used: list[Value], active: Value, size: Value, own: Number) -> None:
+        """Find what is swept together with the first rows, where they want it."""
+        e, a, symmetry = self.e, self.a, self.symmetry
         offside, partner = _largest(e, self.first_row, [a | b for a, b in zip(used, self.first, strict=True)])
         wants = active & wants_partner(size, offside)
         self.is_zero = self.is_zero & ~wants
@@ -74,7 +79,7 @@ class _Step:
                 size, offside, _largest(e, row, [a | b for a, b in zip(used, second, strict=True)])[0]
             )
             pairs.set(e.bit_words(is_pair))
-            beside, other = (_pick(second, numbers, one) for numbers in (self.first_row, diagonal))
+            beside, other = (_pick(second, numbers, self.one) for numbers in (self.first_row, self.diagonal))
             pair = inverse_of_pair(symmetry, own, beside, other)
             for variable, number in zip(block, (pair.first, pair.beside, pair.second), strict=True):
                 variable.set(number.where(is_pair, variable.get()))
@@ -94,7 +99,7 @@ class _Step:
     def sweep(self) -> None:
         """Sweep the rows of the pivots."""
         e, every = self.e, range(len(self.a))
-        if not self.may_be_pairs:
+        if not self.may_have_pairs:
             for (i, j), number in self._swept(pairs=False).items():
                 self.a[i][j] = number
             return

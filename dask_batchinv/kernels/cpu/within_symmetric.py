@@ -168,7 +168,7 @@ class _Sweeps:
         a, e, s, symmetry = self.a, self.e, self.s, self.symmetry
         block = self._block(rows)
         slots = [self.slot.get() + t for t in range(len(rows))]
-        # Symmetric: [t][u] is the entry of the inverse of the block.
+        # [u][t]: the factor of the t-th sweep for the u-th row.
         inverse = [[block.first, block.beside], [symmetry.across(block.beside), block.second]]
 
         for row in rows:

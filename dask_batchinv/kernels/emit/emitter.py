@@ -227,7 +227,7 @@ class Emitter:
         return self.call(f"llvm.{what}.{self._suffix(a)}", a.type, a, self.value(a.lift(b)))
 
     def reduce(self, what: str, a: Value) -> Value:
-        """Bring a vector down to one number: "umax", "smax", "smin", "fmax" (NaN loses)."""
+        """Bring a vector down to one number: "umax", "umin", "smax", "smin", "fmax" (NaN loses)."""
         return self.call(f"llvm.vector.reduce.{what}.{self._suffix(a)}", a.element, a)
 
     def leading_zeros(self, a: Value) -> Value:
