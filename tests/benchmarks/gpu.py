@@ -132,7 +132,7 @@ def spilled() -> dict[str, int]:
     for case in CASES:
         plan = launch.choose_launch(case.n, case.dtype, case.kind)
         if case.n in SIZES and plan.layout in ("per_thread", "per_warp", "per_block"):
-            kernel = cuda._function(plan.options, plan.layout, cupy.cuda.Device().id)
+            kernel = cuda._function(plan.file, plan.options, plan.layout, cupy.cuda.Device().id)
             if nbytes := driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, kernel.ptr):
                 found[str(case)] = nbytes
     return found

@@ -14,10 +14,15 @@
 #define __device__
 #define __shared__
 #define __align__(n) __attribute__((aligned(n)))
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 
+// Without these, C's functions would take floats as doubles.
+using std::fabs;
+using std::fma;
 using std::max;
 using std::min;
+using std::sqrt;
+static_assert(sizeof(fabs(1.f)) == 4 && sizeof(fma(1.f, 1.f, 1.f)) == 4 && sizeof(sqrt(1.f)) == 4, "not as on a card");
 
 namespace emulator {
 
@@ -123,15 +128,37 @@ template <class V> V __shfl_sync(unsigned, V value, int lane, int width) {
 template <class V> V __shfl_xor_sync(unsigned, V value, int mask, int) {
     return emulator::exchanged(value, threadIdx.x ^ mask);
 }
-inline float __int_as_float(int bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
+template <class V, class Join> V reduced(V value, Join join) {
+    for (int far = 16; far; far /= 2) value = join(value, emulator::exchanged(value, threadIdx.x ^ far));
     return value;
 }
-inline double __longlong_as_double(long long bits) {
-    double value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    return reduced(value, [](unsigned a, unsigned b) { return max(a, b); });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+    return reduced(value, [](unsigned a, unsigned b) { return min(a, b); });
+}
+inline int __any_sync(unsigned, int value) {
+    return reduced(value != 0, [](int a, int b) { return a | b; });
+}
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+    const unsigned old = *at;
+    *at += value;
+    return old;
+}
+
+template <class To, class From> To same_bits(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
+inline unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
+inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
+inline int __double2hiint(double value) { return same_bits<long long>(value) >> 32; }
+inline int __double2loint(double value) { return same_bits<long long>(value); }
+inline double __hiloint2double(int high, int low) {
+    return same_bits<double>((long long)((unsigned long long)(unsigned)high << 32 | (unsigned)low));
 }
 
 #include KERNELS
@@ -156,35 +183,12 @@ static void launch(Kernel kernel, unsigned blocks, unsigned threads, unsigned sh
     }
 }
 
-#ifdef LAYOUT_MEMORY
-extern "C" void run_prepare(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* work, int* finite, int* shift, int* excess,
-                            R* norm, Long m, int n, int structure) {
-    launch(prepare, blocks, threads, shared, a, work, finite, shift, excess, norm, m, n, structure);
-}
-extern "C" void run_account(unsigned blocks, unsigned threads, unsigned shared, const T* work, T* out, int* info, R* rcond,
-                            const int* finite, const int* shift, const int* excess, const R* norm, Long m, int n, int structure) {
-    launch(account, blocks, threads, shared, work, out, info, rcond, finite, shift, excess, norm, m, n, structure);
-}
-extern "C" void run_widen(unsigned blocks, unsigned threads, unsigned, const float* a, double* wide, Long count) {
-    launch(widen, blocks, threads, 0, a, wide, count);
-}
-extern "C" void run_narrow(unsigned blocks, unsigned threads, unsigned, const double* wide, float* a, Long count) {
-    launch(narrow, blocks, threads, 0, wide, a, count);
-}
-extern "C" void run(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* out, int* info, R* rcond,
-                    T* lines, Long m, int n, int structure) {
-    launch(definite, blocks, threads, shared, a, out, info, rcond, lines, m, n, structure);
-}
-#elif defined LAYOUT_PER_THREAD
-#define ENTRY ::per_thread
-#elif defined LAYOUT_PER_WARP
-#define ENTRY ::per_warp
-#else
-#define ENTRY ::per_block
-#endif
-#ifdef ENTRY
-extern "C" void run(unsigned blocks, unsigned threads, unsigned shared, const T* a, T* out, int* info, R* rcond, Long m, int n,
-                    int structure) {
-    launch(ENTRY, blocks, threads, shared, a, out, info, rcond, m, n, structure);
-}
-#endif
+// The kernels as functions for others to call: `run_NAME(blocks, threads, shared, arguments of the kernel)`.
+template <auto kernel> struct Run;
+template <class... Arguments, void (*kernel)(Arguments...)> struct Run<kernel> {
+    static void run(unsigned blocks, unsigned threads, unsigned shared, Arguments... arguments) {
+        launch(kernel, blocks, threads, shared, arguments...);
+    }
+};
+#define EXPORT(name) extern "C" { void* run_##name = (void*)Run<name>::run; }
+EXPORTS

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,6 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 FOLDER = "DASK_BATCHINV_EMULATED"
 #: So few that the blocks of a kernel have to take turns.
 BLOCKS = 2
-_KERNELS = Path(launch.__file__).with_name("inverse.cu")
 _HEADER = Path(__file__).with_name("emulator.h")
 _lock = threading.Lock()
 
@@ -67,42 +67,47 @@ def array(a: Any) -> ndarray:
 
 
 @functools.cache
-def _library(options: tuple[str, ...]) -> ctypes.CDLL:
+def _library(file: str, options: tuple[str, ...]) -> ctypes.CDLL:
     assert COMPILER
     # For all processes of a run of tests: each takes seconds to compile.
-    path = Path(os.environ[FOLDER]) / f"{hashlib.sha256(' '.join(options).encode()).hexdigest()}.so"
+    digest = hashlib.sha256(" ".join((file, *options)).encode()).hexdigest()
+    path = Path(os.environ[FOLDER]) / f"{digest}.so"
     if not path.exists():
-        made = path.with_suffix(f".{os.getpid()}")
-        command = [COMPILER, "-x", "c++", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w",
-                   "-fno-strict-aliasing", f'-DKERNELS="{_KERNELS}"', *options, _HEADER, "-o", made]  # fmt: skip
+        made, text = path.with_suffix(f".{os.getpid()}"), path.with_suffix(f".{os.getpid()}.cu")
+        text.write_text(launch.source(file))
+        exports = " ".join(
+            f"EXPORT({name})" for name in re.findall(r"__global__ void[^;{]*?(\w+)\(const", text.read_text())
+        )
+        command = [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC",
+                   "-w", "-fno-strict-aliasing", f'-DKERNELS="{text}"', f"-DEXPORTS={exports}", *options, _HEADER,
+                   "-o", made]  # fmt: skip
         subprocess.run(command, check=True)
         made.rename(path)
     return ctypes.CDLL(str(path))
 
 
 class _Module:
-    """Its "machine code" are the options that it was compiled with."""
+    """Its "machine code" are the file and the options that it was compiled with."""
 
-    _options: tuple[str, ...]
+    _compiled: tuple[str, tuple[str, ...]]
 
     def load(self, code: bytes) -> None:
-        self._options = tuple(json.loads(code))
+        file, options = json.loads(code)
+        self._compiled = file, tuple(options)
 
     def get_function(self, name: str) -> Any:
-        function = getattr(
-            _library(self._options),
-            "run" if name in ("per_thread", "per_warp", "per_block", "definite") else f"run_{name}",
-        )
+        pointer = ctypes.c_void_p.in_dll(_library(*self._compiled), f"run_{name}").value
 
         def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], *, shared_mem: int = 0) -> None:
             assert shared_mem <= launch.SHARED_NBYTES
             assert grid[0] >= 1
+            types = {"u8": ctypes.c_void_p, "i8": ctypes.c_longlong, "i4": ctypes.c_int}
             given = [
-                ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) and x.ndim else
-                ctypes.c_longlong(x) if x.dtype == np.int64 else ctypes.c_int(x)
+                ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else types[x.dtype.str[1:]](int(x))
                 for x in arguments
-            ]  # fmt: skip
+            ]
             assert all(x.flags.c_contiguous for x in arguments if isinstance(x, np.ndarray))
+            function = ctypes.CFUNCTYPE(None, *(ctypes.c_uint,) * 3, *map(type, given))(pointer)
             with _lock:
                 function(min(grid[0], BLOCKS), block[0], shared_mem, *given)
 
@@ -114,16 +119,15 @@ class NVRTCError(RuntimeError):
 
 
 class _Program:
-    options: tuple[str, ...]
-
     def __init__(self, source: str, name: str, headers: Any, names: Any):
-        assert source == _KERNELS.read_text()
+        assert source == launch.source(name)
+        self.name = name
 
     def compile(self, options: tuple[str, ...]) -> None:
         architecture, *others = options
         assert architecture == "--gpu-architecture=sm_90"
         assert tuple(others[: len(launch.COMPILER_OPTIONS)]) == launch.COMPILER_OPTIONS
-        self.options = tuple(others[len(launch.COMPILER_OPTIONS) :])
+        self.options = others[len(launch.COMPILER_OPTIONS) :]
 
 
 class OutOfMemoryError(MemoryError):
@@ -191,7 +195,7 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
     nvrtc: Any = ModuleType("cupy.cuda.nvrtc")
     nvrtc.getVersion, nvrtc.NVRTCError, nvrtc.createProgram = (lambda: (0, 0)), NVRTCError, _Program
     nvrtc.compileProgram, nvrtc.destroyProgram = _Program.compile, id
-    nvrtc.getCUBIN = lambda program: json.dumps(program.options).encode()
+    nvrtc.getCUBIN = lambda program: json.dumps([program.name, program.options]).encode()
     members = {
         "ndarray": ndarray, "array": array, "asnumpy": lambda a: a.get(),
         "shares_memory": np.shares_memory, "isfinite": np.isfinite, "get_default_memory_pool": lambda: pool,
@@ -203,7 +207,8 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
         ),
     }  # fmt: skip
     members |= {
-        name: _like(getattr(np, name)) for name in ("empty", "empty_like", "arange", "flatnonzero", "concatenate")
+        name: _like(getattr(np, name))
+        for name in ("empty", "empty_like", "zeros", "arange", "flatnonzero", "concatenate")
     }
     for name, member in members.items():
         setattr(cupy, name, member)

@@ -86,11 +86,11 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     whole = run_gpu(a)
     by_cublas, sizes = cuda._by_cublas, []
 
-    def full(plan, a, *results):
+    def full(chosen, a, *results, **options):
         sizes.append(len(a))
         if len(a) > 4:
             raise fake_cupy.OutOfMemoryError
-        by_cublas(plan, a, *results)
+        by_cublas(chosen, a, *results, **options)
 
     monkeypatch.setattr(cuda, "_by_cublas", full)
     for got, want in zip(run_gpu(a), whole, strict=True):
@@ -98,7 +98,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     assert sizes[:5] == [60, 30, 15, 8, 4]
     assert sum(sizes[4:]) == 60
 
-    def never(*arguments):
+    def never(*arguments, **options):
         raise fake_cupy.OutOfMemoryError
 
     monkeypatch.setattr(cuda, "_by_cublas", never)

@@ -29,13 +29,24 @@ SHARE = 0.8
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
     """Invert a block that is in GPU memory; the contract is in `dask_batchinv.kernels`, all arrays in C order."""
-    run(a, out, info, rcond, assume_a=assume_a)
-    if a.dtype.char in "fF" and a.shape[-1]:
+    overflows = counter(a.dtype)
+    run(a, out, info, rcond, assume_a=assume_a, overflows=overflows)
+    if overflows is not None and int(overflows[0]):  # waits for the GPU
         again_in_double(a, out, info, rcond, assume_a=assume_a)
 
 
-def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
-    """Do the same without waiting for the GPU; but what overflowed in single precision is only marked as such."""
+def counter(dtype: np.dtype[Any]) -> Array | None:
+    """Return what counts those that overflowed in single precision; None for double."""
+    import cupy
+
+    return cupy.zeros(1, np.uint32) if dtype.char in "fF" else None
+
+
+def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA, overflows: Array | None = None) -> None:
+    """Do the same without waiting for the GPU; but what overflowed in single precision is only marked as such.
+
+    `overflows` is increased by the number of those.
+    """
     m, n = a.shape[:2]
     if n == 0:
         info[...] = 0
@@ -44,21 +55,19 @@ def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -
         return
     chosen = launch.choose_launch(n, a.dtype, assume_a)
     if chosen.layout == "cublas":
-        _in_batches(_by_cublas, chosen, a, out, info, rcond)
+        _in_batches(partial(_by_cublas, overflows=overflows), chosen, a, out, info, rcond)
     else:
         import cupy
 
-        rows = [cupy.empty((chosen.blocks(m), n), a.dtype)] if chosen.layout == "memory" else []
-        _call(chosen, "definite" if rows else chosen.layout, m, n, a, out, info, rcond, *rows)
+        lines = [cupy.empty((chosen.blocks(m), 2 * launch.PANEL, n), a.dtype)] if chosen.layout == "memory" else []
+        _call(chosen, "definite" if lines else chosen.layout, m, n, a, out, info, rcond, overflows, *lines)
 
 
 def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
     """Invert again in double precision what overflowed in single: on the way, that is, which its inverse need not."""
     import cupy
 
-    overflowed = cupy.flatnonzero(info == int(Info.OVERFLOW))  # waits for the GPU
-    if not overflowed.size:
-        return
+    overflowed = cupy.flatnonzero(info == int(Info.OVERFLOW))
     wide = np.dtype("d" if a.dtype.char == "f" else "D")
     chosen = launch.choose_launch(a.shape[-1], wide, assume_a)
 
@@ -103,13 +112,13 @@ def _converted(how: str, a: Array, dtype: Any) -> Array:
     import cupy
 
     result = cupy.empty(a.shape, dtype)
-    options = launch.choose_launch(launch.LARGE, "float64", "general").options
+    chosen = launch.choose_launch(launch.LARGE, "float64", "general")
     count = np.int64(a.size * (2 if a.dtype.kind == "c" else 1))
-    _function(options, how, cupy.cuda.Device().id)(*_CONVERTING, (a, result, count))
+    _function(chosen.file, chosen.options, how, cupy.cuda.Device().id)(*_CONVERTING, (a, result, count))
     return result
 
 
-def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array) -> None:
+def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array, *, overflows: Array | None) -> None:
     import cupy
     from cupy_backends.cuda.libs import cublas
 
@@ -126,36 +135,38 @@ def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array) 
     invert_factors(
         handle, n, of_work.data.ptr, n, pivots.data.ptr, of_inverse.data.ptr, n, ignored.data.ptr, m
     )  # fmt: skip
-    _call(chosen, "account", m, n, inverse, out, info, rcond, finite, shift, excess, norm)
+    _call(chosen, "account", m, n, inverse, out, info, rcond, overflows, finite, shift, excess, norm)
 
 
-def _call(chosen: Launch, name: str, m: int, n: int, *arrays: Array) -> None:
+def _call(chosen: Launch, name: str, m: int, n: int, *arrays: Array | None) -> None:
     import cupy
 
-    kernel = _function(chosen.options, name, cupy.cuda.Device().id)
-    arguments = (*arrays, np.int64(m), np.int32(n), np.int32(chosen.structure))
+    kernel = _function(chosen.file, chosen.options, name, cupy.cuda.Device().id)
+    pointers = (np.uint64(0) if x is None else x for x in arrays)
+    arguments = (*pointers, np.int64(m), np.int32(n))
     kernel((chosen.blocks(m),), (chosen.threads,), arguments, shared_mem=chosen.shared_nbytes)
 
 
 @cache
-def _function(options: tuple[str, ...], name: str, device: int) -> Any:
+def _function(file: str, options: tuple[str, ...], name: str, device: int) -> Any:
     import cupy
 
     architecture = f"sm_{cupy.cuda.Device(device).compute_capability}"
-    facts = (launch.source(), *options, architecture, *map(str, cupy.cuda.nvrtc.getVersion()))
+    facts = (launch.source(file), *options, architecture, *map(str, cupy.cuda.nvrtc.getVersion()))
     module = cupy.cuda.function.Module()
-    module.load(cached(f"cuda-{architecture}", "\0".join(facts).encode(), partial(compile_for, architecture, options)))
+    make = partial(compile_for, architecture, file, options)
+    module.load(cached(f"cuda-{architecture}", "\0".join(facts).encode(), make))
     return module.get_function(name)
 
 
-def compile_for(architecture: str, options: tuple[str, ...]) -> bytes:
-    """Return the machine code of inverse.cu for an architecture such as "sm_90".
+def compile_for(architecture: str, file: str, options: tuple[str, ...]) -> bytes:
+    """Return the machine code of a file of kernels for an architecture such as "sm_90".
 
     Not by way of CuPy's RawModule, which makes the compiler flush subnormal numbers to zero, whatever one says.
     """
     from cupy.cuda import nvrtc
 
-    program = nvrtc.createProgram(launch.source(), "inverse.cu", (), ())
+    program = nvrtc.createProgram(launch.source(file), file, (), ())
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", *launch.COMPILER_OPTIONS, *options))
         code: bytes = nvrtc.getCUBIN(program)

@@ -1,4 +1,4 @@
-"""Which kernel of `inverse.cu` takes which matrices, and how it is launched: pure functions, for any card or none.
+"""Which CUDA kernel takes which matrices, and how it is compiled and launched: pure functions, for any card or none.
 
 The layout depends on size, dtype and kind of the matrices alone, never on the card.
 """
@@ -18,32 +18,47 @@ from dask_batchinv.stack import AssumeA
 
 Layout = Literal["per_thread", "per_warp", "per_block", "memory", "cublas"]
 
-#: Threads along a side of a block of `per_block` and `memory`, and in a block of `per_thread`: as in inverse.cu.
-SIDE = 16
-THREADS = 64
 #: The largest n for a matrix in the registers of a thread, and in those of a block, by bytes of a number and whether
 #: it is complex: so that nothing is spilled.
-_IN_THREAD = {(4, False): 8, (8, False): 6, (8, True): 5, (16, True): 4}
+_IN_THREAD = {(4, False): 12, (8, False): 8, (8, True): 8, (16, True): 6}
 _IN_BLOCK = {(4, False): 128, (8, False): 128, (8, True): 128, (16, True): 96}
 IN_WARP = 32
 #: From here on matrices of all dtypes are too large for kernels in registers.
 LARGE = 1 + max(_IN_BLOCK.values())
-#: At most so many blocks work on matrices that lie in global memory: each needs a row beside.
-BLOCKS_IN_MEMORY = 4096
+#: The lanes of a warp that share a matrix of up to so many rows: several rows in each, as many as registers hold.
+_LANES = {
+    (4, False): {16: 4, 32: 8},
+    (8, False): {16: 4, 24: 8, 32: 16},
+    (8, True): {12: 4, 24: 8, 32: 16},
+    (16, True): {12: 4, 16: 8, 24: 16, 32: 32},
+}
+#: Rows and columns of the tile that a thread of `per_block` holds, and blocks that find room on a multiprocessor, up to
+#: so large n.
+_TILES = {
+    (4, False): {64: (8, 8, 6), 128: (8, 8, 2)},
+    (8, False): {64: (8, 8, 4), 128: (8, 8, 1)},
+    (8, True): {64: (8, 4, 4), 128: (8, 8, 1)},
+    (16, True): {96: (4, 4, 1)},
+}
+#: Rows of a panel of `memory`, and threads along a side of its blocks; and numbers along a side of what they transpose.
+PANEL, EDGE = 16, 32
+#: At most so many blocks work on matrices that lie in global memory: each needs two panels beside.
+BLOCKS_IN_MEMORY = 1024
 #: Shared memory that every kernel may have without asking for more.
 SHARED_NBYTES = 48 * 1024
-#: Products and sums are joined only where inverse.cu says so, and subnormal numbers are not flushed to zero.
+#: Products and sums are joined only where the source says so, and subnormal numbers are not flushed to zero.
 COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false")
-#: How the structures are called in inverse.cu.
-CUDA_STRUCTURE: dict[AssumeA, int] = {
-    "general": 0,
-    "symmetric": 1,
-    "hermitian": 2,
-    "positive definite": 2,
-    "upper triangular": 3,
-    "lower triangular": 4,
-    "diagonal": 5,
+#: How the structures are called in structures.cuh.
+CUDA_STRUCTURE: dict[AssumeA, str] = {
+    "general": "GENERAL",
+    "symmetric": "SYMMETRIC",
+    "hermitian": "HERMITIAN",
+    "positive definite": "HERMITIAN",
+    "upper triangular": "UPPER",
+    "lower triangular": "LOWER",
+    "diagonal": "DIAGONAL",
 }
+_MORE_FILES = {"memory.cu": ("in_memory.cuh",), "cublas.cu": ("in_memory.cuh",)}
 _NUMBERS = {"f": "float", "d": "double", "F": "Complex<float>", "D": "Complex<double>"}
 
 
@@ -52,7 +67,7 @@ class Launch:
     """How the kernel for some matrices is compiled and launched."""
 
     layout: Layout
-    """Its name in inverse.cu; cuBLAS works between two kernels of "memory"."""
+    """Its name, and that of its file."""
     options: tuple[str, ...]
     """For the compiler."""
     threads: int
@@ -61,17 +76,22 @@ class Launch:
     """That a block works on at a time."""
     shared_nbytes: int
     """Shared memory of a block."""
-    structure: int
-    """Its last argument."""
+
+    @property
+    def file(self) -> str:
+        """The name of the file with the kernel."""
+        return f"{self.layout}.cu"
 
     def blocks(self, m: int) -> int:
         """Return how many blocks m matrices take; of more than there may be, some take turns."""
         return min(-(-m // self.matrices), BLOCKS_IN_MEMORY if self.layout == "memory" else 2**31 - 1)
 
 
-def source() -> str:
-    """Return the text of inverse.cu."""
-    return resources.files("dask_batchinv.kernels.cuda").joinpath("inverse.cu").read_text()
+def source(file: str) -> str:
+    """Return the text of a file of kernels after the files that it needs."""
+    names = ("numbers.cuh", "structures.cuh", "account.cuh", *_MORE_FILES.get(file, ()), file)
+    folder = resources.files("dask_batchinv.kernels.cuda")
+    return "".join(f'#line 1 "{name}"\n{folder.joinpath(name).read_text()}' for name in names)
 
 
 def choose_launch(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> Launch:
@@ -79,55 +99,96 @@ def choose_launch(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> Launch:
 
     Examples
     --------
-    >>> [choose_launch(n, "float64", "general").layout for n in (2, 6, 7, 32, 33, 128, 129)]
+    >>> [choose_launch(n, "float64", "general").layout for n in (2, 8, 9, 32, 33, 128, 129)]
     ['per_thread', 'per_thread', 'per_warp', 'per_warp', 'per_block', 'per_block', 'cublas']
     >>> choose_launch(129, "float64", "positive definite").layout
     'memory'
     """
     dtype = np.dtype(dtype)
     size, is_complex = dtype.itemsize, dtype.kind == "c"
-    definite = assume_a == "positive definite"
-    compiled_for, warps = n, 1
-    layout: Layout
     if n <= _IN_THREAD[size, is_complex]:
-        layout, threads, matrices = "per_thread", THREADS, THREADS
-        shared = THREADS * (n * n | 1) * size
-    elif n <= IN_WARP:
-        layout, together = "per_warp", 32 // _lanes(n)
-        of_warp = together * (n * (n | 1) * size + (n + 2) * 4)
-        warps = min(4, SHARED_NBYTES // of_warp)
-        threads, matrices, shared = 32 * warps, warps * together, warps * of_warp
-    elif n <= _IN_BLOCK[size, is_complex]:
-        layout, threads, matrices = "per_block", SIDE * SIDE, 1
-        compiled_for = -(-n // SIDE) * SIDE
-        real = size // 2 if is_complex else size
-        board = 4 * compiled_for * size + 2 * SIDE * (real + 4) + 2 * compiled_for * 4 + SIDE * real
-        shared = -(-board // 16) * 16
-    else:
-        layout = "memory" if definite else "cublas"
-        threads, matrices, compiled_for = SIDE * SIDE, 1, 1
-        shared = SIDE * 8
-    return Launch(
-        layout,
-        (
-            f"-DNUMBER={_NUMBERS[dtype.char]}",
-            f"-DN={compiled_for}",
-            f"-DDEFINITE={int(definite)}",
-            f"-DWARPS={warps}",
-            f"-DINFO_NOT_FINITE={Info.NOT_FINITE:d}",
-            f"-DINFO_OVERFLOW={Info.OVERFLOW:d}",
-            f"-DLAYOUT_{'MEMORY' if layout == 'cublas' else layout.upper()}",
-        ),
-        threads,
-        matrices,
-        shared,
-        CUDA_STRUCTURE[assume_a],
+        return _per_thread(n, dtype, assume_a)
+    if n <= IN_WARP:
+        return _per_warp(n, dtype, assume_a)
+    if n <= _IN_BLOCK[size, is_complex]:
+        return _per_block(n, dtype, assume_a)
+    return _memory(dtype, assume_a)
+
+
+def _per_thread(n: int, dtype: np.dtype[np.generic], assume_a: AssumeA) -> Launch:
+    nbytes = n * n * dtype.itemsize
+    piece = _largest_power(nbytes)
+    of_warp = 32 * (nbytes // piece | 1) * piece
+    warps = _warps(of_warp)
+    return _launch("per_thread", dtype, assume_a, 32 * warps, 32 * warps, warps * of_warp, N=n, WARPS=warps)
+
+
+def _per_warp(n: int, dtype: np.dtype[np.generic], assume_a: AssumeA) -> Launch:
+    lanes = next(lanes for most, lanes in _LANES[dtype.itemsize, dtype.kind == "c"].items() if n <= most)
+    together = 32 // lanes
+    piece = max(dtype.itemsize, _largest_power(n * dtype.itemsize))
+    pieces = n * dtype.itemsize // piece
+    # As per_warp.cu has it: rows and matrices stand so far apart that neighbours are in different banks.
+    turned = piece == 16 and pieces > 1 and pieces & (pieces - 1) == 0
+    plain = piece == dtype.itemsize
+    matrix = n * (pieces if plain or turned else pieces | 1) * piece
+    if not (plain or turned) and lanes < 8 and matrix // 16 % 8 == 0:
+        matrix += 64
+    row = -(-n * dtype.itemsize // 16) * 16
+    of_warp = -(-together * (matrix + 2 * row + 4 * n) // 16) * 16
+    warps = _warps(of_warp)
+    return _launch(
+        "per_warp", dtype, assume_a, 32 * warps, warps * together, warps * of_warp, N=n, LANES=lanes, WARPS=warps
     )
 
 
-def _lanes(n: int) -> int:
-    """Return the lanes of a warp that a matrix takes."""
-    return max(2, 1 << math.ceil(math.log2(n)))
+def _per_block(n: int, dtype: np.dtype[np.generic], assume_a: AssumeA) -> Launch:
+    size, is_complex = dtype.itemsize, dtype.kind == "c"
+    rows, columns, blocks = next(tile for most, tile in _TILES[size, is_complex].items() if n <= most)
+    step = math.lcm(rows, columns)
+    padded = -(-n // step) * step
+    across, down = padded // columns, padded // rows
+    threads = -(-across * down // 32) * 32
+    real = size // 2 if is_complex else size
+    # The struct Board of per_block.cu.
+    exchanged = max(max(across, down) * padded * real, down * padded * size)
+    shared = -(-(4 * padded * size + exchanged + 8 * padded + 32 * (real + 8)) // 16) * 16
+    return _launch(
+        "per_block", dtype, assume_a, threads, 1, shared,
+        N=padded, ROWS=rows, COLUMNS=columns, BLOCKS=blocks, EXACT=int(n == padded),
+    )  # fmt: skip
+
+
+def _memory(dtype: np.dtype[np.generic], assume_a: AssumeA) -> Launch:
+    definite = assume_a == "positive definite"
+    numbers = 2 * PANEL * 4 * PANEL + PANEL * (2 * PANEL + 1) if definite else EDGE * (EDGE + 1)
+    shared = PANEL * PANEL // 32 * 8 + numbers * dtype.itemsize
+    return _launch("memory" if definite else "cublas", dtype, assume_a, PANEL * PANEL, 1, shared, N=1)
+
+
+def _largest_power(nbytes: int) -> int:
+    """Return the largest number of bytes that a thread can move at a time which divides so many."""
+    return next(piece for piece in (16, 8, 4) if nbytes % piece == 0)
+
+
+def _warps(nbytes: int) -> int:
+    """Return the warps of a block, of which each takes so many bytes of shared memory."""
+    return next(warps for warps in (4, 2, 1) if warps * nbytes <= SHARED_NBYTES or warps == 1)
+
+
+def _launch(
+    layout: Layout, dtype: np.dtype[np.generic], assume_a: AssumeA, threads: int, matrices: int, shared: int,
+    **macros: int,
+) -> Launch:  # fmt: skip
+    macros |= {
+        "DEFINITE": int(assume_a == "positive definite"),
+        "SHARED": shared,
+        "INFO_NOT_FINITE": int(Info.NOT_FINITE),
+        "INFO_OVERFLOW": int(Info.OVERFLOW),
+    }
+    options = [f"-DNUMBER={_NUMBERS[dtype.char]}", f"-DSTRUCTURE={CUDA_STRUCTURE[assume_a]}"]
+    options += [f"-D{name}={value}" for name, value in macros.items()]
+    return Launch(layout, tuple(options), threads, matrices, shared)
 
 
 def batch(m: int, of_one: int, free: int) -> int:

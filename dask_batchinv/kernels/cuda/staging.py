@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import launch
-from dask_batchinv.outcome import Info
 from dask_batchinv.stack import AssumeA
 
 HostArray = npt.NDArray[Any]
@@ -58,8 +57,9 @@ class _Slot:
 
     stream: Any
     pinned: tuple[HostArray, ...]
-    """The matrices, and their results: inverse, info, rcond."""
+    """The matrices, their results, which are inverse, info, rcond, and how many overflowed in single precision."""
     on_gpu: tuple[Any, ...]
+    """The same."""
     part: slice | None = None
     """What of the block is on its way."""
 
@@ -68,7 +68,8 @@ class _Slot:
         import cupy
 
         real = np.empty(0, dtype).real.dtype
-        layout = (((m, n, n), dtype), ((m, n, n), dtype), ((m,), np.dtype(np.int32)), ((m,), real))
+        int32, uint32 = np.dtype(np.int32), np.dtype(np.uint32)
+        layout = (((m, n, n), dtype), ((m, n, n), dtype), ((m,), int32), ((m,), real), ((1,), uint32))
         stream = _stream(cupy.cuda.Device().id, number)
         with stream:  # CuPy's memory belongs to the stream that it is first used on
             return cls(stream, tuple(_pinned(*one) for one in layout), tuple(cupy.empty(*one) for one in layout))
@@ -81,7 +82,8 @@ class _Slot:
         on_gpu = [x[:m] for x in self.on_gpu]
         with self.stream:
             on_gpu[0].set(self.pinned[0][:m], stream=self.stream)
-            cuda.run(*on_gpu, assume_a=assume_a)
+            on_gpu[4].fill(0)
+            cuda.run(*on_gpu[:4], assume_a=assume_a, overflows=on_gpu[4] if a.dtype.char in "fF" else None)
             for x, host in zip(on_gpu[1:], self.pinned[1:], strict=True):
                 x.get(stream=self.stream, out=host[:m], blocking=False)
 
@@ -91,13 +93,13 @@ class _Slot:
             return
         self.stream.synchronize()
         m = self.part.stop - self.part.start
-        if self.pinned[0].dtype.char in "fF" and (self.pinned[2][:m] == int(Info.OVERFLOW)).any():
+        if self.pinned[4][0]:
             with self.stream:
-                on_gpu = [x[:m] for x in self.on_gpu]
+                on_gpu = [x[:m] for x in self.on_gpu[:4]]
                 cuda.again_in_double(*on_gpu, assume_a=assume_a)
-                for x, host in zip(on_gpu[1:], self.pinned[1:], strict=True):
+                for x, host in zip(on_gpu[1:], self.pinned[1:4], strict=True):
                     x.get(stream=self.stream, out=host[:m])
-        for result, host in zip(results, self.pinned[1:], strict=True):
+        for result, host in zip(results, self.pinned[1:4], strict=True):
             result[self.part] = host[:m]
         self.part = None
 

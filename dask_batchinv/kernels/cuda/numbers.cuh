@@ -1,0 +1,136 @@
+// The inverse of every matrix in a stack, with an account of each: the contract is in kernels/__init__.py.
+//
+// This file, structures.cuh and account.cuh go before that of each layout:
+//
+//     per_thread.cu  one matrix per thread, in its registers
+//     per_warp.cu    a matrix in the registers of some lanes of a warp, several rows per lane
+//     per_block.cu   one matrix per block: a tile of it in the registers of each thread
+//     memory.cu      one positive definite matrix per block, of any size, in global memory
+//     cublas.cu      what goes before and after cuBLAS, which does the others
+//
+// and are compiled with it, for one dtype, size and kind of matrix at a time, as launch.py says:
+//
+//     NUMBER     float, double, Complex<float> or Complex<double>
+//     N          the size of the matrices; in per_block.cu a multiple of a tile's that is not less
+//     STRUCTURE  one of Structure
+//     DEFINITE   1 for positive definite matrices, which are HERMITIAN, else 0
+//     SHARED     the bytes of shared memory that a block is given
+//     INFO_…     the codes of Info in outcome.py
+//
+// All eliminate by Gauss-Jordan in place: general matrices with partial pivoting, rows never exchanged in memory;
+// positive definite ones without, from the upper triangle alone, whose pivots are those of Cholesky's factorization;
+// triangular ones without. The row of a pivot keeps its numbers until the end, when it is multiplied by the pivot's
+// reciprocal: nobody has to wait for that in between.
+
+typedef long long Long;
+typedef unsigned Word;
+
+template <class R> struct alignas(2 * sizeof(R)) Complex {
+    R re, im;
+};
+
+template <class T> struct RealOf {
+    typedef T type;
+};
+template <class R> struct RealOf<Complex<R>> {
+    typedef R type;
+};
+
+typedef NUMBER T;
+typedef RealOf<T>::type R;
+
+template <class R> struct Format;
+template <> struct Format<float> {
+    static constexpr int lowest = -125;  // the exponent of the smallest normal number, mantissas in [1/2, 1)
+    static constexpr int highest = 128;
+    static constexpr int digits = 23;
+    static constexpr float largest = 3.402823466e+38f;
+    static constexpr float epsilon = 1.1920928955078125e-7f;
+    // The word of a number that has its sign and exponent, where the exponent begins in it, and infinity's.
+    static constexpr int shift = 23;
+    static constexpr Word infinity = 0x7f800000;
+    static __device__ Word high(float a) { return __float_as_uint(a); }
+    static __device__ Word low(float) { return 0; }
+    static __device__ float power(int k) { return __uint_as_float((Word)(k + 127) << 23); }
+};
+template <> struct Format<double> {
+    static constexpr int lowest = -1021;
+    static constexpr int highest = 1024;
+    static constexpr int digits = 52;
+    static constexpr double largest = 1.7976931348623157e+308;
+    static constexpr double epsilon = 2.220446049250313e-16;
+    static constexpr int shift = 20;
+    static constexpr Word infinity = 0x7ff00000;
+    static __device__ Word high(double a) { return (Word)__double2hiint(a); }
+    static __device__ Word low(double a) { return (Word)__double2loint(a); }
+    static __device__ double power(int k) { return __hiloint2double((k + 1023) << 20, 0); }
+};
+typedef Format<R> F;
+
+static __device__ R not_a_number() { return F::largest * 2 - F::largest * 2; }
+
+// What differs between real and complex numbers.
+static __device__ R part(R a, int) { return a; }
+static __device__ R part(Complex<R> a, int k) { return k ? a.im : a.re; }
+static __device__ R join(R re, R, R*) { return re; }
+static __device__ Complex<R> join(R re, R im, Complex<R>*) { return {re, im}; }
+constexpr int PARTS = sizeof(T) / sizeof(R);
+
+static __device__ T number(R re, R im = 0) { return join(re, im, (T*)0); }
+static __device__ R real(T a) { return part(a, 0); }
+static __device__ R conj(R a) { return a; }
+static __device__ Complex<R> conj(Complex<R> a) { return {a.re, -a.im}; }
+static __device__ R minus(R a) { return -a; }
+static __device__ Complex<R> minus(Complex<R> a) { return {-a.re, -a.im}; }
+static __device__ R times(R a, R b) { return a * b; }
+static __device__ Complex<R> times(Complex<R> a, R b) { return {a.re * b, a.im * b}; }
+static __device__ Complex<R> times(Complex<R> a, Complex<R> b) {
+    return {fma(a.re, b.re, -a.im * b.im), fma(a.re, b.im, a.im * b.re)};
+}
+// a b, of which every zero is positive
+static __device__ R scaled(R a, R b) { return fma(a, b, R(0)); }
+static __device__ Complex<R> scaled(Complex<R> a, R b) { return {scaled(a.re, b), scaled(a.im, b)}; }
+static __device__ R mean(R a, R b) { return a * R(0.5) + b * R(0.5); }
+static __device__ Complex<R> mean(Complex<R> a, Complex<R> b) { return {mean(a.re, b.re), mean(a.im, b.im)}; }
+
+// a - b c
+static __device__ R less_product(R a, R b, R c) { return fma(-b, c, a); }
+static __device__ Complex<R> less_product(Complex<R> a, Complex<R> b, Complex<R> c) {
+    return {fma(b.im, c.im, fma(-b.re, c.re, a.re)), fma(-b.im, c.re, fma(-b.re, c.im, a.im))};
+}
+
+static __device__ R reciprocal(R a) { return R(1) / a; }
+static __device__ Complex<R> reciprocal(Complex<R> a) {
+    // Smith's: neither overflows nor underflows on the way.
+    if (fabs(a.re) >= fabs(a.im)) {
+        const R ratio = a.im / a.re, divisor = fma(a.im, ratio, a.re);
+        return {R(1) / divisor, -ratio / divisor};
+    }
+    const R ratio = a.re / a.im, divisor = fma(a.re, ratio, a.im);
+    return {ratio / divisor, R(-1) / divisor};
+}
+static __device__ T reciprocal_of_pivot(T a) { return DEFINITE ? number(R(1) / real(a)) : reciprocal(a); }
+
+static __device__ bool is_zero(T a) { return part(a, 0) == 0 && part(a, PARTS - 1) == 0; }
+static __device__ bool is_finite(T a) {
+    return fabs(part(a, 0)) <= F::largest && fabs(part(a, PARTS - 1)) <= F::largest;
+}
+static __device__ bool unfit(T pivot) { return DEFINITE ? !(real(pivot) > 0) : is_zero(pivot); }
+
+// Orders numbers by what LAPACK chooses pivots by: the word of it that has the exponent, so nearly. NaN counts as more
+// than infinity: then the result overflows, as it should. Of the lowest bits the caller makes other use.
+static __device__ Word size_word(T a) {
+    return PARTS == 2 ? F::high(fabs(part(a, 0)) + fabs(part(a, PARTS - 1))) : F::high(real(a)) & 0x7fffffff;
+}
+
+// The larger of two sums of magnitudes; NaN is the largest of all, so that it is not lost.
+static __device__ R larger(R a, R b) { return a > b || a != a ? a : b; }
+
+constexpr Word ALL = 0xffffffff;  // lanes of a warp
+
+// K bytes that are moved at a time.
+template <int K> struct alignas(K) Piece {
+    Word words[K / 4];
+};
+
+extern __shared__ __align__(16) unsigned char memory[];
