@@ -103,7 +103,7 @@ def choose_kernel(assume_a: AssumeA, device: Device = "cpu") -> Kernel:
             name=f"cuda: {assume_a}",
             device="gpu",
             invert=partial(staging.invert, assume_a=assume_a),
-            scratch_nbytes=staging.scratch_nbytes,
+            scratch_nbytes=partial(staging.scratch_nbytes, assume_a=assume_a),
         )
     return Kernel(
         name=f"compiled: {assume_a}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,15 @@ def why_unusable() -> str | None:
             return f"the GPU is too old: compute capability {OLDEST / 10} is needed"
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"CUDA finds no usable GPU ({error}): look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    try:
+        # Both are found only when they are used: the compiler, and cuBLAS.
+        cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing").compile()
+        importlib.import_module("cupy_backends.cuda.libs.cublas")
+    except Exception as error:  # CuPy's own, the compiler's, or that of whoever loads libraries
+        return (
+            f"CUDA finds a GPU, but CuPy cannot use it ({type(error).__name__}: {error}): pip install "
+            "'dask_batchinv[gpu]', or cupy-cuda12x[ctk] for CUDA 12"
+        )
     return None
 
 

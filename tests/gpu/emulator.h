@@ -37,6 +37,7 @@ struct Fiber {
     std::vector<char> stack = std::vector<char>(1 << 16);
     Index index;
     Wait waits = NOTHING;
+    const void* where = nullptr;  // in the code it waits
     bool ended = false;
     unsigned char slot[16];
 };
@@ -53,18 +54,25 @@ void run_fiber() {
     swapcontext(&self->context, &scheduler);
 }
 
-void wait(Wait kind) {
+void wait(Wait kind, const void* where) {
     self->waits = kind;
+    self->where = where;
     swapcontext(&self->context, &scheduler);
 }
 
 // Lets the threads of [first, last) go on if all of them that have not ended wait for each other.
 bool release(size_t first, size_t last, Wait kind) {
     bool some = false;
+    const void* where = nullptr;
     for (size_t t = first; t < last; t++) {
         if (fibers[t].ended) continue;
         if (fibers[t].waits != kind) return false;
+        if (some && kind == WARP && fibers[t].where != where) {
+            std::fprintf(stderr, "lanes of a warp exchange values in different places of the code\n");
+            std::abort();
+        }
         some = true;
+        where = fibers[t].where;
     }
     for (size_t t = first; t < last; t++) fibers[t].waits = NOTHING;
     return some;
@@ -83,9 +91,10 @@ void run_block(unsigned threads) {
         fiber.waits = NOTHING;
         fiber.ended = false;
     }
-    for (;;) {
+    for (bool backwards = false;; backwards = !backwards) {  // no order is promised, and none must matter
         bool moved = false, all_ended = true;
-        for (Fiber& fiber : fibers) {
+        for (unsigned t = 0; t < threads; t++) {
+            Fiber& fiber = fibers[backwards ? threads - 1 - t : t];
             if (!fiber.ended && fiber.waits == NOTHING) {
                 self = &fiber;
                 swapcontext(&scheduler, &fiber.context);
@@ -102,13 +111,14 @@ void run_block(unsigned threads) {
     }
 }
 
-template <class V> V exchanged(V value, unsigned from) {
+template <class V> __attribute__((noinline)) V exchanged(V value, unsigned from) {
+    const void* const where = __builtin_return_address(0);
     static_assert(sizeof(V) <= sizeof(self->slot));
     std::memcpy(self->slot, &value, sizeof(V));
-    wait(WARP);
+    wait(WARP, where);
     V other;
     std::memcpy(&other, fibers[from].slot, sizeof(V));
-    wait(WARP);
+    wait(WARP, where);
     return other;
 }
 
@@ -119,8 +129,8 @@ template <class V> V exchanged(V value, unsigned from) {
 #define blockDim (emulator::size)
 #define gridDim (emulator::grid)
 
-inline void __syncthreads() { emulator::wait(emulator::BLOCK); }
-inline void __syncwarp() { emulator::wait(emulator::WARP); }
+inline void __syncthreads() { emulator::wait(emulator::BLOCK, nullptr); }
+__attribute__((noinline)) void __syncwarp() { emulator::wait(emulator::WARP, __builtin_return_address(0)); }
 template <class V> V __shfl_sync(unsigned, V value, int lane, int width) {
     const unsigned t = threadIdx.x;
     return emulator::exchanged(value, t - t % width + lane % width);

@@ -79,8 +79,8 @@ def _library(file: str, options: tuple[str, ...]) -> ctypes.CDLL:
             f"EXPORT({name})" for name in re.findall(r"__global__ void[^;{]*?(\w+)\(const", text.read_text())
         )
         command = [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC",
-                   "-w", "-fno-strict-aliasing", f'-DKERNELS="{text}"', f"-DEXPORTS={exports}", *options, _HEADER,
-                   "-o", made]  # fmt: skip
+                   "-w", "-fno-strict-aliasing", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
+                   f'-DKERNELS="{text}"', f"-DEXPORTS={exports}", *options, _HEADER, "-o", made]  # fmt: skip
         subprocess.run(command, check=True)
         made.rename(path)
     return ctypes.CDLL(str(path))
@@ -92,7 +92,7 @@ class _Module:
     _compiled: tuple[str, tuple[str, ...]]
 
     def load(self, code: bytes) -> None:
-        file, options = json.loads(code)
+        file, options = json.loads(code.rstrip(b"\0"))
         self._compiled = file, tuple(options)
 
     def get_function(self, name: str) -> Any:
@@ -125,7 +125,7 @@ class _Program:
 
     def compile(self, options: tuple[str, ...]) -> None:
         architecture, *others = options
-        assert architecture == "--gpu-architecture=sm_90"
+        assert architecture in ("--gpu-architecture=sm_90", "--gpu-architecture=compute_90")
         assert tuple(others[: len(launch.COMPILER_OPTIONS)]) == launch.COMPILER_OPTIONS
         self.options = others[len(launch.COMPILER_OPTIONS) :]
 
@@ -185,8 +185,10 @@ def _like(function: Any) -> Any:
 
 
 @contextmanager
-def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
-    """Have this process find a GPU with so much free memory."""
+def installed(
+    free: int = 2**30, devices: int = 1, capability: int = 90, without: str | None = None
+) -> Iterator[ModuleType]:
+    """Have this process find a GPU with so much free memory, but not one of the libraries "nvrtc" and "cublas"."""
     cupy, backends = ModuleType("cupy"), ModuleType("cupy_backends.cuda.libs")
     pool = SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
     runtime = SimpleNamespace(
@@ -194,18 +196,29 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
     )
     nvrtc: Any = ModuleType("cupy.cuda.nvrtc")
     nvrtc.getVersion, nvrtc.NVRTCError, nvrtc.createProgram = (lambda: (0, 0)), NVRTCError, _Program
+    nvrtc.getSupportedArchs = lambda: [75, 80, 86, 90]
     nvrtc.compileProgram, nvrtc.destroyProgram = _Program.compile, id
     nvrtc.getCUBIN = lambda program: json.dumps([program.name, program.options]).encode()
+    nvrtc.getPTX = lambda program: json.dumps([program.name, program.options])
     members = {
         "ndarray": ndarray, "array": array, "asnumpy": lambda a: a.get(),
         "shares_memory": np.shares_memory, "isfinite": np.isfinite, "get_default_memory_pool": lambda: pool,
         "cuda": SimpleNamespace(
             runtime=runtime, Stream=_Stream, alloc_pinned_memory=bytearray,
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            Device=lambda number=0: SimpleNamespace(id=number, compute_capability="90", cublas_handle=None),
+            Device=lambda number=0: SimpleNamespace(id=number, compute_capability=str(capability), cublas_handle=None),
             function=SimpleNamespace(Module=_Module), nvrtc=nvrtc,
         ),
     }  # fmt: skip
+
+    def raw_kernel(code: str, name: str) -> Any:
+        def compile_it() -> None:
+            if without == "nvrtc":
+                raise RuntimeError("CuPy failed to load libnvrtc.so.13")
+
+        return SimpleNamespace(compile=compile_it)
+
+    members["RawKernel"] = raw_kernel
     members |= {
         name: _like(getattr(np, name))
         for name in ("empty", "empty_like", "zeros", "arange", "flatnonzero", "concatenate")
@@ -225,6 +238,7 @@ def installed(free: int = 2**30, devices: int = 1) -> Iterator[ModuleType]:
     cupy_cuda: Any = ModuleType("cupy.cuda")
     cupy_cuda.nvrtc = nvrtc
     modules = {"cupy": cupy, "cupy.cuda": cupy_cuda, "cupy_backends.cuda.libs": backends}
+    modules["cupy_backends.cuda.libs.cublas"] = None if without == "cublas" else backends.cublas
     modules |= {name: ModuleType(name) for name in ("cupy_backends", "cupy_backends.cuda")}
     before = {name: sys.modules.get(name) for name in modules}
     _forget()

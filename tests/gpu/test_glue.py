@@ -47,7 +47,8 @@ def test_a_stack_from_main_memory_goes_over_the_gpu_in_pieces(monkeypatch, n, dt
     whole = run_gpu(a)
     assert_same_bits(whole[1], info)
     for pieces in (1, 2, 3, 7):
-        monkeypatch.setattr(staging, "PIECE_NBYTES", -(-60 // pieces) * a[0].nbytes)
+        for name in ("PIECE_NBYTES", "PIECE_FOR_CUBLAS_NBYTES"):
+            monkeypatch.setattr(staging, name, -(-60 // pieces) * a[0].nbytes)
         results = results_for(a)
         staging.invert(a, *results, assume_a="general")
         for got, want in zip(results, whole, strict=True):
@@ -180,6 +181,57 @@ def test_which_device_a_block_gets(cupy):
         assert_same_bits(inverse(a), on_cpu)
         with pytest.raises(DeviceError, match='device="gpu": CUDA finds no GPU: look at nvidia-smi'):
             inverse(a, device="gpu")
+
+
+@pytest.mark.parametrize("library", ["nvrtc", "cublas"])
+def test_a_gpu_without_a_library_of_cuda_is_none(library):
+    a = conditioned(4, 3, 10)
+    with fake_cupy.installed(without=library):
+        assert_same_bits(inverse(a), run_cpu(a)[0])
+        with pytest.raises(
+            DeviceError, match=rf"CuPy cannot use it \(.*{library}.*\): pip install 'dask_batchinv\[gpu\]'"
+        ):
+            inverse(a, device="gpu")
+
+
+def test_a_card_that_the_compiler_does_not_know():
+    a = conditioned(4, 3, 10)
+    with fake_cupy.installed(capability=120):
+        assert_same_bits(inverse(a, device="gpu"), run_gpu(a)[0])
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("n", [3, 13, 34, 130])
+def test_numbers_that_begin_anywhere(cupy, n, dtype):
+    a = conditioned(5, n, 10, dtype)
+    want = run_gpu(a)
+
+    def shifted(nbytes):
+        memory = cupy.zeros(a.nbytes + nbytes, np.uint8)
+        return memory[nbytes:].view(dtype).reshape(a.shape)
+
+    half = a.itemsize // 2
+    for of_input, of_output in [(half, 0), (0, half), (half, half), (4, 4), (a.itemsize, a.itemsize)]:
+        given, out = shifted(of_input), shifted(of_output)
+        given[...] = a
+        results = [cupy.array(x) for x in results_for(a)]
+        cuda.invert(given, out, *results[1:], assume_a="general")
+        for got, expected in zip((out, *results[1:]), want, strict=True):
+            assert_same_bits(got, expected)
+
+
+def test_overflow_in_single_precision_is_counted_by_the_kernels(monkeypatch, cupy):
+    again = []
+    monkeypatch.setattr(cuda, "again_in_double", lambda a, *others, **options: again.append(len(a)))
+    for n in (3, 13, 34, 130):
+        a = conditioned(6, n, 10, "float32")
+        run_gpu(a)
+        assert not again
+        a[2] = np.eye(n) * np.finfo("f4").smallest_subnormal
+        run_gpu(a)
+        staging.invert(a, *results_for(a), assume_a="general")
+        assert again == [6, 6]
+        again.clear()
 
 
 def test_a_job_on_the_gpu(tmp_path, make_source, threads):

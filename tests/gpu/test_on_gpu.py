@@ -89,6 +89,7 @@ def test_other_streams_are_heeded():
     import cupy
 
     a = cupy.asarray(conditioned(50, 4, 100))
+    cupy.cuda.Device().synchronize()  # or the copy to the GPU may still be on its way
     with cupy.cuda.Stream(non_blocking=True) as stream:
         x = inverse(a, on_error="nan")
         stream.synchronize()

@@ -47,20 +47,38 @@ def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA, o
 
     `overflows` is increased by the number of those.
     """
+    import cupy
+
     m, n = a.shape[:2]
     if n == 0:
         info[...] = 0
         rcond[...] = 1
     if m == 0 or n == 0:
         return
+    aligned = [_aligned(x) for x in (a, out)]
+    if not all(aligned):
+        # Kernels would stop, and with them all that this process does on the GPU.
+        result = out if aligned[1] else cupy.empty_like(out)
+        run(a if aligned[0] else _copied(a), result, info, rcond, assume_a=assume_a, overflows=overflows)
+        if not aligned[1]:
+            out.view(np.uint8)[...] = result.view(np.uint8)
+        return
     chosen = launch.choose_launch(n, a.dtype, assume_a)
     if chosen.layout == "cublas":
         _in_batches(partial(_by_cublas, overflows=overflows), chosen, a, out, info, rcond)
     else:
-        import cupy
-
-        lines = [cupy.empty((chosen.blocks(m), 2 * launch.PANEL, n), a.dtype)] if chosen.layout == "memory" else []
+        lines = [cupy.empty((chosen.blocks(m), 2 * launch.PANEL + 1, n), a.dtype)] if chosen.layout == "memory" else []
         _call(chosen, "definite" if lines else chosen.layout, m, n, a, out, info, rcond, overflows, *lines)
+
+
+def _aligned(a: Array) -> bool:
+    """Whether an array begins at a multiple of the size of its numbers; a view of bytes may not."""
+    return bool(a.data.ptr % a.itemsize == 0)
+
+
+def _copied(a: Array) -> Array:
+    """Return a copy, made byte by byte."""
+    return a.view(np.uint8).copy().view(a.dtype)
 
 
 def again_in_double(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
@@ -151,8 +169,9 @@ def _call(chosen: Launch, name: str, m: int, n: int, *arrays: Array | None) -> N
 def _function(file: str, options: tuple[str, ...], name: str, device: int) -> Any:
     import cupy
 
-    architecture = f"sm_{cupy.cuda.Device(device).compute_capability}"
-    facts = (launch.source(file), *options, architecture, *map(str, cupy.cuda.nvrtc.getVersion()))
+    nvrtc = cupy.cuda.nvrtc
+    architecture = launch.architecture(int(cupy.cuda.Device(device).compute_capability), nvrtc.getSupportedArchs())
+    facts = (launch.source(file), *options, architecture, *map(str, nvrtc.getVersion()))
     module = cupy.cuda.function.Module()
     make = partial(compile_for, architecture, file, options)
     module.load(cached(f"cuda-{architecture}", "\0".join(facts).encode(), make))
@@ -160,7 +179,7 @@ def _function(file: str, options: tuple[str, ...], name: str, device: int) -> An
 
 
 def compile_for(architecture: str, file: str, options: tuple[str, ...]) -> bytes:
-    """Return the machine code of a file of kernels for an architecture such as "sm_90".
+    """Return the machine code of a file of kernels for "sm_90" and the like; for "compute_90", what drivers compile.
 
     Not by way of CuPy's RawModule, which makes the compiler flush subnormal numbers to zero, whatever one says.
     """
@@ -169,8 +188,8 @@ def compile_for(architecture: str, file: str, options: tuple[str, ...]) -> bytes
     program = nvrtc.createProgram(launch.source(file), file, (), ())
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", *launch.COMPILER_OPTIONS, *options))
-        code: bytes = nvrtc.getCUBIN(program)
-        return code
+        code: bytes = nvrtc.getCUBIN(program) if architecture.startswith("sm_") else nvrtc.getPTX(program).encode()
+        return code + b"\0"  # which CuPy leaves out
     except nvrtc.NVRTCError as error:
         error.add_note(nvrtc.getProgramLog(program))
         raise

@@ -6,6 +6,7 @@ The layout depends on size, dtype and kind of the matrices alone, never on the c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
@@ -160,10 +161,14 @@ def _per_block(n: int, dtype: np.dtype[np.generic], assume_a: AssumeA) -> Launch
 
 
 def _memory(dtype: np.dtype[np.generic], assume_a: AssumeA) -> Launch:
-    definite = assume_a == "positive definite"
-    numbers = 2 * PANEL * 4 * PANEL + PANEL * (2 * PANEL + 1) if definite else EDGE * (EDGE + 1)
-    shared = PANEL * PANEL // 32 * 8 + numbers * dtype.itemsize
-    return _launch("memory" if definite else "cublas", dtype, assume_a, PANEL * PANEL, 1, shared, N=1)
+    layout: Layout = "memory" if assume_a == "positive definite" else "cublas"
+    scratch = PANEL * PANEL // 32 * 8
+    if layout == "cublas":
+        shared = scratch + EDGE * (EDGE + 1) * dtype.itemsize
+    else:
+        real = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+        shared = scratch + (2 * PANEL * 4 * PANEL + 2 * PANEL * (PANEL + 1)) * dtype.itemsize + PANEL * real
+    return _launch(layout, dtype, assume_a, PANEL * PANEL, 1, shared, N=1)
 
 
 def _largest_power(nbytes: int) -> int:
@@ -189,6 +194,20 @@ def _launch(
     options = [f"-DNUMBER={_NUMBERS[dtype.char]}", f"-DSTRUCTURE={CUDA_STRUCTURE[assume_a]}"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
     return Launch(layout, tuple(options), threads, matrices, shared)
+
+
+def architecture(capability: int, known: Sequence[int]) -> str:
+    """Return what to compile for, for a card of a compute capability and a compiler that knows some.
+
+    Machine code runs on what has the same first digit and no lesser second; for others, the driver compiles once more.
+
+    Examples
+    --------
+    >>> architecture(90, [80, 86, 90]), architecture(89, [80, 86, 90]), architecture(120, [80, 86, 90])
+    ('sm_90', 'sm_86', 'compute_90')
+    """
+    found = max(number for number in known if number <= capability)
+    return f"{'sm' if found // 10 == capability // 10 else 'compute'}_{found}"
 
 
 def batch(m: int, of_one: int, free: int) -> int:

@@ -17,10 +17,14 @@
 //     SHARED     the bytes of shared memory that a block is given
 //     INFO_…     the codes of Info in outcome.py
 //
-// All eliminate by Gauss-Jordan in place: general matrices with partial pivoting, rows never exchanged in memory;
-// positive definite ones without, from the upper triangle alone, whose pivots are those of Cholesky's factorization;
-// triangular ones without. The row of a pivot keeps its numbers until the end, when it is multiplied by the pivot's
-// reciprocal: nobody has to wait for that in between.
+// All but positive definite matrices are eliminated by Gauss-Jordan in place, with partial pivoting, rows never exchanged
+// in memory; triangular ones without. The row of a pivot keeps its numbers until the end, when it is multiplied by the
+// pivot's reciprocal: nobody has to wait for that in between.
+//
+// Positive definite ones are inverted in three parts. (1) A = L D Lᴴ, where L is lower triangular with ones on its
+// diagonal, from the upper triangle of A; the pivots in D are the squares of Cholesky's. (2) Y = L⁻¹ from Y L = I, each
+// row by itself, from its diagonal to the left. (3) X = Yᴴ D⁻¹ Y, row after row of Y. Eliminating them as others are, or
+// (2) from L Y = I, costs smooth covariances all their digits: both residuals grow with the condition of leading blocks.
 
 typedef long long Long;
 typedef unsigned Word;
@@ -109,7 +113,6 @@ static __device__ Complex<R> reciprocal(Complex<R> a) {
     const R ratio = a.re / a.im, divisor = fma(a.re, ratio, a.im);
     return {ratio / divisor, R(-1) / divisor};
 }
-static __device__ T reciprocal_of_pivot(T a) { return DEFINITE ? number(R(1) / real(a)) : reciprocal(a); }
 
 static __device__ bool is_zero(T a) { return part(a, 0) == 0 && part(a, PARTS - 1) == 0; }
 static __device__ bool is_finite(T a) {

@@ -21,7 +21,12 @@ struct Board {
         R partial[ACROSS > DOWN ? ACROSS : DOWN][N];
         T rows[DOWN][N];
     };
-    int order[N], step[N];  // where the k-th pivot stood, and which pivot stood in a row
+    union {
+        struct {
+            int order[N], step[N];  // where the k-th pivot stood, and which pivot stood in a row
+        };
+        R inverses[N];  // of the pivots of positive definite matrices
+    };
     R reals[32];
     Word words[2][32];
 };
@@ -103,17 +108,12 @@ struct Tile {
         return largest_of(largest, board);
     }
 
-    // What is to be known of column c before it is eliminated as the k-th.
+    // Shows column c, before it is eliminated as the k-th.
     __device__ void show(int c, int k, Board& board) {
         Many<ROWS> put;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) put.v[r] = x[r][c];
         *(Many<ROWS>*)&board.column[k & 1][ty * ROWS] = put;
-        // What stands in the row of a pivot left of it is the column above it, up to the sign.
-        if (DEFINITE)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                if (row(r) < k) board.line[k & 1][row(r)] = minus(conj(times(x[r][c], real(inverses[r]))));
     }
 
     __device__ void eliminate(Board& board) {
@@ -168,25 +168,19 @@ struct Tile {
                         if (r == p % ROWS) {
                             Many<COLUMNS> put;
 #pragma unroll
-                            for (int c = 0; c < COLUMNS; c++) {
-                                put.v[c] = x[r][c];
-                                if (DEFINITE && this->column(c) > k) line[this->column(c)] = x[r][c];
-                            }
-                            if (!DEFINITE) *(Many<COLUMNS>*)&line[tx * COLUMNS] = put;
+                            for (int c = 0; c < COLUMNS; c++) put.v[c] = x[r][c];
+                            *(Many<COLUMNS>*)&line[tx * COLUMNS] = put;
                         }
-                const T inverse = reciprocal_of_pivot(chosen);
+                const T inverse = reciprocal(chosen);
                 Many<ROWS> factors = {};
                 if (here()) factors = *(const Many<ROWS>*)&column[ty * ROWS];
-                if (DEFINITE) barrier();
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     const bool its = row(r) == p;
-                    if (DEFINITE && row(r) > k && here()) factors.v[r] = conj(line[row(r)]);
-                    factors.v[r] = its ? number(0) : DEFINITE ? times(factors.v[r], real(inverse))
-                                                              : times(factors.v[r], inverse);
+                    factors.v[r] = its ? number(0) : times(factors.v[r], inverse);
                     if (its) inverses[r] = inverse;
                 }
-                if (!DEFINITE) barrier();
+                barrier();
                 Many<COLUMNS> other = {};
                 if (here()) other = *(const Many<COLUMNS>*)&line[tx * COLUMNS];
                 // The next column first, for which others wait.
@@ -203,6 +197,86 @@ struct Tile {
                 barrier();
             }
         }
+        each([&](int r, int c) { x[r][c] = has(r, c) ? times(x[r][c], inverses[r]) : number(0); });
+    }
+
+    // Subtracts the products of factors of rows and what others show of a row.
+    __device__ void subtract(const T (&factors)[ROWS], const T* line) {
+        Many<COLUMNS> other = {};
+        if (here()) other = *(const Many<COLUMNS>*)&line[tx * COLUMNS];
+        each([&](int r, int c) { x[r][c] = less_product(x[r][c], factors[r], other.v[c]); });
+    }
+
+    // Positive definite matrices, by the three parts that numbers.cuh names. What a row does not contribute is shown
+    // as zeros.
+    __device__ void invert_definite(Board& board) {
+        T factors[ROWS];
+        // Shows what `choose(j, number)` makes of row k; of which `keep` is left, times a number.
+        const auto show_row = [&](int k, T* line, auto choose, bool keep, R by) {
+            if (ty == k / ROWS)
+                each([&](int r, int c) {
+                    if (r != k % ROWS) return;
+                    const T value = choose(column(c), x[r][c]);
+                    line[column(c)] = value;
+                    if (keep) x[r][c] = times(value, by);
+                });
+        };
+        int turns = 0;
+#pragma unroll 1
+        for (int kx = 0; kx < ACROSS; kx++) {
+#pragma unroll
+            for (int kc = 0; kc < COLUMNS; kc++) {
+                const int k = kx * COLUMNS + kc;
+                if (k >= n) break;
+                T* const line = board.line[turns++ & 1];
+                show_row(k, line, [&](int j, T a) { return j >= k ? a : number(0); }, false, 1);
+                barrier();
+                const R chosen = real(line[k]), inverse = R(1) / chosen;
+                if (!(chosen > 0) && !pivot) pivot = k + 1;
+                if (threadIdx.x == 0) board.inverses[k] = inverse;
+                T kept[ROWS];  // of L: what was used, not what its mirror image would be
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    const bool below = row(r) > k && here();
+                    factors[r] = below ? times(conj(line[row(r)]), inverse) : number(0);
+                    kept[r] = below ? factors[r] : x[r][kc];
+                }
+                subtract(factors, line);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+                    if (tx == kx) x[r][kc] = kept[r];
+            }
+        }
+#pragma unroll 1
+        for (int kx = ACROSS - 1; kx >= 0; kx--) {
+#pragma unroll
+            for (int kc = COLUMNS - 1; kc >= 0; kc--) {
+                const int k = kx * COLUMNS + kc;
+                if (k >= n) continue;
+                const int now = turns++ & 1;
+                show_row(k, board.line[now], [&](int j, T a) { return j < k ? a : number(0); }, false, 1);
+                if (tx == kx && here())
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) board.column[now][row(r)] = x[r][kc];
+                barrier();
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)  // 2: x - 2 x is -x
+                    factors[r] = row(r) == k ? number(2) : row(r) > k && here() ? board.column[now][row(r)] : number(0);
+                subtract(factors, board.line[now]);
+            }
+        }
+#pragma unroll 1
+        for (int k = 0; k < n; k++) {
+            T* const line = board.line[turns++ & 1];
+            const R inverse = board.inverses[k];
+            show_row(k, line, [&](int j, T a) { return j < k ? a : number(j == k); }, true, inverse);
+            barrier();
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                factors[r] = row(r) < k && here() ? times(conj(line[row(r)]), -inverse) : number(0);
+            subtract(factors, line);
+        }
+        barrier();
     }
 };
 
@@ -235,8 +309,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const R scale = F::power(shift);
         Tile::each([&](int r, int c) { x[r][c] = times(x[r][c], scale); });
         const R norm = tile.norm(F::power(-excess - SLACK), board);
-        tile.eliminate(board);
-        Tile::each([&](int r, int c) { x[r][c] = tile.has(r, c) ? times(x[r][c], tile.inverses[r]) : number(0); });
+        if (DEFINITE) tile.invert_definite(board);
+        else tile.eliminate(board);
         if (MIRRORED) {
             Tile::each([&](int r, int c) {
                 const int i = tile.row(r), j = tile.column(c);

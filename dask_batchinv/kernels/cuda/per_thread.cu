@@ -75,10 +75,8 @@ struct Matrix {
                 }
             }
             check(k);
-            inverses[k] = reciprocal_of_pivot(x[k][k]);
-            if (DEFINITE) {
-                sweep_definite(k);
-            } else if (STRUCTURE != DIAGONAL) {
+            inverses[k] = reciprocal(x[k][k]);
+            if (STRUCTURE != DIAGONAL)
 #pragma unroll
                 for (int i = 0; i < (PIVOTING ? N : k); i++) {
                     if (i == k) continue;
@@ -88,24 +86,46 @@ struct Matrix {
                     for (int j = PIVOTING ? 0 : k + 1; j < N; j++)
                         if (j != k) x[i][j] = less_product(x[i][j], factor, x[k][j]);
                 }
-            }
             x[k][k] = number(1);
         }
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int j = 0; j < N; j++) x[i][j] = times(x[i][j], inverses[i]);
     }
 
-    // The upper triangle alone. What stands in row k left of its pivot is the column above it, up to the sign.
-    __device__ void sweep_definite(int k) {
-        T line[N];
+    // Positive definite matrices, by the three parts that numbers.cuh names: in the lower triangle, in place.
+    __device__ void invert_definite() {
 #pragma unroll
-        for (int j = 0; j < N; j++) line[j] = j > k ? x[k][j] : minus(conj(times(x[j][k], real(inverses[j]))));
+        for (int k = 0; k < N; k++) {
+            check(k);
+            inverses[k] = number(R(1) / real(x[k][k]));
+#pragma unroll
+            for (int i = k + 1; i < N; i++) {
+                const T factor = times(x[i][k], real(inverses[k]));
+#pragma unroll
+                for (int j = k + 1; j <= i; j++) x[i][j] = less_product(x[i][j], factor, conj(x[j][k]));
+            }
+#pragma unroll
+            for (int i = k + 1; i < N; i++) x[i][k] = times(x[i][k], real(inverses[k]));
+        }
+#pragma unroll
+        for (int i = N - 1; i > 0; i--)
+#pragma unroll
+            for (int k = i; k > 0; k--)
+#pragma unroll
+                for (int j = 0; j < k; j++)
+                    x[i][j] = i == k ? minus(x[i][j]) : less_product(x[i][j], x[i][k], x[k][j]);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            if (i == k) continue;
-            const T factor = times(i < k ? x[i][k] : conj(line[i]), real(inverses[k]));
+            x[i][i] = number(1);
 #pragma unroll
-            for (int j = i; j < N; j++)
-                if (j != k) x[i][j] = less_product(x[i][j], factor, line[j]);
-            if (i < k) x[i][k] = minus(factor);
+            for (int k = i; k < N; k++) {
+                const T factor = times(conj(x[k][i]), k == i ? real(inverses[k]) : -real(inverses[k]));
+#pragma unroll
+                for (int j = 0; j <= i; j++)
+                    x[i][j] = k == i ? times(x[i][j], factor) : less_product(x[i][j], factor, x[k][j]);
+            }
         }
     }
 };
@@ -155,11 +175,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             norm = larger(norm, sum);
         }
 
-        matrix.eliminate();
-#pragma unroll
-        for (int i = 0; i < N; i++)
-#pragma unroll
-            for (int j = 0; j < N; j++) x[i][j] = times(x[i][j], matrix.inverses[i]);
+        if (DEFINITE) matrix.invert_definite();
+        else matrix.eliminate();
         T* const numbers = (T*)mine;
         if (PIVOTING && MIRRORED) {
             // By way of memory: where columns belong is known only when it runs.
@@ -172,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
                 for (int j = 0; j < N; j++) x[i][j] = numbers[i * N + j];
         }
-        const auto inverse = [&](int i, int j) { return x[i][j]; };
+        const auto inverse = [&](int i, int j) { return DEFINITE && i < j ? conj(x[j][i]) : x[i][j]; };
         Norm of_inverse(excess);
 #pragma unroll 1
         for (int pass = 0;; pass++) {

@@ -125,6 +125,23 @@ struct Lane {
         return largest_of(largest);
     }
 
+    // Passes a row on to the other lanes of its matrix.
+    __device__ void pass_on(Many<WIDTH>* line, const bool (&its)[ROWS]) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (its[r]) {
+#pragma unroll
+                for (int c = 0; c < VECTORS; c++) {
+                    Many<WIDTH> put = {};
+#pragma unroll
+                    for (int v = 0; v < WIDTH; v++)
+                        if (c * WIDTH + v < N) put.v[v] = x[r][c * WIDTH + v];
+                    line[c * TOGETHER] = put;
+                }
+            }
+        __syncwarp();
+    }
+
     // `lines` has room for two rows, one of which is read while the next is written, vector by vector for all matrices
     // of the warp. In step k, x[.][j] is of column (k + j) mod N.
     __device__ void eliminate(Many<WIDTH>* lines, int which, int* order) {
@@ -155,27 +172,7 @@ struct Lane {
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) its[r] = row(r) == k;
             }
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                if (its[r]) {
-#pragma unroll
-                    for (int c = 0; c < VECTORS; c++) {
-                        Many<WIDTH> put = {};
-#pragma unroll
-                        for (int v = 0; v < WIDTH; v++)
-                            if (c * WIDTH + v < N) put.v[v] = x[r][c * WIDTH + v];
-                        line[c * TOGETHER] = put;
-                    }
-                }
-            __syncwarp();
-            const auto at = [&](int j) -> T& { return line[j / WIDTH * TOGETHER].v[j % WIDTH]; };
-            if (DEFINITE) {
-                // What stands in the row left of the pivot is the column above it, up to the sign.
-#pragma unroll
-                for (int r = 0; r < ROWS; r++)
-                    if (row(r) < k) at(N - k + row(r)) = minus(conj(times(x[r][0], real(inverses[r]))));
-                __syncwarp();
-            }
+            pass_on(line, its);
             Many<WIDTH> got = line[0];
             const T chosen = got.v[0];
             if (unfit(chosen) && !pivot) {
@@ -184,13 +181,11 @@ struct Lane {
 #pragma unroll
                     for (int r = 0; r < ROWS; r++) lost |= ids[r] && !is_zero(x[r][0]);
             }
-            const T inverse = reciprocal_of_pivot(chosen);
+            const T inverse = reciprocal(chosen);
             T factors[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                T first = x[r][0];
-                if (DEFINITE && row(r) > k && here(r)) first = conj(at(row(r) - k));
-                factors[r] = its[r] ? number(0) : DEFINITE ? times(first, real(inverse)) : times(first, inverse);
+                factors[r] = its[r] ? number(0) : times(x[r][0], inverse);
                 if (its[r]) steps[r] = k, ids[r] = 0, inverses[r] = inverse;
             }
 #pragma unroll
@@ -208,6 +203,106 @@ struct Lane {
             for (int r = 0; r < ROWS; r++) x[r][N - 1] = its[r] ? number(1) : minus(factors[r]);
         }
         __syncwarp();
+        multiply_rows();
+    }
+
+    __device__ void multiply_rows() {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int j = 0; j < N; j++) x[r][j] = here(r) ? times(x[r][j], inverses[r]) : number(0);
+    }
+
+    // Positive definite matrices, by the three parts that numbers.cuh names. Columns are turned as in `eliminate`; in
+    // the second part, the other way round. What a row does not contribute is passed on as zeros.
+    __device__ void invert_definite(Many<WIDTH>* lines, int which) {
+        int turns = 0;
+        // Passes on row k, or what `choose(j, x[r][j])` makes of it, which is all that is kept of it.
+        const auto share = [&](int k, auto choose) {
+            bool its[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                its[r] = row(r) == k;
+                if (its[r])
+#pragma unroll
+                    for (int j = 0; j < N; j++) x[r][j] = choose(r, j);
+            }
+            Many<WIDTH>* const line = lines + (turns++ & 1) * (VECTORS * TOGETHER) + which;
+            pass_on(line, its);
+            return line;
+        };
+        const auto at = [](const Many<WIDTH>* line, int j) { return line[j / WIDTH * TOGETHER].v[j % WIDTH]; };
+        T factors[ROWS];
+#pragma unroll 1
+        for (int k = 0; k < N; k++) {
+            T kept[ROWS];  // of L, which is left of the pivot
+            const Many<WIDTH>* const line = share(k, [&](int r, int j) { return x[r][j]; });
+            const R chosen = real(at(line, 0)), inverse = R(1) / chosen;
+            if (!(chosen > 0) && !pivot) pivot = k + 1;
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const bool below = row(r) > k && here(r);
+                factors[r] = below ? times(conj(at(line, row(r) - k)), inverse) : number(0);
+                kept[r] = below ? factors[r] : x[r][0];
+                if (row(r) == k) inverses[r] = number(inverse);
+            }
+#pragma unroll
+            for (int j = 1; j < N; j++) {
+                const T other = j < N - k ? at(line, j) : number(0);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) x[r][j - 1] = less_product(x[r][j], factors[r], other);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) x[r][N - 1] = kept[r];
+        }
+#pragma unroll 1
+        for (int k = N - 1; k >= 0; k--) {
+            // x[.][j] is of column (j + k + 1) mod N: the last of column k, those before it of the columns before.
+            const Many<WIDTH>* const line = share(k, [&](int r, int j) { return x[r][j]; });
+            T last[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                last[r] = x[r][N - 1];
+                factors[r] = row(r) > k ? last[r] : row(r) == k ? number(2) : number(0);  // 2: x - 2 x is -x
+            }
+#pragma unroll
+            for (int j = N - 1; j > 0; j--) {
+                const T other = j > N - 1 - k ? at(line, j - 1) : number(0);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) x[r][j] = less_product(x[r][j - 1], factors[r], other);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) x[r][0] = last[r];
+        }
+#pragma unroll 1
+        for (int k = 0; k < N; k++) {
+            const Many<WIDTH>* const line = share(k, [&](int r, int j) {
+                return j == 0 ? inverses[r] : j < N - k ? number(0) : x[r][j];
+            });
+            const R inverse = real(at(line, 0));
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                if (row(r) == k)
+#pragma unroll
+                    for (int j = 1; j < N; j++) x[r][j] = times(x[r][j], inverse);
+            T first[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                factors[r] = row(r) < k ? times(conj(at(line, row(r) - k + N)), -inverse) : number(0);
+                first[r] = row(r) < k ? minus(factors[r]) : x[r][0];
+            }
+#pragma unroll
+            for (int j = 1; j < N; j++) {
+                const T other = at(line, j);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) x[r][j - 1] = less_product(x[r][j], factors[r], other);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) x[r][N - 1] = first[r];
+        }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) steps[r] = row(r);
     }
 };
 
@@ -275,11 +370,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const R norm = state.norm(F::power(-excess - SLACK), OF_ROWS);
         __syncwarp();
 
-        state.eliminate(lines, which, order);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-            for (int j = 0; j < N; j++) x[r][j] = state.here(r) ? times(x[r][j], state.inverses[r]) : number(0);
+        if (DEFINITE) state.invert_definite(lines, which);
+        else state.eliminate(lines, which, order);
         if (MIRRORED) {
             put_back(1);
             __syncwarp();
@@ -288,8 +380,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         }
         Norm of_inverse(excess);
 #pragma unroll 1
-        for (int pass = 0;; pass++)
-            if (!of_inverse.again(state.norm(of_inverse.factor(), OF_ROWS), pass)) break;
+        for (int pass = 0;; pass++) {
+            const bool again = of_inverse.again(state.norm(of_inverse.factor(), OF_ROWS), pass);
+            if (PARTS == 1 || !__any_sync(ALL, again)) break;
+        }
         bool overflow = false;
         if (__any_sync(ALL, of_inverse.may_overflow(excess, shift) || state.pivot)) {
 #pragma unroll

@@ -16,25 +16,34 @@ from dask_batchinv.stack import AssumeA
 
 HostArray = npt.NDArray[Any]
 
-#: Bytes of the matrices that are copied at a time.
+#: Bytes of the matrices that are copied at a time; and where cuBLAS inverts them, which wants many.
 PIECE_NBYTES = 2**25
+PIECE_FOR_CUBLAS_NBYTES = 2**28
 #: Pieces on their way at once: one is copied while another is inverted.
 SLOTS = 2
 
 
-def scratch_nbytes(n: int, dtype: npt.DTypeLike) -> int:
+def scratch_nbytes(n: int, dtype: npt.DTypeLike, assume_a: AssumeA = "general") -> int:
     """Return the main memory that `invert` takes, whatever the number of matrices."""
     one = n * n * np.dtype(dtype).itemsize + 16
+    slots, piece = _pieces(n, dtype, assume_a)
     # CuPy keeps pinned memory in powers of two.
-    return 2 * SLOTS * max(PIECE_NBYTES, 1 << (one - 1).bit_length())
+    return 2 * slots * max(piece, 1 << (one - 1).bit_length())
+
+
+def _pieces(n: int, dtype: npt.DTypeLike, assume_a: AssumeA) -> tuple[int, int]:
+    """Return how many pieces are on their way at once, and the bytes of each."""
+    if n and launch.choose_launch(n, dtype, assume_a).layout == "cublas":
+        # One handle of it serves one stream at a time.
+        return 1, PIECE_FOR_CUBLAS_NBYTES
+    return SLOTS, PIECE_NBYTES
 
 
 def invert(a: HostArray, out: HostArray, info: HostArray, rcond: HostArray, *, assume_a: AssumeA) -> None:
     """Invert a block that is in main memory on the current GPU; the contract is in `dask_batchinv.kernels`."""
     m, n = a.shape[:2]
-    step = max(1, min(m, PIECE_NBYTES // max(1, n * n * a.itemsize)))
-    # One handle of cuBLAS serves one stream at a time.
-    at_once = 1 if n and launch.choose_launch(n, a.dtype, assume_a).layout == "cublas" else SLOTS
+    at_once, nbytes = _pieces(n, a.dtype, assume_a)
+    step = max(1, min(m, nbytes // max(1, n * n * a.itemsize)))
     slots: list[_Slot] = []
     results = out, info, rcond
     try:
