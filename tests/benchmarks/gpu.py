@@ -2,42 +2,50 @@
 
     python -m tests.benchmarks.gpu --out docs/benchmarks
 
-Eight minutes at most: what there was no time for is named. Times are of the device, data resident, by its own events:
-medians of repetitions in which all take turns. torch and JAX are timed where they are installed.
+Eight minutes at most: what there was no time for is named, and what is known is written after every cell. Times are
+those of many runs, data resident, between two events of the device when it has nothing else to do: medians of
+repetitions in which all take turns. torch and JAX are timed where they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
+import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import dask_batchinv
 from dask_batchinv import __version__, invert_store
 from dask_batchinv.kernels.cuda import kernels as cuda
 from dask_batchinv.kernels.cuda import launch, staging
 from dask_batchinv.kernels.device import why_unusable
-from tests.benchmarks.cases import CASES, DTYPES, KINDS, Case
+from tests.benchmarks.cases import DTYPES, KINDS, Case
+from tests.benchmarks.gpu_peers import PEERS, Run
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
-#: Bytes of each stack: many times what the card's caches hold, and enough matrices to fill it.
-STACK_NBYTES = 2**28
+#: Bytes of each stack: many times what the card's caches hold, and enough matrices to fill it; more for the smallest.
+STACK_NBYTES, SMALL_STACK_NBYTES, SMALL = 2**28, 2**30, 8
 REPEAT = 5
+#: Seconds that the runs between two events take at least.
+LEAST = 0.004
 #: Shares of the time: for the tests, and until which cells are begun.
-TESTS, CELLS = 0.45, 0.85
-Run = Callable[[], Any]
+TESTS, CELLS = 0.4, 0.85
+#: What `docs/gpu.md` expects of an H200: nanoseconds per matrix, by case.
+ESTIMATES = Path(__file__).with_name("gpu_estimates.json")
 
 
 def main() -> int:
@@ -45,6 +53,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--no-tests", action="store_true", help="time only")
+    parser.add_argument("--no-job", action="store_true", help="no job from and to a file system in memory")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N")
+    by_interest = ("float64", "float32", "complex128", "complex64")
+    parser.add_argument("--dtypes", nargs="+", default=by_interest, choices=DTYPES)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     options = parser.parse_args()
     if reason := why_unusable():
         parser.exit(2, f"there is nothing to measure: {reason}\n")
@@ -57,25 +71,33 @@ def main() -> int:
         (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
         (options.out / "gpu.md").write_text(page(result))
 
-    result["tests"] = run_tests(TESTS * seconds)
-    save()
-    result["cells"], result["left out"] = {}, []
     # In the order of interest, should time run out.
-    for kind in KINDS:
-        for dtype in ("float64", "float32", "complex128", "complex64"):
-            for n in SIZES:
-                case = Case(kind, n, dtype)
-                if time.monotonic() - start > CELLS * seconds:
-                    result["left out"].append(str(case))
-                    continue
-                result["cells"][str(case)] = measure(case)
-                print(case, {name: f"{1e9 * s:.3g} ns" for name, s in result["cells"][str(case)].items()}, flush=True)
-    save()
-    result["spilled"] = spilled()
-    result["job"] = job()
+    cases = [Case(kind, n, dtype) for kind in options.kinds for dtype in options.dtypes for n in options.sizes]
+    compile_all(cases)
+    print(f"all compiled after {time.monotonic() - start:.0f} s", flush=True)
+    if not options.no_tests:
+        result["tests"] = run_tests(TESTS * seconds)
+        save()
+    result["cells"], result["left out"], result["spilled"] = {}, [], spilled(cases)
+    for case in cases:
+        if time.monotonic() - start > CELLS * seconds:
+            result["left out"].append(str(case))
+            continue
+        try:
+            result["cells"][str(case)] = measure(case)
+        except Exception as error:  # the next cell may still work
+            result["left out"].append(f"{case} ({type(error).__name__}: {error})"[:200])
+            continue
+        print(case, {name: f"{1e9 * s:.3g} ns" for name, s in result["cells"][str(case)].items()}, flush=True)
+        save()
+    if not options.no_job:
+        try:
+            result["job"] = job()
+        except Exception as error:  # what was measured before is worth more
+            result["job"] = {"error": f"{type(error).__name__}: {error}"[:500]}
     save()
     print(page(result))
-    return min(100, result["tests"]["failed"])
+    return min(100, result.get("tests", {}).get("failed", 0))
 
 
 def machine() -> dict[str, str]:
@@ -123,116 +145,104 @@ def run_tests(seconds: float) -> dict[str, Any]:
     return {"passed": counts.get("passed", 0), "failed": failed, "complete": complete, "problems": problems}
 
 
-def spilled() -> dict[str, int]:
+def compile_all(cases: list[Case]) -> None:
+    """Compile what the cases take, in all processors, into the folder where it is looked for."""
+    import cupy
+
+    capability = int(cupy.cuda.Device().compute_capability)
+    wanted = {(c.file, c.options) for c in (launch.choose_launch(case.n, case.dtype, case.kind) for case in cases)}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(pool.map(cuda.code_for, [capability] * len(wanted), *zip(*wanted, strict=True)))
+
+
+def spilled(cases: list[Case]) -> dict[str, int]:
     """Return what the compiler moved from registers to memory, in bytes, for those kernels in which it did."""
     import cupy
     from cupy_backends.cuda.api import driver
 
     found = {}
-    for case in CASES:
-        plan = launch.choose_launch(case.n, case.dtype, case.kind)
-        if case.n in SIZES and plan.layout in ("per_thread", "per_warp", "per_block"):
-            kernel = cuda._function(plan.file, plan.options, plan.layout, cupy.cuda.Device().id)
+    for case in cases:
+        chosen = launch.choose_launch(case.n, case.dtype, case.kind)
+        if chosen.layout in ("per_thread", "per_warp", "per_block"):
+            kernel = cuda._function(chosen.file, chosen.options, chosen.layout, cupy.cuda.Device().id)
             if nbytes := driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, kernel.ptr):
                 found[str(case)] = nbytes
     return found
+
+
+def make_on_gpu(case: Case, nbytes: int) -> Any:
+    """Return the stack of a case: a part of it, many times."""
+    import cupy
+
+    part = cupy.asarray(case.make(min(nbytes, 2**24)))
+    m = max(2, nbytes // part[0].nbytes)
+    a = cupy.empty((m, *part.shape[1:]), part.dtype)
+    for start in range(0, m, len(part)):
+        a[start : start + len(part)] = part[: m - start]
+    return a
 
 
 def measure(case: Case) -> dict[str, float]:
     """Return seconds per matrix of every contender; without those that fail."""
     import cupy
 
-    a = cupy.asarray(case.make(STACK_NBYTES))
+    a = make_on_gpu(case, SMALL_STACK_NBYTES if case.n <= SMALL else STACK_NBYTES)
     out, info, rcond = cupy.empty_like(a), cupy.empty(len(a), np.int32), cupy.empty(len(a), a.real.dtype)
     runs: dict[str, Run] = {
         "ours": lambda: cuda.run(a, out, info, rcond, assume_a=case.kind),
         "copy": lambda: cupy.copyto(out, a),
+        "inverse": lambda: dask_batchinv.inverse(a, assume_a=case.kind),
     }
     if case.kind == "general":
         for name, make in PEERS.items():
             try:
                 runs[name] = make(a, out, info)
-                runs[name]()
-                cupy.cuda.Device().synchronize()
             except Exception as error:  # not installed, too large, out of memory
-                runs.pop(name, None)
                 if not isinstance(error, ImportError):
                     print(f"{case}: {name} cannot: {type(error).__name__}: {error}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(REPEAT + 1):
-        for name, run in runs.items():
-            seconds = _device_seconds(run)
-            if repetition:  # the first warms up
-                times[name].append(seconds)
+    times = time_in_turns(runs, necessary=("ours", "copy"))
     cupy.get_default_memory_pool().free_all_blocks()
-    return {name: statistics.median(values) / len(a) for name, values in times.items()}
+    return {name: seconds / len(a) for name, seconds in times.items()}
 
 
-def _device_seconds(run: Run) -> float:
-    """Return the time that the device takes, from and to when it has nothing to do: streams of peers count too."""
+def time_in_turns(runs: dict[str, Run], necessary: tuple[str, ...]) -> dict[str, float]:
+    """Return the median seconds of a run of each contender; without those that fail and are not necessary."""
+    import cupy
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    counts = dict.fromkeys(runs, 1)
+    for repetition in range(REPEAT + 1):
+        for name in list(times):
+            try:
+                seconds = _device_seconds(runs[name], counts[name])
+                if repetition == 0:  # warms up
+                    seconds = _device_seconds(runs[name], 1)
+                    counts[name] = min(100, max(1, math.ceil(LEAST / seconds)))
+                else:
+                    times[name].append(seconds)
+            except Exception as error:  # out of memory, most likely
+                if name in necessary:
+                    raise
+                print(f"{name} stopped: {type(error).__name__}: {error}", flush=True)
+                del times[name]
+                cupy.get_default_memory_pool().free_all_blocks()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _device_seconds(run: Run, count: int) -> float:
+    """Return the time of one of so many runs, from and to when the device has nothing to do: all streams count."""
     import cupy
 
     device = cupy.cuda.Device()
     device.synchronize()
     begin, end = cupy.cuda.Event(), cupy.cuda.Event()
     begin.record()
-    kept = run()
+    for _ in range(count):
+        run()
     device.synchronize()
     end.record()
     end.synchronize()
-    del kept
-    return float(cupy.cuda.get_elapsed_time(begin, end)) / 1000
-
-
-def _cupy(a: Any, out: Any, info: Any) -> Run:
-    import cupy
-
-    return lambda: cupy.linalg.inv(a)
-
-
-def _torch(a: Any, out: Any, info: Any) -> Run:
-    import torch
-
-    tensor = torch.from_dlpack(a)
-    return lambda: torch.linalg.inv_ex(tensor)
-
-
-def _jax(a: Any, out: Any, info: Any) -> Run:
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    array, inverse = jax.dlpack.from_dlpack(a), jax.jit(jax.numpy.linalg.inv)
-    return lambda: inverse(array).block_until_ready()
-
-
-def _matinv(a: Any, out: Any, info: Any) -> Run:
-    """cuBLAS' routine for n up to 32, which CuPy does not have."""
-    import cupy
-
-    m, n = a.shape[:2]
-    if n > 32:
-        raise ImportError("for n up to 32 alone")
-    library = next(
-        ctypes.CDLL(line.split()[-1])
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if "libcublas.so" in line
-    )
-    letter = {"f": "S", "d": "D", "F": "C", "D": "Z"}[a.dtype.char]
-    function = getattr(library, f"cublas{letter}matinvBatched")
-    addresses = [x.data.ptr + cupy.arange(m, dtype=np.uint64) * (n * n * x.itemsize) for x in (a, out)]
-    pointers = [ctypes.c_void_p(x.data.ptr) for x in (*addresses, info)]
-    handle = ctypes.c_void_p(cupy.cuda.Device().cublas_handle)
-
-    def run() -> Any:
-        code = function(handle, n, pointers[0], n, pointers[1], n, pointers[2], m)
-        if code:
-            raise RuntimeError(f"cublas{letter}matinvBatched returns {code}")
-        return addresses
-
-    return run
-
-
-PEERS = {"CuPy": _cupy, "torch": _torch, "JAX": _jax, "cuBLAS matinv": _matinv}
+    return float(cupy.cuda.get_elapsed_time(begin, end)) / 1000 / count
 
 
 def job() -> dict[str, Any]:
@@ -241,17 +251,20 @@ def job() -> dict[str, Any]:
     from distributed import Client, LocalCluster
 
     n, nbytes = 8, 2**32
-    m = nbytes // (8 * n * n)
     chunk = 2**25 // (8 * n * n)
     ours = cuda.run
 
-    def copies(a: Any, out: Any, info: Any, rcond: Any, *, assume_a: str) -> None:
+    def copies(a: Any, out: Any, info: Any, rcond: Any, **options: Any) -> None:
         out[...] = a
         info[...] = 0
         rcond[...] = 1
 
     times: dict[str, list[float]] = {"inverting": [], "copying": []}
     where = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    free = shutil.disk_usage(where or tempfile.gettempdir()).free
+    while 3 * nbytes > free:
+        nbytes //= 2
+    m = nbytes // (8 * n * n)
     with (
         tempfile.TemporaryDirectory(dir=where) as folder,
         LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address="127.0.0.1:0") as cluster,
@@ -274,7 +287,7 @@ def job() -> dict[str, Any]:
         staging.cuda.run = ours
     seconds = {name: min(values) for name, values in times.items()}
     return seconds | {
-        "what": f"{nbytes / 2**30:.0f} GiB of {n} x {n} float64",
+        "what": f"{nbytes / 2**30:.1f} GiB of {n} x {n} float64",
         "share": seconds["copying"] / seconds["inverting"],
     }
 
@@ -284,59 +297,73 @@ HEAD = """# GPU benchmark
 Made by `python -m tests.benchmarks.gpu`; do not edit. {card}, {memory}, driver {driver}, CUDA {CUDA}.
 {versions}.
 
-Tests on this card: {passed} passed, {failed} failed{cut}.
+{tests}
 
-Stacks of 256 MiB of random well-conditioned matrices in GPU memory; device time, medians of {repeat}. Ours includes
-`info` and `rcond`, which no peer gives. Peers: how many times longer they take. "of a copy": how fast ours reads and
-writes, as part of a copy of the stack. "definite": how many times faster "positive definite" is.
+Stacks of 256 MiB, to n = 8 of 1 GiB, of random well-conditioned matrices in GPU memory; device time of many runs,
+medians of {repeat}. Ours includes `info` and `rcond`, which no peer gives. "of a copy": how fast ours reads and writes,
+as part of a copy of the stack; "expected": the same as estimated for an H200 without a card (docs/gpu.md). "inverse":
+how many times as long `dask_batchinv.inverse` takes as the kernel alone: it takes memory for results, and looks whether
+all are good. Peers: how many times longer they take, their memory included, and of JAX what it takes to begin.
+"definite": how many times faster "positive definite" is.
 """
 
 
 def page(result: dict[str, Any]) -> str:
     """Return what was found as Markdown."""
-    tests = result["tests"]
     lines = [
         HEAD.format(
             **result["machine"],
             versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-            passed=tests["passed"],
-            failed=tests["failed"],
-            cut="" if tests["complete"] else ", the others had no time",
+            tests=_tests_in_words(result.get("tests")),
             repeat=REPEAT,
         )
     ]
-    lines += [f"- {problem}" for problem in tests["problems"]]
     if result.get("spilled"):
         named = ", ".join(f"{case} {nbytes}" for case, nbytes in result["spilled"].items())
         lines.append(f"\nBytes that the compiler moved from registers to memory: {named}.")
     cells = result.get("cells", {})
     for dtype in DTYPES:
-        rows = [n for n in SIZES if f"general {n} {dtype}" in cells]
+        rows = sorted({int(name.split()[-2]) for name in cells if name.endswith(f" {dtype}")})
         if rows:
-            columns = ("n", "layout", "ours", "of a copy", *PEERS, "definite")
+            columns = ("n", "layout", "ours", "of a copy", "expected", "inverse", *PEERS, "definite")
             lines += [f"\n## {dtype}\n", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for n in rows:
             lines.append("| " + " | ".join(_row(n, dtype, cells)) + " |")
     if left := result.get("left out"):
-        lines.append(f"\nNo time was left for: {', '.join(left)}.")
+        lines.append(f"\nNo time was left for, or stopped by an error: {', '.join(left)}.")
     if found := result.get("job"):
+        lines.append("\n## A job\n")
         lines.append(
-            f"\n## A job\n\n{found['what']}, from and to a file system in memory, four threads: "
+            f"It failed: {found['error']}." if "error" in found else
+            f"{found['what']}, from and to a file system in memory, four threads: "
             f"{found['inverting']:.1f} s, with a kernel that only copies {found['copying']:.1f} s: "
             f"{found['share']:.0%} of its speed."
-        )
+        )  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
+def _tests_in_words(tests: dict[str, Any] | None) -> str:
+    if tests is None:
+        return "Tests were not run."
+    cut = "" if tests["complete"] else ", the others had no time"
+    return "\n".join(
+        [f"Tests on this card: {tests['passed']} passed, {tests['failed']} failed{cut}."]
+        + [f"- {problem}" for problem in tests["problems"]]
+    )
+
+
 def _row(n: int, dtype: str, cells: dict[str, dict[str, float]]) -> list[str]:
-    values = cells[f"general {n} {dtype}"]
-    ours = values["ours"]
     definite = cells.get(f"positive definite {n} {dtype}", {}).get("ours")
+    values = cells.get(f"general {n} {dtype}", {})
+    ours, copy = values.get("ours", math.nan), values.get("copy", math.nan)
+    expected = json.loads(ESTIMATES.read_text()).get(f"general {n} {dtype}")
     return [
         str(n),
         launch.choose_launch(n, dtype, "general").layout,
         f"{1e9 * ours:.3g} ns",
-        f"{values['copy'] / ours:.0%}",
+        f"{copy / ours:.0%}",
+        f"{expected['share']:.0%}" if expected else "",
+        f"{values['inverse'] / ours:.2f}" if "inverse" in values else "",
         *(f"{values[peer] / ours:.1f}" if peer in values else "" for peer in PEERS),
         f"{ours / definite:.1f}" if definite else "",
     ]

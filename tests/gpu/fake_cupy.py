@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -138,6 +139,25 @@ class CUDARuntimeError(RuntimeError):
     """As CuPy's."""
 
 
+class _Event:
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Device:
+    compute_capability = "90"
+    cublas_handle = None
+
+    def __init__(self, number: int = 0):
+        self.id = number
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _Stream:
     def __init__(self, non_blocking: bool = False):
         pass
@@ -202,11 +222,13 @@ def installed(
     nvrtc.getPTX = lambda program: json.dumps([program.name, program.options])
     members = {
         "ndarray": ndarray, "array": array, "asnumpy": lambda a: a.get(),
-        "shares_memory": np.shares_memory, "isfinite": np.isfinite, "get_default_memory_pool": lambda: pool,
+        "shares_memory": np.shares_memory, "copyto": np.copyto, "asarray": array, "isfinite": np.isfinite,
+        "get_default_memory_pool": lambda: pool,
         "cuda": SimpleNamespace(
             runtime=runtime, Stream=_Stream, alloc_pinned_memory=bytearray,
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            Device=lambda number=0: SimpleNamespace(id=number, compute_capability=str(capability), cublas_handle=None),
+            Device=type("Device", (_Device,), {"compute_capability": str(capability)}), Event=_Event,
+            get_elapsed_time=lambda begin, end: 1000 * (end.time - begin.time),
             function=SimpleNamespace(Module=_Module), nvrtc=nvrtc,
         ),
     }  # fmt: skip

@@ -12,7 +12,7 @@ from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, condition
 
 pytestmark = pytest.mark.gpu
 #: Sizes on both sides of each change of layout, for all dtypes.
-SIZES = (1, 2, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 64, 96, 97, 128, 129, 256)
+SIZES = (1, 2, 6, 7, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 40, 41, 48, 64, 80, 96, 97, 128, 129, 256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,6 +83,41 @@ def test_dask_arrays_of_cupy_blocks():
     computed = dask.compute(*results, scheduler="threads")
     assert all(isinstance(x, cupy.ndarray) for x in computed)
     assert_same_bits(cupy.asnumpy(computed[0]), run_gpu(a)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("n", [3, 13, 34, 130])
+def test_numbers_that_begin_anywhere(n, dtype):
+    import cupy
+
+    a = conditioned(5, n, 10, dtype)
+    want = run_gpu(a)[0]
+    for nbytes in (4, 8, 16):
+        memory = cupy.zeros(a.nbytes + nbytes, np.uint8)
+        memory[nbytes:] = cupy.asarray(a).view(np.uint8).ravel()
+        given = memory[nbytes:].view(dtype).reshape(a.shape)
+        out = cupy.zeros(a.nbytes + nbytes, np.uint8)[nbytes:].view(dtype).reshape(a.shape)
+        inverse(given, out=out)
+        assert_same_bits(np.frombuffer(cupy.asnumpy(out.view(np.uint8)), dtype).reshape(a.shape), want)
+
+
+def test_tensors_stay_where_they_are():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("torch is installed, but not for CUDA")
+    a = conditioned(50, 5, 100)
+    tensor = torch.from_numpy(a).cuda()
+    out = torch.empty_like(tensor)
+    before = torch.cuda.memory_allocated()
+    inverse(tensor, out=out)
+    assert torch.cuda.memory_allocated() == before
+    assert_same_bits(out.cpu().numpy(), run_gpu(a)[0])
+    x = inverse(tensor)
+    assert x.device == tensor.device
+    assert_same_bits(x.cpu().numpy(), run_gpu(a)[0])
+    with torch.cuda.stream(torch.cuda.Stream()):  # what is still to be computed there is waited for
+        later = inverse(tensor * 2)
+        assert torch.allclose(later * 2, x)
 
 
 def test_other_streams_are_heeded():

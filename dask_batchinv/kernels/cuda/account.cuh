@@ -70,7 +70,7 @@ static __device__ int info_of(bool finite, int pivot, bool overflow) {
 static __device__ R rcond_of(bool finite, int pivot, R norm, Norm of_inverse) {
     const R one = F::epsilon * F::power(-2 * SLACK);
     const R rcond = one / (F::epsilon * norm * of_inverse.norm) * of_inverse.more;
-    return !finite ? not_a_number() : pivot || rcond != rcond ? R(0) : rcond;
+    return !finite ? F::not_a_number() : pivot || rcond != rcond ? R(0) : rcond;
 }
 
 // Writes the account of a matrix. `overflows`, if there is one, counts those that may be good in double precision.

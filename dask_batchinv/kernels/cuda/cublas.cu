@@ -38,11 +38,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// After cuBLAS: `info` has its pivots.
+// After cuBLAS: `info` has its pivots. Where matrices were taken for positive definite ones first, `tried` has what became
+// of them, and `out` their inverses.
 extern "C" __global__ void __launch_bounds__(THREADS)
     account(const T* work, T* out, int* info, R* rconds, Word* overflows, const int* finite, const int* shift,
-            const int* excess, const R* norm, Long m, int n) {
+            const int* excess, const R* norm, const int* tried, const R* tried_rconds, Long m, int n) {
     for (Long q = blockIdx.x; q < m; q += gridDim.x) {
+        if (tried && tried[q] == 0) {
+            if (threadIdx.x == 0) info[q] = 0, rconds[q] = tried_rconds[q];
+            continue;
+        }
         T* const x = out + q * n * n;
         const int pivot = info[q];
         transpose(

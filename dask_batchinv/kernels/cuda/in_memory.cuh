@@ -71,7 +71,7 @@ static __device__ void finish(Long q, int n, Measured measured, int pivot, T* x,
     const int code = info_of(measured.finite, pivot, overflow);
     if (threadIdx.x == 0)
         report(q, code, rcond_of(measured.finite, pivot, measured.norm, of_inverse), info, rconds, overflows);
-    const R by = code ? not_a_number() : scale;
+    const R by = code ? F::not_a_number() : scale;
     __syncthreads();
     for_each(n, [&](int i, int j) {
         if (i > j) return;  // two numbers at a time, each of which may depend on both

@@ -65,10 +65,12 @@ def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA, o
         return
     chosen = launch.choose_launch(n, a.dtype, assume_a)
     if chosen.layout == "cublas":
-        _in_batches(partial(_by_cublas, overflows=overflows), chosen, a, out, info, rcond)
+        work = partial(_by_cublas, assume_a=assume_a, overflows=overflows)
+        _in_batches(work, chosen, a, out, info, rcond)
+    elif chosen.layout == "memory":
+        _definite(chosen, a, out, info, rcond, overflows)
     else:
-        lines = [cupy.empty((chosen.blocks(m), 2 * launch.PANEL + 1, n), a.dtype)] if chosen.layout == "memory" else []
-        _call(chosen, "definite" if lines else chosen.layout, m, n, a, out, info, rcond, overflows, *lines)
+        _call(chosen, chosen.layout, m, n, a, out, info, rcond, overflows)
 
 
 def _aligned(a: Array) -> bool:
@@ -136,7 +138,17 @@ def _converted(how: str, a: Array, dtype: Any) -> Array:
     return result
 
 
-def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array, *, overflows: Array | None) -> None:
+def _definite(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array, overflows: Array | None) -> None:
+    import cupy
+
+    m, n = a.shape[:2]
+    lines = cupy.empty((chosen.blocks(m), 2 * launch.PANEL + 1, n), a.dtype)
+    _call(chosen, "definite", m, n, a, out, info, rcond, overflows, lines)
+
+
+def _by_cublas(
+    chosen: Launch, a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA, overflows: Array | None
+) -> None:
     import cupy
     from cupy_backends.cuda.libs import cublas
 
@@ -153,7 +165,11 @@ def _by_cublas(chosen: Launch, a: Array, out: Array, info: Array, rcond: Array, 
     invert_factors(
         handle, n, of_work.data.ptr, n, pivots.data.ptr, of_inverse.data.ptr, n, ignored.data.ptr, m
     )  # fmt: skip
-    _call(chosen, "account", m, n, inverse, out, info, rcond, overflows, finite, shift, excess, norm)
+    tried: list[Array | None] = [None, None]
+    if launch.is_tried(a.dtype, assume_a):
+        tried = [cupy.empty_like(info), cupy.empty_like(rcond)]
+        _definite(launch.choose_launch(n, a.dtype, "positive definite"), a, out, tried[0], tried[1], None)
+    _call(chosen, "account", m, n, inverse, out, info, rcond, overflows, finite, shift, excess, norm, *tried)
 
 
 def _call(chosen: Launch, name: str, m: int, n: int, *arrays: Array | None) -> None:
@@ -169,13 +185,19 @@ def _call(chosen: Launch, name: str, m: int, n: int, *arrays: Array | None) -> N
 def _function(file: str, options: tuple[str, ...], name: str, device: int) -> Any:
     import cupy
 
-    nvrtc = cupy.cuda.nvrtc
-    architecture = launch.architecture(int(cupy.cuda.Device(device).compute_capability), nvrtc.getSupportedArchs())
-    facts = (launch.source(file), *options, architecture, *map(str, nvrtc.getVersion()))
     module = cupy.cuda.function.Module()
-    make = partial(compile_for, architecture, file, options)
-    module.load(cached(f"cuda-{architecture}", "\0".join(facts).encode(), make))
+    module.load(code_for(int(cupy.cuda.Device(device).compute_capability), file, options))
     return module.get_function(name)
+
+
+def code_for(capability: int, file: str, options: tuple[str, ...]) -> bytes:
+    """Return the code of a file of kernels for cards of a compute capability, from the disk where it is known there."""
+    from cupy.cuda import nvrtc
+
+    architecture = launch.architecture(capability, nvrtc.getSupportedArchs())
+    facts = (launch.source(file), *options, architecture, *map(str, nvrtc.getVersion()))
+    make = partial(compile_for, architecture, file, options)
+    return cached(f"cuda-{architecture}", "\0".join(facts).encode(), make)
 
 
 def compile_for(architecture: str, file: str, options: tuple[str, ...]) -> bytes:

@@ -36,10 +36,10 @@ _LANES = {
 #: Rows and columns of the tile that a thread of `per_block` holds, and blocks that find room on a multiprocessor, up to
 #: so large n.
 _TILES = {
-    (4, False): {64: (8, 8, 6), 128: (8, 8, 2)},
-    (8, False): {64: (8, 8, 4), 128: (8, 8, 1)},
-    (8, True): {64: (8, 4, 4), 128: (8, 8, 1)},
-    (16, True): {96: (4, 4, 1)},
+    (4, False): {40: (8, 8, 8), 48: (6, 12, 8), 64: (8, 8, 6), 80: (8, 8, 4), 96: (12, 8, 4), 128: (16, 8, 2)},
+    (8, False): {40: (8, 8, 8), 48: (12, 6, 4), 64: (8, 8, 4), 128: (8, 8, 1)},
+    (8, True): {40: (8, 8, 4), 48: (6, 12, 1), 64: (8, 8, 1), 96: (8, 4, 1), 128: (8, 8, 1)},
+    (16, True): {36: (4, 4, 4), 40: (8, 4, 4), 48: (6, 4, 2), 64: (8, 4, 1), 96: (4, 4, 1)},
 }
 #: Rows of a panel of `memory`, and threads along a side of its blocks; and numbers along a side of what they transpose.
 PANEL, EDGE = 16, 32
@@ -194,6 +194,11 @@ def _launch(
     options = [f"-DNUMBER={_NUMBERS[dtype.char]}", f"-DSTRUCTURE={CUDA_STRUCTURE[assume_a]}"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
     return Launch(layout, tuple(options), threads, matrices, shared)
+
+
+def is_tried(dtype: np.dtype[np.generic], assume_a: AssumeA) -> bool:
+    """Whether matrices are taken for positive definite ones first: as structures.cuh has it."""
+    return assume_a == "hermitian" or (assume_a == "symmetric" and dtype.kind != "c")
 
 
 def architecture(capability: int, known: Sequence[int]) -> str:

@@ -55,6 +55,7 @@ template <> struct Format<float> {
     static constexpr Word infinity = 0x7f800000;
     static __device__ Word high(float a) { return __float_as_uint(a); }
     static __device__ Word low(float) { return 0; }
+    static __device__ float not_a_number() { return __uint_as_float(0x7fc00000); }
     static __device__ float power(int k) { return __uint_as_float((Word)(k + 127) << 23); }
 };
 template <> struct Format<double> {
@@ -67,11 +68,10 @@ template <> struct Format<double> {
     static constexpr Word infinity = 0x7ff00000;
     static __device__ Word high(double a) { return (Word)__double2hiint(a); }
     static __device__ Word low(double a) { return (Word)__double2loint(a); }
+    static __device__ double not_a_number() { return __hiloint2double(0x7ff80000, 0); }
     static __device__ double power(int k) { return __hiloint2double((k + 1023) << 20, 0); }
 };
 typedef Format<R> F;
-
-static __device__ R not_a_number() { return F::largest * 2 - F::largest * 2; }
 
 // What differs between real and complex numbers.
 static __device__ R part(R a, int) { return a; }
@@ -118,7 +118,6 @@ static __device__ bool is_zero(T a) { return part(a, 0) == 0 && part(a, PARTS - 
 static __device__ bool is_finite(T a) {
     return fabs(part(a, 0)) <= F::largest && fabs(part(a, PARTS - 1)) <= F::largest;
 }
-static __device__ bool unfit(T pivot) { return DEFINITE ? !(real(pivot) > 0) : is_zero(pivot); }
 
 // Orders numbers by what LAPACK chooses pivots by: the word of it that has the exponent, so nearly. NaN counts as more
 // than infinity: then the result overflows, as it should. Of the lowest bits the caller makes other use.

@@ -147,7 +147,7 @@ struct Tile {
                     p = 128 - (int)(best & 255);
                 }
                 const T chosen = column[p];
-                if (unfit(chosen) && !pivot) {
+                if (is_zero(chosen) && !pivot) {
                     pivot = k + 1;
                     if (PIVOTING) {
                         bool some = false;
@@ -286,6 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (Long q = blockIdx.x; q < m; q += gridDim.x) {
         const T* const source = a + q * n * n;
         T* const target = out + q * n * n;
+        const auto stored = [&](int i, int j) { return source[i * n + j]; };
         Tile tile(n);
         auto& x = tile.x;
         if (EXACT && STRUCTURE == GENERAL && (size_t)a % alignof(Many<COLUMNS>) == 0) {
@@ -297,7 +298,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int c = 0; c < COLUMNS; c++) x[r][c] = got.v[c];
             }
         } else {
-            const auto stored = [&](int i, int j) { return source[i * n + j]; };
             Tile::each([&](int r, int c) {
                 x[r][c] = tile.has(r, c) ? worked_on(tile.row(r), tile.column(c), stored) : number(0);
             });
@@ -309,17 +309,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const R scale = F::power(shift);
         Tile::each([&](int r, int c) { x[r][c] = times(x[r][c], scale); });
         const R norm = tile.norm(F::power(-excess - SLACK), board);
-        if (DEFINITE) tile.invert_definite(board);
-        else tile.eliminate(board);
+        if (DEFINITE || TRIED) tile.invert_definite(board);
+        const bool chosen = PIVOTING && !(TRIED && tile.pivot == 0);
+        if (chosen && TRIED) {
+            tile.pivot = 0;
+            Tile::each([&](int r, int c) {
+                x[r][c] = tile.has(r, c) ? times(given(tile.row(r), tile.column(c), stored), scale) : number(0);
+            });
+        }
+        if (chosen || !(DEFINITE || TRIED)) tile.eliminate(board);
         if (MIRRORED) {
             Tile::each([&](int r, int c) {
                 const int i = tile.row(r), j = tile.column(c);
-                if (tile.has(r, c)) target[PIVOTING ? board.step[i] * n + board.order[j] : i * n + j] = x[r][c];
+                if (tile.has(r, c)) target[chosen ? board.step[i] * n + board.order[j] : i * n + j] = x[r][c];
             });
             barrier();
-            const auto stored = [&](int i, int j) { return target[i * n + j]; };
+            const auto raw = [&](int i, int j) { return target[i * n + j]; };
             Tile::each([&](int r, int c) {
-                if (tile.has(r, c)) x[r][c] = found(tile.row(r), tile.column(c), stored);
+                if (tile.has(r, c)) x[r][c] = found(tile.row(r), tile.column(c), raw);
             });
         }
         Norm of_inverse(excess);
@@ -335,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int code = info_of(range.finite(), pivot, overflow || tile.lost);
         if (threadIdx.x == 0)
             report(q, code, rcond_of(range.finite(), pivot, norm, of_inverse), info, rconds, overflows);
-        const R by = code ? not_a_number() : scale;
+        const R by = code ? F::not_a_number() : scale;
         if (STRUCTURE == GENERAL) {
             // Row by row through shared memory, so that neighbours are written by neighbours.
             int columns[COLUMNS];

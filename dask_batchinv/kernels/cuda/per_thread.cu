@@ -38,15 +38,6 @@ struct Matrix {
 
     __device__ int column(int k) const { return PIVOTING ? columns[k / 8] >> k % 8 * 4 & 15 : k; }
 
-    __device__ void check(int k) {
-        if (unfit(x[k][k]) && !pivot) {
-            pivot = k + 1;
-            if (PIVOTING)
-#pragma unroll
-                for (int i = k + 1; i < N; i++) lost |= !is_zero(x[i][k]);
-        }
-    }
-
     __device__ void eliminate() {
         Word ids[N];
 #pragma unroll
@@ -74,7 +65,12 @@ struct Matrix {
                     }
                 }
             }
-            check(k);
+            if (is_zero(x[k][k]) && !pivot) {
+                pivot = k + 1;
+                if (PIVOTING)
+#pragma unroll
+                    for (int i = k + 1; i < N; i++) lost |= !is_zero(x[i][k]);
+            }
             inverses[k] = reciprocal(x[k][k]);
             if (STRUCTURE != DIAGONAL)
 #pragma unroll
@@ -98,7 +94,7 @@ struct Matrix {
     __device__ void invert_definite() {
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            check(k);
+            if (!(real(x[k][k]) > 0) && !pivot) pivot = k + 1;
             inverses[k] = number(R(1) / real(x[k][k]));
 #pragma unroll
             for (int i = k + 1; i < N; i++) {
@@ -175,21 +171,37 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             norm = larger(norm, sum);
         }
 
-        if (DEFINITE) matrix.invert_definite();
-        else matrix.eliminate();
         T* const numbers = (T*)mine;
-        if (PIVOTING && MIRRORED) {
-            // By way of memory: where columns belong is known only when it runs.
+        if (DEFINITE || TRIED) {
+            matrix.invert_definite();
 #pragma unroll
             for (int i = 0; i < N; i++)
 #pragma unroll
-                for (int j = 0; j < N; j++) numbers[i * N + matrix.column(j)] = x[i][j];
-#pragma unroll
-            for (int i = 0; i < N; i++)
-#pragma unroll
-                for (int j = 0; j < N; j++) x[i][j] = numbers[i * N + j];
+                for (int j = i + 1; j < N; j++) x[i][j] = conj(x[j][i]);
         }
-        const auto inverse = [&](int i, int j) { return DEFINITE && i < j ? conj(x[j][i]) : x[i][j]; };
+        if (!DEFINITE && !(TRIED && matrix.pivot == 0)) {
+            if (TRIED) {
+                matrix = Matrix();
+#pragma unroll
+                for (int i = 0; i < N; i++)
+#pragma unroll
+                    for (int j = 0; j < N; j++)
+                        x[i][j] = times(given(i, j, [&](int r, int c) { return numbers[r * N + c]; }), scale);
+            }
+            matrix.eliminate();
+            if (PIVOTING && MIRRORED) {
+                // By way of memory: where columns belong is known only when it runs.
+#pragma unroll
+                for (int i = 0; i < N; i++)
+#pragma unroll
+                    for (int j = 0; j < N; j++) numbers[i * N + matrix.column(j)] = x[i][j];
+#pragma unroll
+                for (int i = 0; i < N; i++)
+#pragma unroll
+                    for (int j = 0; j < N; j++) x[i][j] = numbers[i * N + j];
+            }
+        }
+        const auto inverse = [&](int i, int j) { return x[i][j]; };
         Norm of_inverse(excess);
 #pragma unroll 1
         for (int pass = 0;; pass++) {
@@ -214,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const int code = info_of(range.finite(), pivot, overflow);
         if (lane < count)
             report(first + lane, code, rcond_of(range.finite(), pivot, norm, of_inverse), info, rconds, overflows);
-        const R by = code ? not_a_number() : scale;
+        const R by = code ? F::not_a_number() : scale;
 #pragma unroll
         for (int j = 0; j < N; j++) {
             const int to = MIRRORED ? j : matrix.column(j);

@@ -175,7 +175,7 @@ struct Lane {
             pass_on(line, its);
             Many<WIDTH> got = line[0];
             const T chosen = got.v[0];
-            if (unfit(chosen) && !pivot) {
+            if (is_zero(chosen) && !pivot) {
                 pivot = k + 1;
                 if (PIVOTING)
 #pragma unroll
@@ -354,11 +354,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         for (int r = 0; r < ROWS; r++)
 #pragma unroll
             for (int j = 0; j < N; j++) x[r][j] = times(x[r][j], scale);
-        // Puts every number times a factor where it belongs.
-        const auto put_back = [&](R factor) {
+        // Puts every number times a factor where it belongs, after pivots were chosen or not.
+        const auto put_back = [&](R factor, bool chosen) {
             int columns[N];
 #pragma unroll
-            for (int j = 0; j < N; j++) columns[j] = (PIVOTING ? order[j] : j) * (int)sizeof(T);
+            for (int j = 0; j < N; j++) columns[j] = (chosen ? order[j] : j) * (int)sizeof(T);
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
                 if (state.here(r))
@@ -370,11 +370,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const R norm = state.norm(F::power(-excess - SLACK), OF_ROWS);
         __syncwarp();
 
-        if (DEFINITE) state.invert_definite(lines, which);
+        if (DEFINITE || TRIED) state.invert_definite(lines, which);
         else state.eliminate(lines, which, order);
-        if (MIRRORED) {
-            put_back(1);
+        if (TRIED) {
+            const bool again = state.pivot != 0;
+            if (!again) put_back(1, false);
             __syncwarp();
+            if (__any_sync(ALL, again)) {
+                // Of matrices that were definite, what is found now is not looked at.
+                load([](int i, int j, auto get) { return given(i, j, get); });
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                    for (int j = 0; j < N; j++) x[r][j] = times(x[r][j], scale);
+                state.pivot = 0;
+                __syncwarp();
+                state.eliminate(lines, which, order);
+                if (again) put_back(1, true);
+                else state.pivot = 0, state.lost = false;
+                __syncwarp();
+            }
+        } else if (MIRRORED) {
+            put_back(1, PIVOTING);
+            __syncwarp();
+        }
+        if (MIRRORED) {
             load([](int i, int j, auto get) { return found(i, j, get); });
             __syncwarp();
         }
@@ -396,8 +416,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const int code = info_of(range.finite(), state.pivot, overflow);
         if (state.l == 0 && which < count)
             report(first + which, code, rcond_of(range.finite(), state.pivot, norm, of_inverse), info, rconds, overflows);
-        const R by = code ? not_a_number() : scale;
-        if (STRUCTURE == GENERAL) put_back(by);
+        const R by = code ? F::not_a_number() : scale;
+        if (STRUCTURE == GENERAL) put_back(by, true);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (STRUCTURE == GENERAL || !state.here(r)) continue;

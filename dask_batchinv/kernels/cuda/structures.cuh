@@ -3,6 +3,9 @@
 enum Structure { GENERAL, SYMMETRIC, HERMITIAN, UPPER, LOWER, DIAGONAL };
 
 constexpr bool MIRRORED = STRUCTURE == SYMMETRIC || STRUCTURE == HERMITIAN;
+// Whether matrices are taken for positive definite ones first, as many are: their inverses are good from both sides,
+// which the mean of an inverse and its mirror image need not be where a matrix is nearly singular.
+constexpr bool TRIED = MIRRORED && !DEFINITE && (PARTS == 1 || STRUCTURE == HERMITIAN);
 constexpr bool PIVOTING = STRUCTURE == GENERAL || (MIRRORED && !DEFINITE);
 
 // What a matrix is of which only the part is read that its structure names.
