@@ -66,6 +66,12 @@ static __device__ Range joined(Range range, Board& board) {
     return range;
 }
 
+static constexpr int least_common_multiple(int a, int b) {
+    int multiple = a;
+    while (multiple % b) multiple += a;
+    return multiple;
+}
+
 struct Tile {
     T x[ROWS][COLUMNS];
     T inverses[ROWS];  // of the pivots, by which rows are multiplied in the end
@@ -210,71 +216,86 @@ struct Tile {
     // Positive definite matrices, by the three parts that numbers.cuh names. What a row does not contribute is shown
     // as zeros.
     __device__ void invert_definite(Board& board) {
-        T factors[ROWS];
-        // Shows what `choose(j, number)` makes of row k; of which `keep` is left, times a number.
-        const auto show_row = [&](int k, T* line, auto choose, bool keep, R by) {
-            if (ty == k / ROWS)
-                each([&](int r, int c) {
-                    if (r != k % ROWS) return;
-                    const T value = choose(column(c), x[r][c]);
-                    line[column(c)] = value;
-                    if (keep) x[r][c] = times(value, by);
-                });
-        };
         int turns = 0;
-#pragma unroll 1
-        for (int kx = 0; kx < ACROSS; kx++) {
+        T factors[ROWS];
+        // Shows what `choose(j, number)` makes of row r of the tiles that have row k.
+        const auto show_row = [&](int k, int r, T* line, auto choose) {
+            Many<COLUMNS> put;
 #pragma unroll
-            for (int kc = 0; kc < COLUMNS; kc++) {
-                const int k = kx * COLUMNS + kc;
+            for (int c = 0; c < COLUMNS; c++) put.v[c] = choose(column(c), x[r][c]);
+            if (ty == k / ROWS) *(Many<COLUMNS>*)&line[tx * COLUMNS] = put;
+        };
+        const auto rows_of = [&](const T* column) {
+            Many<ROWS> values = {};
+            if (here()) values = *(const Many<ROWS>*)&column[ty * ROWS];
+            return values;
+        };
+        // Steps are unrolled until rows and columns are again where they were in their tiles.
+        constexpr int STEPS = least_common_multiple(ROWS, COLUMNS);
+#pragma unroll 1
+        for (int base = 0; base < n; base += STEPS) {
+#pragma unroll
+            for (int u = 0; u < STEPS; u++) {
+                const int k = base + u;
                 if (k >= n) break;
                 T* const line = board.line[turns++ & 1];
-                show_row(k, line, [&](int j, T a) { return j >= k ? a : number(0); }, false, 1);
+                show_row(k, u % ROWS, line, [&](int j, T a) { return j >= k ? a : number(0); });
                 barrier();
                 const R chosen = real(line[k]), inverse = R(1) / chosen;
                 if (!(chosen > 0) && !pivot) pivot = k + 1;
                 if (threadIdx.x == 0) board.inverses[k] = inverse;
-                T kept[ROWS];  // of L: what was used, not what its mirror image would be
+                const Many<ROWS> mine = rows_of(line);
+                T kept[ROWS];  // of L: what is used, not what its mirror image would be
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
-                    const bool below = row(r) > k && here();
-                    factors[r] = below ? times(conj(line[row(r)]), inverse) : number(0);
-                    kept[r] = below ? factors[r] : x[r][kc];
+                    factors[r] = row(r) > k ? times(conj(mine.v[r]), inverse) : number(0);
+                    kept[r] = row(r) > k ? factors[r] : x[r][u % COLUMNS];
                 }
                 subtract(factors, line);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)
-                    if (tx == kx) x[r][kc] = kept[r];
+                    if (tx == k / COLUMNS) x[r][u % COLUMNS] = kept[r];
             }
         }
 #pragma unroll 1
-        for (int kx = ACROSS - 1; kx >= 0; kx--) {
+        for (int base = (n - 1) / STEPS * STEPS; base >= 0; base -= STEPS) {
 #pragma unroll
-            for (int kc = COLUMNS - 1; kc >= 0; kc--) {
-                const int k = kx * COLUMNS + kc;
+            for (int u = STEPS - 1; u >= 0; u--) {
+                const int k = base + u, now = turns & 1;
                 if (k >= n) continue;
-                const int now = turns++ & 1;
-                show_row(k, board.line[now], [&](int j, T a) { return j < k ? a : number(0); }, false, 1);
-                if (tx == kx && here())
+                turns++;
+                show_row(k, u % ROWS, board.line[now], [&](int j, T a) { return j < k ? a : number(0); });
+                Many<ROWS> put;
 #pragma unroll
-                    for (int r = 0; r < ROWS; r++) board.column[now][row(r)] = x[r][kc];
+                for (int r = 0; r < ROWS; r++) put.v[r] = x[r][u % COLUMNS];
+                if (tx == k / COLUMNS && here()) *(Many<ROWS>*)&board.column[now][ty * ROWS] = put;
                 barrier();
+                const Many<ROWS> mine = rows_of(board.column[now]);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)  // 2: x - 2 x is -x
-                    factors[r] = row(r) == k ? number(2) : row(r) > k && here() ? board.column[now][row(r)] : number(0);
+                    factors[r] = row(r) == k ? number(2) : row(r) > k ? mine.v[r] : number(0);
                 subtract(factors, board.line[now]);
             }
         }
 #pragma unroll 1
-        for (int k = 0; k < n; k++) {
-            T* const line = board.line[turns++ & 1];
-            const R inverse = board.inverses[k];
-            show_row(k, line, [&](int j, T a) { return j < k ? a : number(j == k); }, true, inverse);
-            barrier();
+        for (int base = 0; base < n; base += STEPS) {
 #pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                factors[r] = row(r) < k && here() ? times(conj(line[row(r)]), -inverse) : number(0);
-            subtract(factors, line);
+            for (int u = 0; u < STEPS; u++) {
+                const int k = base + u;
+                if (k >= n) break;
+                T* const line = board.line[turns++ & 1];
+                const auto of_row = [&](int j, T a) { return j < k ? a : number(j == k); };
+                show_row(k, u % ROWS, line, of_row);
+                barrier();
+                const R inverse = board.inverses[k];
+                const Many<ROWS> mine = rows_of(line);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) factors[r] = row(r) < k ? times(conj(mine.v[r]), -inverse) : number(0);
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+                    if (ty == k / ROWS) x[u % ROWS][c] = times(of_row(column(c), x[u % ROWS][c]), inverse);
+                subtract(factors, line);
+            }
         }
         barrier();
     }
