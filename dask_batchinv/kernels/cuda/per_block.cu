@@ -66,7 +66,7 @@ static __device__ Range joined(Range range, Board& board) {
     return range;
 }
 
-static constexpr int least_common_multiple(int a, int b) {
+static __device__ constexpr int least_common_multiple(int a, int b) {
     int multiple = a;
     while (multiple % b) multiple += a;
     return multiple;
