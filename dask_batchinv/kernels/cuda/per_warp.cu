@@ -217,92 +217,112 @@ struct Lane {
     // the second part, the other way round. What a row does not contribute is passed on as zeros.
     __device__ void invert_definite(Many<WIDTH>* lines, int which) {
         int turns = 0;
-        // Passes on row k, or what `choose(j, x[r][j])` makes of it, which is all that is kept of it.
-        const auto share = [&](int k, auto choose) {
-            bool its[ROWS];
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                its[r] = row(r) == k;
-                if (its[r])
-#pragma unroll
-                    for (int j = 0; j < N; j++) x[r][j] = choose(r, j);
-            }
+        T factors[ROWS], last[ROWS];
+        // Passes on what `choose(r, j)` makes of row k, which is then `keep` times that if `keep` is not 0.
+        const auto share = [&](int k, auto choose, auto keep) {
             Many<WIDTH>* const line = lines + (turns++ & 1) * (VECTORS * TOGETHER) + which;
-            pass_on(line, its);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                if (row(r) == k) {
+                    const R by = keep(r);
+#pragma unroll
+                    for (int c = 0; c < VECTORS; c++) {
+                        Many<WIDTH> put = {};
+#pragma unroll
+                        for (int v = 0; v < WIDTH; v++) {
+                            const int j = c * WIDTH + v;
+                            if (j >= N) continue;
+                            put.v[v] = choose(r, j);
+                            if (by != 0) x[r][j] = times(put.v[v], by);
+                        }
+                        line[c * TOGETHER] = put;
+                    }
+                }
+            __syncwarp();
             return line;
         };
+        const auto keep_all = [](int) { return R(0); };
+        // A number of a line that is not known when this is compiled.
         const auto at = [](const Many<WIDTH>* line, int j) { return line[j / WIDTH * TOGETHER].v[j % WIDTH]; };
-        T factors[ROWS];
+        // Subtracts products from all columns but the first, turns them by one to the left, and puts `last` behind.
+        const auto subtract = [&](const Many<WIDTH>* line) {
+#pragma unroll
+            for (int c = 0; c < VECTORS; c++) {
+                const Many<WIDTH> got = line[c * TOGETHER];
+#pragma unroll
+                for (int v = 0; v < WIDTH; v++) {
+                    const int j = c * WIDTH + v;
+                    if (j == 0 || j >= N) continue;
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) x[r][j - 1] = less_product(x[r][j], factors[r], got.v[v]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) x[r][N - 1] = last[r];
+        };
 #pragma unroll 1
         for (int k = 0; k < N; k++) {
-            T kept[ROWS];  // of L, which is left of the pivot
-            const Many<WIDTH>* const line = share(k, [&](int r, int j) { return x[r][j]; });
+            const Many<WIDTH>* const line =
+                share(k, [&](int r, int j) { return j < N - k ? x[r][j] : number(0); }, keep_all);
             const R chosen = real(at(line, 0)), inverse = R(1) / chosen;
             if (!(chosen > 0) && !pivot) pivot = k + 1;
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 const bool below = row(r) > k && here(r);
                 factors[r] = below ? times(conj(at(line, row(r) - k)), inverse) : number(0);
-                kept[r] = below ? factors[r] : x[r][0];
+                last[r] = below ? factors[r] : x[r][0];  // of L, which is left of the pivot
                 if (row(r) == k) inverses[r] = number(inverse);
             }
-#pragma unroll
-            for (int j = 1; j < N; j++) {
-                const T other = j < N - k ? at(line, j) : number(0);
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) x[r][j - 1] = less_product(x[r][j], factors[r], other);
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) x[r][N - 1] = kept[r];
+            subtract(line);
         }
 #pragma unroll 1
         for (int k = N - 1; k >= 0; k--) {
             // x[.][j] is of column (j + k + 1) mod N: the last of column k, those before it of the columns before.
-            const Many<WIDTH>* const line = share(k, [&](int r, int j) { return x[r][j]; });
-            T last[ROWS];
+            const Many<WIDTH>* const line = share(
+                k, [&](int r, int j) { return j >= N - 1 - k && j < N - 1 ? x[r][j] : number(0); }, keep_all);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 last[r] = x[r][N - 1];
                 factors[r] = row(r) > k ? last[r] : row(r) == k ? number(2) : number(0);  // 2: x - 2 x is -x
             }
 #pragma unroll
-            for (int j = N - 1; j > 0; j--) {
-                const T other = j > N - 1 - k ? at(line, j - 1) : number(0);
+            for (int c = VECTORS - 1; c >= 0; c--) {
+                const Many<WIDTH> got = line[c * TOGETHER];
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) x[r][j] = less_product(x[r][j - 1], factors[r], other);
+                for (int v = WIDTH - 1; v >= 0; v--) {
+                    const int j = c * WIDTH + v;
+                    if (j >= N - 1) continue;
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) x[r][j + 1] = less_product(x[r][j], factors[r], got.v[v]);
+                }
             }
 #pragma unroll
             for (int r = 0; r < ROWS; r++) x[r][0] = last[r];
         }
 #pragma unroll 1
         for (int k = 0; k < N; k++) {
-            const Many<WIDTH>* const line = share(k, [&](int r, int j) {
-                return j == 0 ? inverses[r] : j < N - k ? number(0) : x[r][j];
-            });
-            const R inverse = real(at(line, 0));
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                if (row(r) == k)
-#pragma unroll
-                    for (int j = 1; j < N; j++) x[r][j] = times(x[r][j], inverse);
-            T first[ROWS];
+            const Many<WIDTH>* const line = share(
+                k, [&](int r, int j) { return j == 0 ? number(1) : j < N - k ? number(0) : x[r][j]; },
+                [&](int r) { return real(inverses[r]); });
+            const R inverse = __shfl_sync(ALL, pick(k / LANES), threadIdx.x % 32 / LANES * LANES + k % LANES, 32);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 factors[r] = row(r) < k ? times(conj(at(line, row(r) - k + N)), -inverse) : number(0);
-                first[r] = row(r) < k ? minus(factors[r]) : x[r][0];
+                last[r] = row(r) < k ? minus(factors[r]) : x[r][0];
             }
-#pragma unroll
-            for (int j = 1; j < N; j++) {
-                const T other = at(line, j);
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) x[r][j - 1] = less_product(x[r][j], factors[r], other);
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) x[r][N - 1] = first[r];
+            subtract(line);
         }
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < ROWS; r++) steps[r] = row(r);
+    }
+
+    // The reciprocal of the pivot of row r, which is not known when this is compiled.
+    __device__ R pick(int r) const {
+        R found = 0;
+#pragma unroll
+        for (int s = 0; s < ROWS; s++) found = s == r ? real(inverses[s]) : found;
+        return found;
     }
 };
 
