@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.gpu --out docs/benchmarks
 
-Eight minutes at most: what there was no time for is named, and what is known is written after every cell. Times are
+Eight minutes or so: what there was no time for is named, and what is known is written after every cell. Times are
 those of many runs, data resident, between two events of the device when it has nothing else to do: medians of
 repetitions in which all take turns. torch and JAX are timed where they are installed.
 """
@@ -52,7 +52,7 @@ def main() -> int:
     """Run everything; return how many tests failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
-    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--minutes", type=float, default=7.5, help="about so many (default: %(default)g)")
     parser.add_argument("--no-tests", action="store_true", help="time only")
     parser.add_argument("--no-job", action="store_true", help="no job from and to a file system in memory")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N")
@@ -78,7 +78,7 @@ def main() -> int:
     if not options.no_tests:
         result["tests"] = run_tests(TESTS * seconds)
         save()
-    result["cells"], result["left out"], result["spilled"] = {}, [], spilled(cases)
+    result["cells"], result["left out"], result["errors"], result["local"] = {}, [], [], local_memory(cases)
     for case in cases:
         if time.monotonic() - start > CELLS * seconds:
             result["left out"].append(str(case))
@@ -86,7 +86,7 @@ def main() -> int:
         try:
             result["cells"][str(case)] = measure(case)
         except Exception as error:  # the next cell may still work
-            result["left out"].append(f"{case} ({type(error).__name__}: {error})"[:200])
+            result["errors"].append(f"{case}: {type(error).__name__}: {error}"[:200])
             continue
         print(case, {name: f"{1e9 * s:.3g} ns" for name, s in result["cells"][str(case)].items()}, flush=True)
         save()
@@ -97,7 +97,7 @@ def main() -> int:
             result["job"] = {"error": f"{type(error).__name__}: {error}"[:500]}
     save()
     print(page(result))
-    return min(100, result.get("tests", {}).get("failed", 0))
+    return min(100, result.get("tests", {}).get("failed", 0) + len(result["errors"]))
 
 
 def machine() -> dict[str, str]:
@@ -130,18 +130,21 @@ def run_tests(seconds: float) -> dict[str, Any]:
                "-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal",
                "tests/gpu/test_on_gpu.py", "tests/kernels/test_kernels.py", "-rfs"]  # fmt: skip
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        out, complete = ended.stdout, True
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds)
+        out, complete, broken = ended.stdout, True, ended.returncode not in (0, 1)
     except subprocess.TimeoutExpired as error:
-        out, complete = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or "", False
+        out = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        complete = broken = False
     print(out[-6000:], flush=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", out)}
-    failed = counts.get("failed", 0) + counts.get("error", 0)
+    failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
     if not counts:  # cut off before the summary: every letter is a test
         dots = re.findall(r"^([.FEs]+)(?: +\[|$)", out, re.MULTILINE)
         counts = {"passed": sum(line.count(".") for line in dots)}
         failed = sum(line.count("F") + line.count("E") for line in dots)
     problems = re.findall(r"^(?:FAILED|ERROR) (.*)$", out, re.MULTILINE)
+    if broken and not failed:
+        failed, problems = 1, [f"pytest ended with {ended.returncode}", *problems]
     return {"passed": counts.get("passed", 0), "failed": failed, "complete": complete, "problems": problems}
 
 
@@ -155,8 +158,8 @@ def compile_all(cases: list[Case]) -> None:
         list(pool.map(cuda.code_for, [capability] * len(wanted), *zip(*wanted, strict=True)))
 
 
-def spilled(cases: list[Case]) -> dict[str, int]:
-    """Return what the compiler moved from registers to memory, in bytes, for those kernels in which it did."""
+def local_memory(cases: list[Case]) -> dict[str, int]:
+    """Return the bytes of local memory of a thread, for those kernels in which not all is in registers."""
     import cupy
     from cupy_backends.cuda.api import driver
 
@@ -252,7 +255,7 @@ def job() -> dict[str, Any]:
 
     n, nbytes = 8, 2**32
     chunk = 2**25 // (8 * n * n)
-    ours = cuda.run
+    ours = cuda.run  # which is put back at the end, whatever happens
 
     def copies(a: Any, out: Any, info: Any, rcond: Any, **options: Any) -> None:
         out[...] = a
@@ -265,25 +268,29 @@ def job() -> dict[str, Any]:
     while 3 * nbytes > free:
         nbytes //= 2
     m = nbytes // (8 * n * n)
-    with (
-        tempfile.TemporaryDirectory(dir=where) as folder,
-        LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        layout: dict[str, Any] = {"shape": (m, n, n), "chunks": (chunk, n, n), "dtype": "f8"}
-        source = zarr.create_array(f"{folder}/source.zarr", **layout, compressors=None)
-        some = Case("general", n, "float64").make(chunk * 8 * n * n)
-        for start in range(0, m, chunk):
-            source[start : start + chunk] = some
-        for repetition in range(3):
-            for name, kernel in (("inverting", ours), ("copying", copies)):
-                staging.cuda.run = kernel
-                target = f"{folder}/{name}.zarr"
-                begin = time.perf_counter()
-                invert_store(f"{folder}/source.zarr", target, client=client, device="gpu", overwrite=True)
-                if repetition:
-                    times[name].append(time.perf_counter() - begin)
-                subprocess.run(["rm", "-rf", target], check=True)
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=where) as folder,
+            LocalCluster(
+                n_workers=1, threads_per_worker=4, processes=False, dashboard_address="127.0.0.1:0"
+            ) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            layout: dict[str, Any] = {"shape": (m, n, n), "chunks": (chunk, n, n), "dtype": "f8"}
+            source = zarr.create_array(f"{folder}/source.zarr", **layout, compressors=None)
+            some = Case("general", n, "float64").make(chunk * 8 * n * n)
+            for start in range(0, m, chunk):
+                source[start : start + chunk] = some
+            for repetition in range(3):
+                for name, kernel in (("inverting", ours), ("copying", copies)):
+                    staging.cuda.run = kernel
+                    target = f"{folder}/{name}.zarr"
+                    begin = time.perf_counter()
+                    invert_store(f"{folder}/source.zarr", target, client=client, device="gpu", overwrite=True)
+                    if repetition:
+                        times[name].append(time.perf_counter() - begin)
+                    subprocess.run(["rm", "-rf", target], check=True)
+    finally:
         staging.cuda.run = ours
     seconds = {name: min(values) for name, values in times.items()}
     return seconds | {
@@ -318,9 +325,9 @@ def page(result: dict[str, Any]) -> str:
             repeat=REPEAT,
         )
     ]
-    if result.get("spilled"):
-        named = ", ".join(f"{case} {nbytes}" for case, nbytes in result["spilled"].items())
-        lines.append(f"\nBytes that the compiler moved from registers to memory: {named}.")
+    if result.get("local"):
+        named = ", ".join(f"{case} {nbytes}" for case, nbytes in result["local"].items())
+        lines.append(f"\nBytes of local memory of a thread, where not all is in registers: {named}.")
     cells = result.get("cells", {})
     for dtype in DTYPES:
         rows = sorted({int(name.split()[-2]) for name in cells if name.endswith(f" {dtype}")})
@@ -330,7 +337,8 @@ def page(result: dict[str, Any]) -> str:
         for n in rows:
             lines.append("| " + " | ".join(_row(n, dtype, cells)) + " |")
     if left := result.get("left out"):
-        lines.append(f"\nNo time was left for, or stopped by an error: {', '.join(left)}.")
+        lines.append(f"\nNo time was left for: {', '.join(left)}.")
+    lines += [f"\nStopped by an error: {error}." for error in result.get("errors", [])]
     if found := result.get("job"):
         lines.append("\n## A job\n")
         lines.append(

@@ -30,12 +30,14 @@ def test_a_small_run(monkeypatch):
         "machine": {"card": "none", "memory": "0 GiB", "driver": "0", "CUDA": "0"},
         "versions": {"dask_batchinv": "0"},
         "tests": {"passed": 3, "failed": 1, "complete": True, "problems": ["one"]},
-        "cells": cells, "left out": ["general 2 float32"], "spilled": {"general 3 float32": 8},
+        "cells": cells, "left out": ["general 2 float32"], "errors": ["general 4 float32: no"],
+        "local": {"general 3 float32": 8},
     }  # fmt: skip
     text = gpu.page(json.loads(json.dumps(result)))
     assert "| 3 | per_thread |" in text
     assert "3 passed, 1 failed." in text
-    assert "general 2 float32" in text
+    assert "No time was left for: general 2 float32." in text
+    assert "Stopped by an error: general 4 float32: no." in text
     result["job"] = {"error": "no room"}
     assert "It failed: no room." in gpu.page(result)
     result["job"] = {"inverting": 2.0, "copying": 1.0, "share": 0.5, "what": "1 GiB"}

@@ -142,12 +142,6 @@ template <class V, class Join> V reduced(V value, Join join) {
     for (int far = 16; far; far /= 2) value = join(value, emulator::exchanged(value, threadIdx.x ^ far));
     return value;
 }
-inline unsigned __reduce_max_sync(unsigned, unsigned value) {
-    return reduced(value, [](unsigned a, unsigned b) { return max(a, b); });
-}
-inline unsigned __reduce_min_sync(unsigned, unsigned value) {
-    return reduced(value, [](unsigned a, unsigned b) { return min(a, b); });
-}
 inline int __any_sync(unsigned, int value) {
     return reduced(value != 0, [](int a, int b) { return a | b; });
 }

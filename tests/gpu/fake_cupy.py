@@ -216,10 +216,10 @@ def installed(
     )
     nvrtc: Any = ModuleType("cupy.cuda.nvrtc")
     nvrtc.getVersion, nvrtc.NVRTCError, nvrtc.createProgram = (lambda: (0, 0)), NVRTCError, _Program
-    nvrtc.getSupportedArchs = lambda: [75, 80, 86, 90]
+    nvrtc.getSupportedArchs = lambda: (75, 80, 86, 90)
     nvrtc.compileProgram, nvrtc.destroyProgram = _Program.compile, id
     nvrtc.getCUBIN = lambda program: json.dumps([program.name, program.options]).encode()
-    nvrtc.getPTX = lambda program: json.dumps([program.name, program.options])
+    nvrtc.getPTX = nvrtc.getCUBIN
     members = {
         "ndarray": ndarray, "array": array, "asnumpy": lambda a: a.get(),
         "shares_memory": np.shares_memory, "copyto": np.copyto, "asarray": array, "isfinite": np.isfinite,

@@ -58,7 +58,7 @@ SOON = [
     ("general", "float32", 64, "sm_90"), ("general", "complex64", 200, "sm_90"), ("symmetric", "float64", 8, "sm_90"),
     ("positive definite", "complex64", 16, "sm_90"), ("positive definite", "complex128", 64, "sm_90"),
     ("positive definite", "float64", 200, "sm_90"), ("general", "complex64", 8, "sm_80"),
-    ("general", "float64", 64, "sm_80"), ("general", "float32", 16, "sm_100"),
+    ("general", "float64", 64, "sm_80"), ("general", "float32", 16, "sm_100"), ("general", "float32", 64, "sm_75"),
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ SOON = [
         pytest.param(*case, marks=[] if case in SOON else pytest.mark.slow)
         for dtype in DTYPES
         for n in LARGEST[dtype]
-        for architecture in ("sm_90", "sm_80", "sm_100")
+        for architecture in ("sm_90", "sm_75", "sm_80", "sm_100")
         for kind in STRUCTURES
         for case in [(kind, dtype, n, architecture)]
         if kind in ("general", "symmetric", "positive definite") or architecture == "sm_90"

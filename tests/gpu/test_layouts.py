@@ -115,3 +115,87 @@ def test_smooth_covariances(structure, dtype):
         of_xa, of_ax = ratios_of_sides(a, x)
         assert np.minimum(of_xa, of_ax).max() <= 3, n
         assert structure == "general" or max(of_xa.max(), of_ax.max()) <= 3, n
+
+
+@pytest.mark.parametrize("structure", ["general", "hermitian"])
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [
+        *[("float32", 47), ("float32", 90), ("float64", 47), ("complex64", 47), ("complex128", 45)],
+        *(
+            pytest.param(dtype, n, marks=pytest.mark.slow)
+            for dtype, sizes_of_it in {
+                "float32": (48, 57, 64, 73, 80, 96, 101, 128),
+                "float64": (48, 57, 64, 90, 128),
+                "complex64": (48, 57, 64, 70, 96, 101, 128),
+                "complex128": (36, 37, 40, 48, 57, 64, 70, 96),
+            }.items()
+            for n in sizes_of_it
+        ),
+    ],
+)
+def test_tiles_of_every_form(dtype, n, structure):
+    a = conditioned(4, n, 1e3, dtype, structure)
+    a[2] = 0
+    if structure == "hermitian":
+        a[3] = conditioned(1, n, 1e3, dtype, "positive definite")[0]
+    x, info, _ = run_gpu(a, structure)
+    assert list(info) == [0, 0, 1, 0]
+    good = info == 0
+    assert max(side.max() for side in ratios_of_sides(a[good], x[good])) <= 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_overflow_on_the_way_is_not_lost(dtype):
+    """Where one number keeps a matrix from being scaled, a pivot may overflow, and its reciprocal must not be 0."""
+    limits = np.finfo(dtype)
+    for n in (3, 14, 34):
+        b = 0.75 * float(limits.max)
+        a = np.eye(n, dtype=dtype)[None] * limits.dtype.type(b)
+        a[0, 0, 1], a[0, 1, 0], a[0, 0, -1] = b, -b, limits.tiny
+        x, info, _ = run_gpu(a)
+        if info[0]:
+            assert info[0] == -2
+        else:  # single precision is done again in double
+            np.testing.assert_allclose(x[0, :2, :2] * b, [[0.5, -0.5], [0.5, 0.5]], rtol=1e-6)
+        if np.iscomplexobj(a):
+            a = np.eye(n, dtype=dtype)[None] * np.dtype(dtype).type(0.9 * limits.max * (1 + 1j))
+            a[0, 0, -1] = limits.tiny
+            x, info, rcond = run_gpu(a)
+            assert info[0] == -2 or (x[0, 0, 0] != 0 and rcond[0] > 0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_what_comes_after_a_pivot_whose_reciprocal_overflows(dtype):
+    smallest = np.finfo(dtype).smallest_subnormal
+    for n in (4, 10, 34, 130):
+        first = np.ones(n)
+        first[0] = smallest
+        second = np.ones(n)
+        second[1], second[2] = smallest, 0
+        negative = np.ones(n)
+        negative[1] = -1
+        a = np.stack([np.diag(d).astype(dtype) for d in (first, second, negative)])
+        assert list(run_gpu(a, "positive definite")[1]) == [-2, -2, 2]
+        if n < 129:
+            for structure in ("upper triangular", "lower triangular", "diagonal"):
+                assert list(run_gpu(a, structure)[1]) == [-2, 3, 0]
+
+
+def test_a_definite_matrix_with_a_pivot_below_the_range_is_done_again_in_double():
+    b = np.eye(4)
+    b[0, 1] = b[1, 0] = 2.0**-63
+    b[1, 1] = 2.0**-126 * (1 + 2.0**-22)
+    x, info, _ = run_gpu((b * 2.0**30).astype(np.float32)[None], "positive definite")
+    assert info[0] == 0
+    assert x[0, 1, 1] > 3e35
+
+
+@pytest.mark.parametrize("structure", ["general", "symmetric", "positive definite", "upper triangular"])
+def test_no_zero_is_negative(structure):
+    limits = np.finfo(float)
+    for n in (3, 14, 34):
+        a = np.diag(np.linspace(0.1, 1, n) * limits.max * 0.9)[None]
+        a[0, 0, 1] = a[0, 1, 0] = 2 * limits.tiny
+        x = run_gpu(a, structure)[0]
+        assert not np.signbit(x[x == 0]).any()

@@ -29,6 +29,12 @@ SHARE = 0.8
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
     """Invert a block that is in GPU memory; the contract is in `dask_batchinv.kernels`, all arrays in C order."""
+    if not (_aligned(a) and _aligned(out)):
+        # Kernels would stop, and with them all that this process does on the GPU.
+        result = _copied(out)
+        invert(_copied(a), result, info, rcond, assume_a=assume_a)
+        out.view(np.uint8)[...] = result.view(np.uint8)
+        return
     overflows = counter(a.dtype)
     run(a, out, info, rcond, assume_a=assume_a, overflows=overflows)
     if overflows is not None and int(overflows[0]):  # waits for the GPU
@@ -45,23 +51,15 @@ def counter(dtype: np.dtype[Any]) -> Array | None:
 def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA, overflows: Array | None = None) -> None:
     """Do the same without waiting for the GPU; but what overflowed in single precision is only marked as such.
 
+    `a` and `out` begin at multiples of the size of their numbers.
     `overflows` is increased by the number of those.
     """
-    import cupy
 
     m, n = a.shape[:2]
     if n == 0:
         info[...] = 0
         rcond[...] = 1
     if m == 0 or n == 0:
-        return
-    aligned = [_aligned(x) for x in (a, out)]
-    if not all(aligned):
-        # Kernels would stop, and with them all that this process does on the GPU.
-        result = out if aligned[1] else cupy.empty_like(out)
-        run(a if aligned[0] else _copied(a), result, info, rcond, assume_a=assume_a, overflows=overflows)
-        if not aligned[1]:
-            out.view(np.uint8)[...] = result.view(np.uint8)
         return
     chosen = launch.choose_launch(n, a.dtype, assume_a)
     if chosen.layout == "cublas":
@@ -210,7 +208,7 @@ def compile_for(architecture: str, file: str, options: tuple[str, ...]) -> bytes
     program = nvrtc.createProgram(launch.source(file), file, (), ())
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", *launch.COMPILER_OPTIONS, *options))
-        code: bytes = nvrtc.getCUBIN(program) if architecture.startswith("sm_") else nvrtc.getPTX(program).encode()
+        code: bytes = nvrtc.getCUBIN(program) if architecture.startswith("sm_") else nvrtc.getPTX(program)
         return code + b"\0"  # which CuPy leaves out
     except nvrtc.NVRTCError as error:
         error.add_note(nvrtc.getProgramLog(program))

@@ -20,7 +20,7 @@ from dask_batchinv.stack import AssumeA
 Layout = Literal["per_thread", "per_warp", "per_block", "memory", "cublas"]
 
 #: The largest n for a matrix in the registers of a thread, and in those of a block, by bytes of a number and whether
-#: it is complex: so that nothing is spilled.
+#: it is complex: so that next to nothing is spilled.
 _IN_THREAD = {(4, False): 12, (8, False): 8, (8, True): 8, (16, True): 6}
 _IN_BLOCK = {(4, False): 128, (8, False): 128, (8, True): 128, (16, True): 96}
 IN_WARP = 32
@@ -34,12 +34,12 @@ _LANES = {
     (16, True): {12: 4, 16: 8, 24: 16, 32: 32},
 }
 #: Rows and columns of the tile that a thread of `per_block` holds, and blocks that find room on a multiprocessor, up to
-#: so large n.
+#: so large n: the fastest as estimated, one of them (float32 to 96) although it spills.
 _TILES = {
     (4, False): {40: (8, 8, 8), 48: (6, 12, 8), 64: (8, 8, 6), 80: (8, 8, 4), 96: (12, 8, 4), 128: (16, 8, 2)},
     (8, False): {40: (8, 8, 8), 48: (12, 6, 4), 64: (8, 8, 4), 128: (8, 8, 1)},
     (8, True): {40: (8, 8, 4), 48: (6, 12, 1), 64: (8, 8, 1), 96: (8, 4, 1), 128: (8, 8, 1)},
-    (16, True): {36: (4, 4, 4), 40: (8, 4, 4), 48: (6, 4, 2), 64: (8, 4, 1), 96: (4, 4, 1)},
+    (16, True): {36: (4, 4, 4), 40: (8, 4, 4), 48: (6, 4, 2), 64: (8, 4, 1), 96: (4, 6, 1)},
 }
 #: Rows of a panel of `memory`, and threads along a side of its blocks; and numbers along a side of what they transpose.
 PANEL, EDGE = 16, 32
@@ -168,7 +168,7 @@ def _memory(dtype: np.dtype[np.generic], assume_a: AssumeA) -> Launch:
     else:
         real = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
         shared = scratch + (2 * PANEL * 4 * PANEL + 2 * PANEL * (PANEL + 1)) * dtype.itemsize + PANEL * real
-    return _launch(layout, dtype, assume_a, PANEL * PANEL, 1, shared, N=1)
+    return _launch(layout, dtype, assume_a, PANEL * PANEL, 1, shared)
 
 
 def _largest_power(nbytes: int) -> int:

@@ -19,7 +19,7 @@ struct Matrix {
     T *const left, *const right;
     R* const inverses;
     Panel& panel;
-    int pivot = 0;
+    Pivots pivots;
 
     __device__ T& at(int i, int j) const { return x[(Long)i * n + j]; }
     __device__ T& of_row(int k, int i) const { return left[(Long)k * n + i]; }
@@ -75,8 +75,8 @@ struct Matrix {
         if (j == 0) panel.inverses[i] = 0;
         for (int k = 0; k < size; k++) {
             __syncthreads();
-            const R chosen = real(u[k][k]), inverse = R(1) / chosen;
-            if (!(chosen > 0) && !pivot) pivot = start + k + 1;
+            const R chosen = real(u[k][k]), inverse = reciprocal(chosen);
+            pivots.look(start + k, chosen, inverse);
             const T factor = times(conj(u[k][i]), inverse), other = u[k][j];
             __syncthreads();
             if (i > k && j >= i) u[i][j] = less_product(u[i][j], factor, other);
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             if (i > j) matrix.at(j, i) = conj(matrix.at(i, j));
         });
         __syncthreads();
-        finish(q, n, measured, matrix.pivot, matrix.x, info, rconds, overflows);
+        finish(q, n, measured, matrix.pivots.unfit, matrix.x, info, rconds, overflows);
         __syncthreads();
     }
 }

@@ -1,6 +1,6 @@
 // The inverse of every matrix in a stack, with an account of each: the contract is in kernels/__init__.py.
 //
-// This file, structures.cuh and account.cuh go before that of each layout:
+// This file, structures.cuh and account.cuh, and for the last two in_memory.cuh, go before that of each layout:
 //
 //     per_thread.cu  one matrix per thread, in its registers
 //     per_warp.cu    a matrix in the registers of some lanes of a warp, several rows per lane
@@ -11,7 +11,7 @@
 // and are compiled with it, for one dtype, size and kind of matrix at a time, as launch.py says:
 //
 //     NUMBER     float, double, Complex<float> or Complex<double>
-//     N          the size of the matrices; in per_block.cu a multiple of a tile's that is not less
+//     N          in the first three, the size of the matrices; in per_block.cu a multiple of a tile's that is not less
 //     STRUCTURE  one of Structure
 //     DEFINITE   1 for positive definite matrices, which are HERMITIAN, else 0
 //     SHARED     the bytes of shared memory that a block is given
@@ -91,8 +91,8 @@ static __device__ Complex<R> times(Complex<R> a, R b) { return {a.re * b, a.im *
 static __device__ Complex<R> times(Complex<R> a, Complex<R> b) {
     return {fma(a.re, b.re, -a.im * b.im), fma(a.re, b.im, a.im * b.re)};
 }
-// a b, of which every zero is positive
-static __device__ R scaled(R a, R b) { return fma(a, b, R(0)); }
+// a b, of which every zero is positive, one that underflows too
+static __device__ R scaled(R a, R b) { return a * b + R(0); }
 static __device__ Complex<R> scaled(Complex<R> a, R b) { return {scaled(a.re, b), scaled(a.im, b)}; }
 static __device__ R mean(R a, R b) { return a * R(0.5) + b * R(0.5); }
 static __device__ Complex<R> mean(Complex<R> a, Complex<R> b) { return {mean(a.re, b.re), mean(a.im, b.im)}; }
@@ -103,15 +103,16 @@ static __device__ Complex<R> less_product(Complex<R> a, Complex<R> b, Complex<R>
     return {fma(b.im, c.im, fma(-b.re, c.re, a.re)), fma(-b.im, c.re, fma(-b.re, c.im, a.im))};
 }
 
-static __device__ R reciprocal(R a) { return R(1) / a; }
+// 1 / a; but NaN of infinity, of which 0 would hide that it comes from an overflow.
+static __device__ R reciprocal(R a) { return R(1) / a + (a - a); }
 static __device__ Complex<R> reciprocal(Complex<R> a) {
-    // Smith's: neither overflows nor underflows on the way.
+    // Smith's: does not underflow on the way, and overflows at the end of the range alone.
     if (fabs(a.re) >= fabs(a.im)) {
         const R ratio = a.im / a.re, divisor = fma(a.im, ratio, a.re);
-        return {R(1) / divisor, -ratio / divisor};
+        return {reciprocal(divisor), -ratio / divisor};
     }
     const R ratio = a.re / a.im, divisor = fma(a.re, ratio, a.im);
-    return {ratio / divisor, R(-1) / divisor};
+    return {ratio / divisor, -reciprocal(divisor)};
 }
 
 static __device__ bool is_zero(T a) { return part(a, 0) == 0 && part(a, PARTS - 1) == 0; }
@@ -124,6 +125,19 @@ static __device__ bool is_finite(T a) {
 static __device__ Word size_word(T a) {
     return PARTS == 2 ? F::high(fabs(part(a, 0)) + fabs(part(a, PARTS - 1))) : F::high(real(a)) & 0x7fffffff;
 }
+
+// The first pivot of a positive definite matrix that says something: that it is none, or that its reciprocal overflows,
+// after which no pivot means anything.
+struct Pivots {
+    int unfit = 0;
+    bool lost = false;
+
+    __device__ void look(int k, R pivot, R inverse) {
+        if (unfit || lost) return;
+        if (pivot <= 0) unfit = k + 1;
+        else lost = !(inverse <= F::largest);
+    }
+};
 
 // The larger of two sums of magnitudes; NaN is the largest of all, so that it is not lost.
 static __device__ R larger(R a, R b) { return a > b || a != a ? a : b; }

@@ -37,6 +37,16 @@ static __device__ void barrier() {
     else __syncthreads();
 }
 
+static __device__ Word most_of_warp(Word a) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(ALL, a);
+#else
+#pragma unroll
+    for (int far = 16; far; far /= 2) a = max(a, __shfl_xor_sync(ALL, a, far, 32));
+    return a;
+#endif
+}
+
 // Over all threads of a block.
 static __device__ R largest_of(R a, Board& board) {
 #pragma unroll
@@ -51,8 +61,8 @@ static __device__ R largest_of(R a, Board& board) {
     return a;
 }
 static __device__ Range joined(Range range, Board& board) {
-    range.most = __reduce_max_sync(ALL, range.most);
-    range.least = __reduce_min_sync(ALL, range.least);
+    range.most = most_of_warp(range.most);
+    range.least = ~most_of_warp(~range.least);
     if (THREADS == 32) return range;
     barrier();
     if (threadIdx.x % 32 == 0)
@@ -149,7 +159,7 @@ struct Tile {
                         if (N % 32 == 0 || s * 32 + lane < N) key = (size_word(column[s * 32 + lane]) & ~255u) | ids[s];
                         best = max(best, ids[s] ? key : 0);
                     }
-                    best = __reduce_max_sync(ALL, best);
+                    best = most_of_warp(best);
                     p = 128 - (int)(best & 255);
                 }
                 const T chosen = column[p];
@@ -183,7 +193,8 @@ struct Tile {
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     const bool its = row(r) == p;
-                    factors.v[r] = its ? number(0) : times(factors.v[r], inverse);
+                    // Below the pivots of a triangular matrix are zeros, be a pivot what it may.
+                    factors.v[r] = its || (!PIVOTING && row(r) > k) ? number(0) : times(factors.v[r], inverse);
                     if (its) inverses[r] = inverse;
                 }
                 barrier();
@@ -217,6 +228,7 @@ struct Tile {
     // as zeros.
     __device__ void invert_definite(Board& board) {
         int turns = 0;
+        Pivots pivots;
         T factors[ROWS];
         // Shows what `choose(j, number)` makes of row r of the tiles that have row k.
         const auto show_row = [&](int k, int r, T* line, auto choose) {
@@ -241,8 +253,8 @@ struct Tile {
                 T* const line = board.line[turns++ & 1];
                 show_row(k, u % ROWS, line, [&](int j, T a) { return j >= k ? a : number(0); });
                 barrier();
-                const R chosen = real(line[k]), inverse = R(1) / chosen;
-                if (!(chosen > 0) && !pivot) pivot = k + 1;
+                const R chosen = real(line[k]), inverse = reciprocal(chosen);
+                pivots.look(k, chosen, inverse);
                 if (threadIdx.x == 0) board.inverses[k] = inverse;
                 const Many<ROWS> mine = rows_of(line);
                 T kept[ROWS];  // of L: what is used, not what its mirror image would be
@@ -298,6 +310,8 @@ struct Tile {
             }
         }
         barrier();
+        pivot = pivots.unfit;
+        lost = pivots.lost;
     }
 };
 
@@ -331,9 +345,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         Tile::each([&](int r, int c) { x[r][c] = times(x[r][c], scale); });
         const R norm = tile.norm(F::power(-excess - SLACK), board);
         if (DEFINITE || TRIED) tile.invert_definite(board);
-        const bool chosen = PIVOTING && !(TRIED && tile.pivot == 0);
+        const bool chosen = PIVOTING && !(TRIED && tile.pivot == 0 && !tile.lost);
         if (chosen && TRIED) {
             tile.pivot = 0;
+            tile.lost = false;
             Tile::each([&](int r, int c) {
                 x[r][c] = tile.has(r, c) ? times(given(tile.row(r), tile.column(c), stored), scale) : number(0);
             });

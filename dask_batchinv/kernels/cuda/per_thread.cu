@@ -34,7 +34,7 @@ struct Matrix {
     T inverses[N];      // of the pivots, by which rows are multiplied in the end
     Word columns[(N + 7) / 8] = {};  // where the columns of the inverse belong, in four bits each
     int pivot = 0;      // the number of the first that is unfit
-    bool lost = false;  // whether it was unfit only because the key of its column was too coarse
+    bool lost = false;  // whether that only comes from the key of its column, too coarse, or from an overflow
 
     __device__ int column(int k) const { return PIVOTING ? columns[k / 8] >> k % 8 * 4 & 15 : k; }
 
@@ -92,10 +92,11 @@ struct Matrix {
 
     // Positive definite matrices, by the three parts that numbers.cuh names: in the lower triangle, in place.
     __device__ void invert_definite() {
+        Pivots pivots;
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            if (!(real(x[k][k]) > 0) && !pivot) pivot = k + 1;
-            inverses[k] = number(R(1) / real(x[k][k]));
+            inverses[k] = number(reciprocal(real(x[k][k])));
+            pivots.look(k, real(x[k][k]), real(inverses[k]));
 #pragma unroll
             for (int i = k + 1; i < N; i++) {
                 const T factor = times(x[i][k], real(inverses[k]));
@@ -123,6 +124,8 @@ struct Matrix {
                     x[i][j] = k == i ? times(x[i][j], factor) : less_product(x[i][j], factor, x[k][j]);
             }
         }
+        pivot = pivots.unfit;
+        lost = pivots.lost;
     }
 };
 
@@ -179,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
                 for (int j = i + 1; j < N; j++) x[i][j] = conj(x[j][i]);
         }
-        if (!DEFINITE && !(TRIED && matrix.pivot == 0)) {
+        if (!DEFINITE && !(TRIED && matrix.pivot == 0 && !matrix.lost)) {
             if (TRIED) {
                 matrix = Matrix();
 #pragma unroll
@@ -223,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
                 for (int j = 0; j < N; j++) overflow |= !is_finite(scaled(found(i, j, inverse), scale));
         const int pivot = matrix.lost ? 0 : matrix.pivot;
-        const int code = info_of(range.finite(), pivot, overflow);
+        const int code = info_of(range.finite(), pivot, overflow || matrix.lost);
         if (lane < count)
             report(first + lane, code, rcond_of(range.finite(), pivot, norm, of_inverse), info, rconds, overflows);
         const R by = code ? F::not_a_number() : scale;

@@ -185,7 +185,9 @@ struct Lane {
             T factors[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                factors[r] = its[r] ? number(0) : times(x[r][0], inverse);
+                // Below the pivots of a triangular matrix are zeros, be a pivot what it may.
+                const bool none = its[r] || (!PIVOTING && row(r) > k);
+                factors[r] = none ? number(0) : times(x[r][0], inverse);
                 if (its[r]) steps[r] = k, ids[r] = 0, inverses[r] = inverse;
             }
 #pragma unroll
@@ -217,6 +219,7 @@ struct Lane {
     // the second part, the other way round. What a row does not contribute is passed on as zeros.
     __device__ void invert_definite(Many<WIDTH>* lines, int which) {
         int turns = 0;
+        Pivots pivots;
         T factors[ROWS], last[ROWS];
         // Passes on what `choose(r, j)` makes of row k, which is then `keep` times that if `keep` is not 0.
         const auto share = [&](int k, auto choose, auto keep) {
@@ -264,8 +267,8 @@ struct Lane {
         for (int k = 0; k < N; k++) {
             const Many<WIDTH>* const line =
                 share(k, [&](int r, int j) { return j < N - k ? x[r][j] : number(0); }, keep_all);
-            const R chosen = real(at(line, 0)), inverse = R(1) / chosen;
-            if (!(chosen > 0) && !pivot) pivot = k + 1;
+            const R chosen = real(at(line, 0)), inverse = reciprocal(chosen);
+            pivots.look(k, chosen, inverse);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 const bool below = row(r) > k && here(r);
@@ -313,6 +316,8 @@ struct Lane {
             subtract(line);
         }
         __syncwarp();
+        pivot = pivots.unfit;
+        lost = pivots.lost;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) steps[r] = row(r);
     }
@@ -393,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         if (DEFINITE || TRIED) state.invert_definite(lines, which);
         else state.eliminate(lines, which, order);
         if (TRIED) {
-            const bool again = state.pivot != 0;
+            const bool again = state.pivot != 0 || state.lost;
             if (!again) put_back(1, false);
             __syncwarp();
             if (__any_sync(ALL, again)) {
@@ -404,6 +409,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
                     for (int j = 0; j < N; j++) x[r][j] = times(x[r][j], scale);
                 state.pivot = 0;
+                state.lost = false;
                 __syncwarp();
                 state.eliminate(lines, which, order);
                 if (again) put_back(1, true);
@@ -425,13 +431,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             if (PARTS == 1 || !__any_sync(ALL, again)) break;
         }
         bool overflow = false;
-        if (__any_sync(ALL, of_inverse.may_overflow(excess, shift) || state.pivot)) {
+        if (__any_sync(ALL, of_inverse.may_overflow(excess, shift) || state.lost)) {
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
 #pragma unroll
                 for (int j = 0; j < N; j++) overflow |= !is_finite(scaled(x[r][j], scale));
             overflow = any_of(overflow);
-            if (any_of(state.lost)) state.pivot = 0;
+            if (any_of(state.lost)) state.pivot = 0, overflow = true;
         }
         const int code = info_of(range.finite(), state.pivot, overflow);
         if (state.l == 0 && which < count)
