@@ -159,7 +159,8 @@ def test_an_overflow_on_the_way_is_not_lost(dtype):
         else:  # single precision is done again in double
             np.testing.assert_allclose(x[0, :2, :2] * b, [[0.5, -0.5], [0.5, 0.5]], rtol=1e-6)
         if np.iscomplexobj(a):
-            a = np.eye(n, dtype=dtype)[None] * np.dtype(dtype).type(0.9 * limits.max * (1 + 1j))
+            a = np.zeros((1, n, n), dtype)
+            a.real[0, range(n), range(n)] = a.imag[0, range(n), range(n)] = limits.dtype.type(0.9) * limits.max
             a[0, 0, -1] = limits.tiny
             x, info, rcond = run_gpu(a)
             assert info[0] == -2 or (x[0, 0, 0] != 0 and rcond[0] > 0.1)
