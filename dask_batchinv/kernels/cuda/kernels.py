@@ -29,32 +29,26 @@ SHARE = 0.8
 
 def invert(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA) -> None:
     """Invert a block that is in GPU memory; the contract is in `dask_batchinv.kernels`, all arrays in C order."""
+    import cupy
+
     if not (_aligned(a) and _aligned(out)):
         # Kernels would stop, and with them all that this process does on the GPU.
         result = _copied(out)
         invert(_copied(a), result, info, rcond, assume_a=assume_a)
         out.view(np.uint8)[...] = result.view(np.uint8)
         return
-    overflows = counter(a.dtype)
+    overflows = cupy.zeros(1, np.uint32) if a.dtype.char in "fF" else None
     run(a, out, info, rcond, assume_a=assume_a, overflows=overflows)
     if overflows is not None and int(overflows[0]):  # waits for the GPU
         again_in_double(a, out, info, rcond, assume_a=assume_a)
 
 
-def counter(dtype: np.dtype[Any]) -> Array | None:
-    """Return what counts those that overflowed in single precision; None for double."""
-    import cupy
-
-    return cupy.zeros(1, np.uint32) if dtype.char in "fF" else None
-
-
 def run(a: Array, out: Array, info: Array, rcond: Array, *, assume_a: AssumeA, overflows: Array | None = None) -> None:
     """Do the same without waiting for the GPU; but what overflowed in single precision is only marked as such.
 
-    `a` and `out` begin at multiples of the size of their numbers.
-    `overflows` is increased by the number of those.
+    `overflows`, an array of one number, is increased by how many did. `a` and `out` begin at multiples of the size of
+    their numbers.
     """
-
     m, n = a.shape[:2]
     if n == 0:
         info[...] = 0
