@@ -162,6 +162,7 @@ def _solve_general(s: Array, out: Array) -> Array:
     pivot = np.zeros(len(s), np.int32)
     try:
         out[:] = np.linalg.inv(s)
+        _mark_overflow(s, out)
         return pivot
     except np.linalg.LinAlgError:
         pass
@@ -183,6 +184,22 @@ def _solve_general(s: Array, out: Array) -> Array:
     return pivot
 
 
+def _mark_overflow(s: Array, out: Array) -> None:
+    """Make inverses infinite whose factors were, for an infinite pivot leaves numbers that are finite and wrong.
+
+    Where `_scale` brought a matrix near 1 no pivot can be.
+    """
+    for i in np.flatnonzero((np.abs(s.view(s.real.dtype)) >= 1).any(axis=(1, 2))):
+        lu = (sl.zgetrf if np.iscomplexobj(s) else sl.dgetrf)(s[i])[0]
+        if not _are_finite(lu):
+            out[i] = np.inf
+
+
+def _are_finite(factors: Array) -> bool:
+    """Tell whether numbers are finite, and the sums of the sizes of their parts, by which LAPACK compares them."""
+    return bool(np.isfinite(np.abs(factors.real) + np.abs(factors.imag)).all())
+
+
 def _first_zero_pivot(a: Array) -> int:
     """Return the 1-based number of the first zero pivot of a matrix that NumPy calls singular."""
     # In double precision, as NumPy works; LAPACKs may differ in rounding, then the last pivot is the zero one.
@@ -198,11 +215,12 @@ def _each(factor: str, finish: str | None, s: Array, out: Array, **upper: int) -
     pivot = np.zeros(len(s), np.int32)
     for i, a in enumerate(s):
         *parts, k = first(a, **upper)
+        is_usable = second is None or _are_finite(parts[0])  # see `_mark_overflow`
         if k == 0 and second is not None:
             *parts, k = second(*parts, **upper)
         pivot[i] = k
         if k == 0:
-            out[i] = parts[0]
+            out[i] = parts[0] if is_usable else np.inf
     return pivot
 
 

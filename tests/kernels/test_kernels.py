@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_info
 
 from dask_batchinv.kernels import choose_kernel, invert_block, lapack
 from dask_batchinv.kernels.blas_threads import one_blas_thread
-from tests.support.running import run_cpu
+from tests.support.running import results_for, run_cpu
 from tests.support.stacks import DTYPES, STRUCTURES, assert_same_bits, conditioned, residual_ratio
 
 #: Kernels for GPUs are tested here on the CPU, and take their time: one size of each layout.
@@ -171,6 +171,38 @@ def test_the_largest_and_the_smallest_number_in_one_matrix(run, structure, dtype
     x, codes, _ = run(a, structure)
     assert codes[0] == 0
     np.testing.assert_allclose(x[0, [0, 1], [0, 1]], [1 / large, 1], rtol=4 * info.eps, atol=info.smallest_subnormal)
+
+
+@pytest.mark.parametrize("structure", ["general", "symmetric", "hermitian"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_overflow_on_the_way_is_not_lost(run, backend, structure, dtype):
+    """Where one number keeps a matrix from being scaled, a pivot may overflow, and its reciprocal must not be 0."""
+    limits = np.finfo(dtype)
+    b = 0.75 * float(limits.max)
+    for n in {"cpu": (3, 8, 20, 34, 130, 520), "emulated": (3, 14, 34), "gpu": (3, 14, 34, 130)}[backend]:
+        a = np.eye(n, dtype=dtype)[None] * limits.dtype.type(b)
+        a[0, 0, 1], a[0, 0, -1], a[0, -1, 0] = b, limits.tiny, limits.tiny
+        a[0, 1, :2] = (-b, b) if structure == "general" else (b, -b)
+        want = [[0.5, -0.5], [0.5, 0.5]] if structure == "general" else [[0.5, 0.5], [0.5, -0.5]]
+        by_lapack = results_for(a)
+        lapack.invert(a, *by_lapack, structure=structure)
+        for x, info, _ in (run(a, structure), by_lapack):
+            if info[0]:
+                assert info[0] == -2
+            else:  # single precision is done again in double
+                np.testing.assert_allclose(x[0, :2, :2] * b, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["general", "symmetric"])
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_parts_of_a_pivot_may_be_finite_where_their_sum_is_not(run, structure, dtype):
+    limits = np.finfo(dtype)
+    for n in (3, 14, 34):
+        a = np.zeros((1, n, n), dtype)
+        a.real[0, range(n), range(n)] = a.imag[0, range(n), range(n)] = limits.dtype.type(0.9) * limits.max
+        a[0, 0, -1] = a[0, -1, 0] = limits.tiny
+        x, info, rcond = run(a, structure)
+        assert info[0] == -2 or (x[0, 0, 0] != 0 and rcond[0] > 0.1)
 
 
 def test_single_precision_may_have_an_inverse_beyond_its_range_before_scaling(run):

@@ -285,7 +285,8 @@ class _InFlight:
         if self.idle or still < max(self._patience, SLOWEST_TIMES * self._slowest):
             return
         if not any(map(self._roster.may_have, self._roster.workers.values())) and not self._running:
-            raise ClusterLostError(f"no workers for {still:.0f} s{''.join(f'; {why}' for why in refusals[:3])}")
+            why = "".join(f"; {why}" for why in (self._roster.paused + refusals)[:3])
+            raise ClusterLostError(f"no workers for {still:.0f} s{why}")
         restarts = self._dispatcher.is_own or self._dispatcher.restart_stalled
         stalled = list(self._running)
         if not self._dispatcher.is_own:  # what was not begun waits for others, as long as it takes

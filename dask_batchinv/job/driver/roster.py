@@ -207,6 +207,12 @@ class Roster:
         """Why those may not have tiles that may not."""
         return [f"{address}: {worker.refused}" for address, worker in self.workers.items() if worker.refused]
 
+    @property
+    def paused(self) -> list[str]:
+        """Which workers would be of use, but take no tasks."""
+        idle = [address for address, worker in self.workers.items() if not (worker.refused or worker.is_running)]
+        return [f"{address}: paused, for its memory is full, or closing" for address in idle]
+
     def _begin_to_ask(self, address: str, *question: Any) -> concurrent.futures.Future[Any]:
         loop = self._client.loop.asyncio_loop
         answer = asyncio.run_coroutine_threadsafe(self._ask(address, *question), loop)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dask_batchinv.kernels.emit.number import Number, constant_number
+from dask_batchinv.kernels.emit.number import Number, constant_number, real_reciprocal
 from dask_batchinv.kernels.emit.values import Value
 from dask_batchinv.stack import AssumeA
 
@@ -51,8 +51,8 @@ class Symmetry:
         """Return 1 / a number of the diagonal."""
         if not self.is_hermitian:
             return diagonal.reciprocal()
-        real = diagonal.parts[0]
-        return constant_number(diagonal.e, diagonal.e.like(real, 1.0) / real, len(diagonal.parts))
+        real = real_reciprocal(diagonal.e, diagonal.parts[0])
+        return constant_number(diagonal.e, real, len(diagonal.parts))
 
     def times(self, number: Number, diagonal: Number) -> Number:
         """Return a number times one of the diagonal."""

@@ -58,14 +58,16 @@ class Number:
         return self.e.sqrt(self.e.fma(re, re, im * im))
 
     def reciprocal(self) -> Number:
-        """1 / self."""
+        """1 / self; NaN where that is infinite, as in `real_reciprocal`."""
         e = self.e
         if len(self.parts) == 1:
-            return Number(e, (e.like(self.parts[0], 1.0) / self.parts[0],))
+            return Number(e, (real_reciprocal(e, self.parts[0]),))
         # The squares must not underflow: bring the number near 1 by a power of two first.
         factor = e.unit_factor(e.bits(self.size()))
         re, im = (part * factor for part in self.parts)
-        inverse = factor / e.fma(im, im, re * re)
+        # Not the size less itself: that may be infinite where both parts are finite, which does no harm.
+        nothing = (self.parts[0] - self.parts[0]) + (self.parts[1] - self.parts[1])
+        inverse = factor / e.fma(im, im, re * re) + nothing
         return Number(e, (re * inverse, -im * inverse))
 
     def where(self, mask: Value, other: Number) -> Number:
@@ -80,6 +82,14 @@ class Number:
     def lane(self, index: int) -> Number:
         """Return one lane."""
         return Number(self.e, tuple(self.e.lane(part, index) for part in self.parts))
+
+
+def real_reciprocal(e: Emitter, value: Value) -> Value:
+    """1 / a real value; NaN where that is infinite.
+
+    A pivot that has overflowed would otherwise turn its row into zeros, and leave an inverse that is finite and wrong.
+    """
+    return e.like(value, 1.0) / value + (value - value)
 
 
 def constant_number(e: Emitter, real: Value, parts: int) -> Number:
