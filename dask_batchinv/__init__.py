@@ -9,7 +9,20 @@ from dask_batchinv._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dask_batchinv.array import inverse, inverse_ex
-    from dask_batchinv.job import JobFailedError, JobReport, VerifyReport, invert_store, verify_store
+    from dask_batchinv.job import (
+        InterruptedJob,
+        JobFailedError,
+        JobReport,
+        Plan,
+        Status,
+        TargetReport,
+        VerifyReport,
+        invert_store,
+        plan_store,
+        report_store,
+        status,
+        verify_store,
+    )
     from dask_batchinv.kernels import InverseEx, InverseExLogdet
     from dask_batchinv.kernels.device import DeviceError
     from dask_batchinv.outcome import (
@@ -29,23 +42,32 @@ __all__ = [
     "DeviceError",
     "IllConditionedWarning",
     "Info",
+    "InterruptedJob",
     "InverseEx",
     "InverseExLogdet",
     "JobFailedError",
     "JobReport",
+    "Plan",
     "PlanError",
     "RefusedError",
     "SingularMatrixError",
     "SourceError",
+    "Status",
     "TargetError",
     "TargetInUseError",
+    "TargetReport",
     "VerifyReport",
     "inverse",
     "inverse_ex",
     "invert_store",
+    "plan_store",
+    "report_store",
+    "status",
     "verify_store",
 ]
 
+_OF_JOBS = ("InterruptedJob", "JobFailedError", "JobReport", "Plan", "Status", "TargetReport", "VerifyReport",
+            "invert_store", "plan_store", "report_store", "status", "verify_store")  # fmt: skip
 #: Where the names are. A job needs no Dask arrays, and `inverse` no cluster: what is not asked for is not imported.
 _HOMES = {
     "DeviceError": "kernels.device",
@@ -53,7 +75,7 @@ _HOMES = {
     "InverseExLogdet": "kernels",
     "inverse": "array",
     "inverse_ex": "array",
-    **dict.fromkeys(("JobFailedError", "JobReport", "VerifyReport", "invert_store", "verify_store"), "job"),
+    **dict.fromkeys(_OF_JOBS, "job"),
 }
 
 config.set_defaults()

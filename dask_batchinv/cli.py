@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
 import click
-import dask.config
 
 from dask_batchinv._version import __version__
+from dask_batchinv.cli_arguments import locate_argument, options_of, parse, source_if_given
 from dask_batchinv.cli_options import cluster_options, job_options, json_option, source_options, target_options
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
-from dask_batchinv.job.driver.placing import plan_for_unlike, plan_locally
-from dask_batchinv.job.driver.run_job import run_job
-from dask_batchinv.job.options import JobOptions
+from dask_batchinv.job.driver.run_job import plan_job, run_job
 from dask_batchinv.job.plan.plan import Plan
-from dask_batchinv.job.plan.prepare import Job, prepare
 from dask_batchinv.job.report import display
+from dask_batchinv.job.report.at_work import watch
 from dask_batchinv.job.report.freshness import Freshness, Status, check_job, status_of
+from dask_batchinv.job.report.page.page import check_matplotlib
+from dask_batchinv.job.report.page.target_report import report_of
 from dask_batchinv.job.report.run_record import OnProgress, Progress
 from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
 from dask_batchinv.job.target.swap import InterruptedWhenDone
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.kernels.device import DeviceError
-from dask_batchinv.location import Location, json_object
-from dask_batchinv.outcome import RefusedError, SourceError, TargetError
-from dask_batchinv.places import locate
+from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import clean, clean_lines, clean_values
 
 REFUSED = 2
@@ -103,7 +102,10 @@ def main() -> None:
 @click.option("--check", is_flag=True, help="Print whether TARGET is up to date with SOURCE, and stop.")
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress, and no report if all is well.")
-def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any) -> None:
+@click.option(
+    "--report", "page", metavar="FILE", help="In the end write a report with pictures, an HTML page, to FILE."
+)
+def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, page: str | None, **arguments: Any) -> None:
     """Invert all matrices of SOURCE into the Zarr group TARGET.
 
     SOURCE is a Zarr array (*, n, n), or a group with --variable: a path or an fsspec URL, format 2 or 3. TARGET gets
@@ -116,9 +118,11 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
       dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tls://10.0.0.1:8786
     """
     with _exit_codes(as_json) as interrupts:
-        job, cluster = _parse(arguments)
+        if page is not None:
+            _check_output(page)
+        job, cluster = parse(arguments)
         if dry_run:
-            _print_plan(_plan(job, cluster), as_json)
+            _print_plan(plan_job(job, cluster), as_json)
             return
         if check:
             _print_and_exit(check_job(job), as_json)
@@ -129,6 +133,8 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
                 report = end.report
         if as_json or not quiet or report.exit_code:
             _print(report, as_json)
+        if page is not None:
+            _write(report_of(job.target).to_html(), page)
         if report.exit_code == 1:
             _complain("Fix the cause and run the same command again: it does what is not done.")
         sys.exit(report.exit_code)
@@ -141,7 +147,7 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, **arguments: Any
 def plan(as_json: bool, **arguments: Any) -> None:
     """Print what `run` would do: tiles, bytes, and the memory that a worker will need. Writes nothing."""
     with _exit_codes(as_json):
-        _print_plan(_plan(*_parse(arguments)), as_json)
+        _print_plan(plan_job(*parse(arguments)), as_json)
 
 
 @main.command(epilog=EXIT_CODES)
@@ -153,18 +159,54 @@ def plan(as_json: bool, **arguments: Any) -> None:
 )
 @source_options
 @target_options
+@click.option("--follow", is_flag=True, help="While a run is at work there, show its progress; then the status.")
 @json_option
-def status(as_json: bool, **arguments: Any) -> None:
+def status(follow: bool, as_json: bool, **arguments: Any) -> None:
     """Print how far the job that writes TARGET is, and whether it is up to date with its source.
 
     While a run is at work: who, since when, how fast, and how long it will take. Of the source coordinates are read;
     its chunks are listed.
     """  # fmt: skip
-    with _exit_codes(as_json):
-        target = _locate("target", arguments)
+    with _exit_codes(as_json, "Interrupted. The run that was watched goes on."):
+        target = locate_argument("target", arguments)
+        if follow:
+            with display.shown(enabled=not as_json) as on_progress:
+                for account, at_work in watch(target):
+                    if as_json:
+                        _say(_json(account.to_json() | {"at_work": asdict(at_work)}))
+                    elif on_progress is not None:
+                        on_progress(at_work.progress(account))
         if arguments["source"] is not None:
-            _print_and_exit(status_of(target, _locate("source", arguments)), as_json)
-        _print_and_exit(status_of(target, given=_options_of("source", arguments)), as_json)
+            _print_and_exit(status_of(target, locate_argument("source", arguments)), as_json)
+        _print_and_exit(status_of(target, given=options_of("source", arguments)), as_json)
+
+
+@main.command("report")
+@click.argument("target")
+@target_options
+@click.option(
+    "-o", "--output", metavar="FILE", help="Write a page with pictures to FILE, HTML that needs nothing else."
+)
+@json_option
+def report_command(output: str | None, as_json: bool, **arguments: Any) -> None:
+    """Print what TARGET tells, complete or not: which matrices have no inverse, where they are and why.
+
+    The page has all of it: failures with their coordinates, maps of them and of the condition numbers, a histogram of
+    these, what runs, workers and tiles took. It takes seconds, for any stack.
+
+    \b
+    Examples:
+      dask-batchinv report inverses.zarr -o report.html
+      dask-batchinv report inverses.zarr --json
+    """
+    with _exit_codes(as_json, "Interrupted."):
+        if output is not None:
+            _check_output(output)
+        found = report_of(locate_argument("target", arguments))
+        if output is not None:
+            _write(found.to_html(), output)
+        if as_json or output is None:
+            _print(found, as_json)
 
 
 @main.command("verify")
@@ -187,27 +229,12 @@ def verify_command(sample: float, as_json: bool, quiet: bool, **arguments: Any) 
     )
 
     with _exit_codes(as_json, "Interrupted.") as interrupts:
-        target, source = _locate("target", arguments), _source_if_given(arguments)
+        target, source = locate_argument("target", arguments), source_if_given(arguments)
         with display.shown(enabled=not quiet) as on_progress:
             heed = partial(_heed, interrupts, on_progress)
             report = verify(target, source, ClusterOptions(**arguments), sample, heed)
         _print(report, as_json)
         sys.exit(report.exit_code)
-
-
-_CLUSTER_ARGUMENTS = (
-    "scheduler",
-    "scheduler_file",
-    "wait_for_workers",
-    "wait",
-    "only_workers",
-    "insecure",
-    "restart_stalled",
-    "workers",
-    "threads_per_worker",
-    "memory_limit",
-    "dashboard",
-)
 
 
 def _heed(interrupts: _Interrupts, on_progress: OnProgress | None, now: Progress) -> None:
@@ -217,105 +244,30 @@ def _heed(interrupts: _Interrupts, on_progress: OnProgress | None, now: Progress
         on_progress(now)
 
 
-def _parse(arguments: dict[str, Any]) -> tuple[Job, ClusterOptions]:
-    cluster = ClusterOptions(**{name: arguments.pop(name) for name in _CLUSTER_ARGUMENTS})
-    source = _locate("source", arguments)
-    target = _locate("target", arguments)
-    if target.is_memory:
-        raise RefusedError(f"the target {target.name} would end with this command: choose a path or a store")
-    arguments["zarr_format"] = int(arguments["zarr_format"])
-    arguments["select"] = _selection(arguments["select"])
-    arguments["names"] = _pairs("names", arguments["names"], "WHAT=NAME")
-    arguments["chunks"] = _lengths("chunks", arguments["chunks"]) or {}
-    arguments["shards"] = _lengths("shards", arguments["shards"])
-    if arguments["dims"] is not None:
-        arguments["dims"] = tuple(arguments["dims"].split(","))
-    return prepare(source, target, JobOptions(**arguments)), replace(cluster, device=arguments["device"])
-
-
-def _selection(texts: tuple[str, ...]) -> dict[str, str]:
-    """Return what --select says."""
-    pairs = [text.partition("=") for text in texts]
-    if bad := [dim for dim, mark, _ in pairs if not mark or not dim]:
-        raise RefusedError(f"--select takes DIM=LABEL or DIM=FIRST..LAST, got {bad[0]!r}")
-    return _each_once("select", [(dim, label) for dim, _, label in pairs])
-
-
-def _pairs(option: str, text: str | None, form: str) -> dict[str, str]:
-    """Return what an option says that takes pairs."""
-    pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
-    if bad := [what for what, mark, _ in pairs if not mark]:
-        raise RefusedError(f"--{option} takes {form},{form}, got {bad[0]!r}")
-    return _each_once(option, [(what.strip(), name.strip()) for what, _, name in pairs])
-
-
-def _each_once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise RefusedError(f"--{option} names something twice: {', '.join(what for what, _ in pairs)}")
-    return found
-
-
-def _lengths(option: str, text: str | None) -> dict[str, int] | None:
-    """Return lengths by dimension; None if the option was not given."""
-    if text is None:
-        return None
-    pairs = _pairs(option, text, "DIM=LENGTH")
-    if bad := [f"{dim}={size}" for dim, size in pairs.items() if not size.isdecimal()]:
-        raise RefusedError(f"--{option} takes DIM=LENGTH,DIM=LENGTH, got {bad[0]!r}")
-    return {dim: int(size) for dim, size in pairs.items()}
-
-
-def _options_of(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the file system of an argument is given; of what was typed, which may be secret, nothing is shown."""
-    if (text := arguments.pop(f"{name}_options")) is None:
-        return None
-    try:
-        if text.lstrip().startswith("{"):
-            return json_object(text, "it")
-        found = dask.config.get(text)
-    except (ValueError, KeyError, TypeError, IndexError):
-        found = None
-    if not isinstance(found, dict):
-        why = "this is neither" if found is None else f"that name has a {type(found).__name__} there"
-        raise RefusedError(f"--{name}-options takes a JSON object, or the name of one in the Dask configuration: {why}")
-    return found
-
-
-def _locate(name: str, arguments: dict[str, Any]) -> Location:
-    """Return the location of an argument, with its options."""
-    try:
-        return locate(arguments.pop(name), _options_of(name, arguments))
-    except ValueError as error:
-        raise (SourceError if name == "source" else TargetError)(f"{name}: {error}") from error
-
-
-def _source_if_given(arguments: dict[str, Any]) -> Location | None:
-    if arguments["source"] is not None:
-        return _locate("source", arguments)
-    arguments.pop("source")
-    arguments.pop("source_options")
-    return None
-
-
-def _plan(job: Job, cluster: ClusterOptions) -> Plan:
-    cluster = cluster.resolved()
-    if cluster.is_local:
-        return plan_locally(job, cluster)
-    from dask_batchinv.job.driver.cluster import connect, count_gpus
-
-    with connect(cluster) as (client, (first, *others)):
-        gpus = count_gpus(job.options.device, client, cluster.only_workers)
-        made, _ = plan_for_unlike(job, [replace(first, gpus=gpus), *others])
-        return replace(made, where=cluster.where(client))
-
-
 def _print_plan(made: Plan, as_json: bool) -> None:
-    _say(_json(made.to_json() | {"exit_code": 0}) if as_json else made.describe())
+    _say(_json(made.to_json() | {"exit_code": 0}) if as_json else str(made))
 
 
 def _print(report: Any, as_json: bool) -> None:
     _say(_json(report.to_json()) if as_json else clean_lines(str(report)))
+
+
+def _check_output(path: str) -> None:
+    """Raise RefusedError if a page cannot be made, or not written there."""
+    check_matplotlib()
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise RefusedError(f"the report cannot be written to {path}: name a file in a folder that you can write to")
+
+
+def _write(page: str, path: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page)
+    except OSError as error:  # the job is done all the same
+        _complain(f"Error: the report cannot be written to {path}: {error}")
+    else:
+        _complain(f"report: {os.path.abspath(path)}")
 
 
 def _json(content: dict[str, Any]) -> str:

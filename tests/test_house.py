@@ -16,7 +16,7 @@ PACKAGE = Path(dask_batchinv.__file__).parent
 #: floors, and nothing of its own floor.
 FLOORS = [
     ["text", "disk", "known", "transaction", "requests", "placed"],
-    ["urls", "_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes"],
+    ["urls", "_version", "buffers", "config", "with_xarray", "stack", "labels", "attributes", "shown"],
     ["outcome", "storage", "kernels.blas_threads", "kernels.code_cache", "kernels.device"],
     ["kernels.lapack", "kernels.emit", "kernels.widened", "torch_tensors"],
     ["address", "kernels.threads"],
@@ -35,7 +35,7 @@ FLOORS = [
     ["job.plan", "job.worker"],
     ["job.report"],
     ["job.driver"],
-    ["job.api", "cli_options"],
+    ["job.api", "cli_options", "cli_arguments"],
     ["job"],
     [""],
     ["cli"],

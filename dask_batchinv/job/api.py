@@ -1,24 +1,32 @@
-"""`invert_store` and `verify_store`: what users call."""
+"""Jobs from Python: what users call."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
-from dask_batchinv.job.driver.run_job import run_job
+from dask_batchinv.job.driver.run_job import plan_job, run_job
 from dask_batchinv.job.form import Packed
 from dask_batchinv.job.options import BadChunks, JobOptions, Missing
 from dask_batchinv.job.outputs import Keep
-from dask_batchinv.job.plan.prepare import prepare
+from dask_batchinv.job.plan.plan import Plan
+from dask_batchinv.job.plan.prepare import Job, prepare
+from dask_batchinv.job.report import display
+from dask_batchinv.job.report.freshness import Status, status_of
+from dask_batchinv.job.report.interrupted import INTERRUPTED_CALL, InterruptedJob
 from dask_batchinv.job.report.job_report import JobFailedError, JobReport
-from dask_batchinv.job.report.run_record import OnProgress, ignore
+from dask_batchinv.job.report.page.target_report import TargetReport, report_of
+from dask_batchinv.job.report.run_record import OnProgress, all_of
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.source.selection import as_text
 from dask_batchinv.job.source.source import Source
 from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.state import options_of
+from dask_batchinv.job.target.swap import InterruptedWhenDone
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import RefusedError, SourceError, TargetError
@@ -81,6 +89,8 @@ def invert_store(
     durable: bool = False,
     insecure: bool = False,
     restart_stalled: bool = False,
+    dashboard: int | None = None,
+    progress: bool | None = None,
     on_progress: OnProgress | None = None,
 ) -> JobReport:
     """Invert every matrix of a Zarr store into another, on a Dask cluster.
@@ -200,6 +210,10 @@ def invert_store(
     restart_stalled : bool
         Restart workers that give no result for ``batchinv.job.patience`` even if the cluster is not our own: whatever
         others have on them is lost.
+    dashboard : int, optional
+        Port of this machine on which the local cluster serves Dask's dashboard; by default there is none.
+    progress : bool, optional
+        Whether to show how far the job is, on standard error; by default on a terminal and in a notebook.
     on_progress : callable, optional
         Called with a `Progress` every now and then.
 
@@ -213,27 +227,97 @@ def invert_store(
         `SourceError`, `TargetError`, `PlanError` or `ClusterError`, before anything was written.
     JobFailedError
         If tiles could not be done, or more than `max_failed` matrices have no inverse; its ``report`` has all.
+    InterruptedJob
+        The `KeyboardInterrupt` of a job: the same call goes on with the rest.
     """
-    check_optimized()
-    options = JobOptions(
-        variable=variable, dims=dims, packed=packed, complex_dim=complex_dim, imag=imag, select=as_text(select),
-        mask=mask, lower=lower, min_rcond=min_rcond, max_failed=max_failed, device=device,
-        precision=precision,
-        assume_a=assume_a,  # type: ignore[arg-type]  # may be short; its long form is what is kept
-        missing=missing, bad_chunks=bad_chunks, keep=keep, logdet=logdet, dtype=dtype, like_source=like_source,
-        names=names or {},
-        compress=compress, chunks=chunks or {}, shards=shards, zarr_format=zarr_format,
-        tile_size=tile_size, overwrite=overwrite, trust_ledger=trust_ledger, durable=durable,
-    )  # fmt: skip
-    cluster = ClusterOptions(
-        client, scheduler, scheduler_file, wait_for_workers, wait, only_workers, workers, threads_per_worker,
-        memory_limit, insecure=insecure, device=device, restart_stalled=restart_stalled,
-    )  # fmt: skip
-    made_from = _source(source, source_options, options, token)
-    report = run_job(prepare(made_from, _located(target, target_options, TargetError), options), cluster, on_progress)
+    job, cluster = _prepared(locals())
+    try:
+        with display.shown(enabled=progress) as show:
+            report = run_job(job, cluster, all_of(show, on_progress))
+    except InterruptedWhenDone:
+        raise
+    except KeyboardInterrupt as error:
+        raise InterruptedJob(INTERRUPTED_CALL) from error
     if report.exit_code:
         raise JobFailedError(report)
     return report
+
+
+def plan_store(source: AnyPlace, target: AnyPlace, **options: Any) -> Plan:
+    """Return what `invert_store` would do with the same arguments: tiles, bytes, the memory of a worker.
+
+    Nothing is written. A cluster that is named, or in use, is asked for its workers.
+
+    Parameters
+    ----------
+    source, target, **options
+        As for `invert_store`.
+
+    Raises
+    ------
+    RefusedError
+        As `invert_store` would.
+    """
+    call = inspect.signature(invert_store).bind(source, target, **options)
+    call.apply_defaults()
+    job, cluster = _prepared(call.arguments)
+    return plan_job(job, cluster)
+
+
+def status(
+    target: AnyPlace,
+    *,
+    source: AnyPlace | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    target_options: Mapping[str, Any] | None = None,
+) -> Status:
+    """Return how far a target is, whether a run is at work on it, and whether it is up to date with its source.
+
+    Of the source coordinates are read; its chunks are listed.
+
+    Parameters
+    ----------
+    target : as for `invert_store`
+        What it has written, or writes.
+    source : as for `invert_store`, optional
+        What it was made from, if that has another address now.
+    source_options, target_options : mapping, optional
+        What the file systems of fsspec are given.
+
+    Raises
+    ------
+    TargetError
+        If there is no target of ours.
+    """
+    there = _located(target, target_options, TargetError)
+    if source is None:
+        return status_of(there, given=source_options)
+    return status_of(there, _located(source, source_options, SourceError))
+
+
+def report_store(target: AnyPlace, *, target_options: Mapping[str, Any] | None = None) -> TargetReport:
+    """Return what a target tells, complete or not, while a run is at work on it or not.
+
+    Failures by kind, with the indices and coordinates of the first; where in the stack they are; how the other matrices
+    are conditioned; what runs, workers and tiles have done. In a notebook it shows itself in short;
+    ``to_html("report.html")`` writes a page with pictures, for which Matplotlib is needed.
+
+    It takes seconds for any stack: where that has more than four million matrices, or 4,096 tiles, pictures are drawn
+    from the ledger and from some tiles, and say so.
+
+    Parameters
+    ----------
+    target : as for `invert_store`
+        What it has written, or writes.
+    target_options : mapping, optional
+        What its file system is given.
+
+    Raises
+    ------
+    TargetError
+        If there is no target of ours.
+    """
+    return report_of(_located(target, target_options, TargetError))
 
 
 def verify_store(
@@ -253,6 +337,8 @@ def verify_store(
     threads_per_worker: int | None = None,
     memory_limit: str | int | None = None,
     insecure: bool = False,
+    dashboard: int | None = None,
+    progress: bool | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Read a target back, every chunk of its three arrays, and check it.
@@ -275,8 +361,8 @@ def verify_store(
         The cluster, as for `invert_store`.
     workers, threads_per_worker, memory_limit, insecure
         The cluster, as for `invert_store`.
-    on_progress : callable, optional
-        Called with a `Progress` every now and then.
+    dashboard, progress, on_progress
+        As for `invert_store`.
 
     Returns
     -------
@@ -291,14 +377,26 @@ def verify_store(
     from dask_batchinv.job.driver.verify import verify
 
     check_optimized()
-    cluster = ClusterOptions(
-        client, scheduler, scheduler_file, wait_for_workers, wait, only_workers, workers, threads_per_worker,
-        memory_limit, insecure=insecure,
-    )  # fmt: skip
+    cluster = _cluster_options(locals())
     there = _located(target, target_options, TargetError)
     options = JobOptions() if source is None else options_of(existing(there)[1])
     made_from = None if source is None else _source(source, source_options, options, None)
-    return verify(there, made_from, cluster, sample, on_progress or ignore)
+    with display.shown(enabled=progress) as show:
+        return verify(there, made_from, cluster, sample, all_of(show, on_progress))
+
+
+def _prepared(given: Mapping[str, Any]) -> tuple[Job, ClusterOptions]:
+    """Return the job that the arguments of `invert_store` describe, and the cluster for it."""
+    check_optimized()
+    taken = {field.name: given[field.name] for field in fields(JobOptions)}
+    taken |= {"select": as_text(given["select"]), "names": given["names"] or {}, "chunks": given["chunks"] or {}}
+    options, cluster = JobOptions(**taken), _cluster_options(given)
+    source = _source(given["source"], given["source_options"], options, given["token"])
+    return prepare(source, _located(given["target"], given["target_options"], TargetError), options), cluster
+
+
+def _cluster_options(given: Mapping[str, Any]) -> ClusterOptions:
+    return ClusterOptions(**{field.name: given[field.name] for field in fields(ClusterOptions) if field.name in given})
 
 
 def _source(

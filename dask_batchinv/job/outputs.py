@@ -111,6 +111,17 @@ def named(names: Iterable[tuple[str, str]]) -> Outputs:
     return tuple(replace(_BY_ROLE[role], name=name) for role, name in names)
 
 
+def name_of(role: str, outputs: Outputs) -> str:
+    """Return the name of one of some outputs, by what it is.
+
+    Examples
+    --------
+    >>> name_of("info", named([("rcond", "rcond"), ("info", "flag")]))
+    'flag'
+    """
+    return next(output.name for output in outputs if output.role == role)
+
+
 def checksum_column(role: str) -> str:
     """Return the column of the ledger for the checksums of the chunks of an output."""
     return f"{role}_crc32c"

@@ -29,7 +29,7 @@ _CHECKED_NBYTES = 2**19
 LARGEST_RATIO = 30.0
 #: The columns for what the stores of source and target say of a tile, as `dask_batchinv.job.seen` has it.
 SEEN = ("source_seen", "target_seen")
-#: What a row of the ledger says of its tile, in int64; only `TileRow` and `smallest_of` know how.
+#: What a row of the ledger says of its tile, in int64; only `TileRow` and `smallest_rconds` know how.
 COLUMNS = (
     "generation", "matrices", *FAILURE_KINDS, "masked", "ill_conditioned", "smallest_rcond_bits", "milliseconds",
     "attempts", "device", "filled",
@@ -247,9 +247,14 @@ def content_checksum(block: Array) -> int:
     return checksum << 31 | total % (2**31 - 1)
 
 
+def smallest_rconds(rows: Rows) -> npt.NDArray[np.float64]:
+    """Return the smallest rcond of a good matrix in each row of the ledger; NaN where there is none."""
+    return np.ascontiguousarray(rows[:, COLUMNS.index("smallest_rcond_bits")]).view(np.float64)
+
+
 def smallest_of(rows: Rows) -> float | None:
     """Return the smallest rcond of a good matrix in rows of the ledger, or None if there is none."""
-    values = np.ascontiguousarray(rows[:, COLUMNS.index("smallest_rcond_bits")]).view(np.float64)
+    values = smallest_rconds(rows)
     values = values[np.isfinite(values)]
     return float(values.min()) if len(values) else None
 

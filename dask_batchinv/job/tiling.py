@@ -25,6 +25,17 @@ def cuts(size: int, step: int) -> int:
     return -(-size // step)
 
 
+def describe_tile(number: int, region: Iterable[tuple[int, int]]) -> str:
+    """Return the number of a tile and where it begins and ends along each batch axis, for people.
+
+    Examples
+    --------
+    >>> describe_tile(2, [(8, 10)])
+    'tile 2 [8:10]'
+    """
+    return f"tile {number} [{', '.join(f'{start}:{stop}' for start, stop in region)}]"
+
+
 @dataclass(frozen=True)
 class StackShape:
     """The shape of a stack."""

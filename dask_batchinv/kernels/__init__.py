@@ -26,7 +26,8 @@ from dask_batchinv.kernels.cuda import staging
 from dask_batchinv.kernels.device import device_for, is_gpu_array, parse_device
 from dask_batchinv.kernels.emit.environment import COMPILE_NBYTES, standard_environment
 from dask_batchinv.kernels.widened import invert_in
-from dask_batchinv.outcome import Info
+from dask_batchinv.outcome import Info, failures_of
+from dask_batchinv.shown import Row, as_html
 from dask_batchinv.stack import AssumeA, Device, parse_choice
 
 Array = npt.NDArray[Any]
@@ -54,6 +55,9 @@ class InverseEx(NamedTuple):
     rcond: Any
     """Shape ``(*,)``, real: 1 / (‖A‖₁ ‖A⁻¹‖₁); 0 for a singular matrix, NaN for a non-finite one."""
 
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, _rows_of(self))
+
 
 class InverseExLogdet(NamedTuple):
     """What `InverseEx` has, and the determinants."""
@@ -69,8 +73,25 @@ class InverseExLogdet(NamedTuple):
     logdet: Any
     """Shape ``(*,)``, real: the logarithm of its absolute value; -inf if singular, NaN if not known."""
 
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, _rows_of(self))
+
 
 AnyInverseEx = InverseEx | InverseExLogdet
+
+
+def _rows_of(found: AnyInverseEx) -> list[Row]:
+    """Return what there is, and what happened to the matrices where that is known already."""
+    rows = [(name, f"{_kind_of(array)} {tuple(array.shape)}, {array.dtype}") for name, array in found._asdict().items()]
+    if isinstance(found.info, np.ndarray):
+        counts = [(failure.words, int(failure.includes(found.info).sum())) for failure in failures_of("general")]
+        failed = ", ".join(f"{count:,} {words}" for words, count in counts if count)
+        rows.append(("matrices", f"{found.info.size:,}; without an inverse: {failed or 'none'}"))
+    return rows
+
+
+def _kind_of(array: Any) -> str:
+    return f"{type(array).__module__.partition('.')[0]}.{type(array).__name__}"
 
 
 @dataclass(frozen=True)

@@ -145,13 +145,13 @@ def test_a_small_job_runs_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setattr("dask_batchinv.job.driver.cluster.connect", None)
     job = prepare_local(tmp_path)
     assert plan_here(job, ClusterOptions()).where.startswith("this process")
-    assert "this process, because it is small" in plan_locally(job, ClusterOptions()).describe()
+    assert "this process, because it is small" in str(plan_locally(job, ClusterOptions()))
     assert plan_here(job, ClusterOptions(workers=1)) is None
     report = invert_store(tmp_path / "local", tmp_path / "t")
     assert (report.complete, report.tiles_now) == (True, 1)
     with dask.config.set({"batchinv.job.in-process": 100}):
         assert plan_here(job, ClusterOptions()) is None
-        assert "worker processes" in plan_locally(job, ClusterOptions(memory_limit="1GiB")).describe()
+        assert "worker processes" in str(plan_locally(job, ClusterOptions(memory_limit="1GiB")))
 
 
 def test_where_a_job_runs_does_not_show(tmp_path, processes):

@@ -147,7 +147,7 @@ def test_reads_counts_how_often_a_chunk_is_decoded():
 
 def test_plans_speak_to_people_and_machines():
     plan = make_plan(layout((1000, 4, 4), (100, 4, 4)), Limits(2**30, 2, 0, 10), tile_nbytes=1)
-    text, facts = plan.describe(), plan.to_json()
+    text, facts = str(plan), plan.to_json()
     assert "1,000 of 4 x 4" in text
     assert "1.00 GiB allowed, 2 thread(s)" in text
     assert "decoded" in text
@@ -211,7 +211,7 @@ def test_where_chunks_are_decoded_several_times_it_is_said_how_to_avoid_that():
     plan = make_plan(cut, UNLIMITED, tile_nbytes=2**20)
     assert plan.read_amplification > 30
     assert plan.advice == "chunks of the source are cut by tiles: --tile-size 98MiB avoids that"
-    assert plan.advice in plan.describe()
+    assert plan.advice in str(plan)
     assert make_plan(cut, UNLIMITED, tile_nbytes=98 * 2**20).advice is None
     limited = make_plan(cut, Limits(memory=740 * 2**20, threads=1, scratch=0, read_concurrency=10), tile_nbytes=2**20)
     assert " and --memory-limit " in limited.advice

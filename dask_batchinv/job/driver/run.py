@@ -356,6 +356,7 @@ class Run:
                     self._made[result.number] = result.value.written
             now = time.monotonic()
             totals.seconds = now - start
+            totals.timeline.note(totals.seconds, totals.matrices)
             if cause := totals.common_cause():
                 totals.stopped = f"the first {len(totals.failed):,} tiles failed, all for one cause: {cause}"
                 return
@@ -470,7 +471,9 @@ class Run:
         """Return what the ledger knows, and what this run did."""
         job = self.job
         done = bool(ledger.done.all()) and not self.totals.failed
-        account = make_account(job.target, job.fingerprint, self.plan.tiling, ledger, complete=done)
+        account = make_account(
+            job.target, job.fingerprint, self.plan.tiling, job.options.outputs, ledger, complete=done
+        )
         if account.masked and account.masked == account.matrices:
             self.totals.notes.append(
                 f"all matrices are left out by the mask {job.options.mask}: is it the other way round?"

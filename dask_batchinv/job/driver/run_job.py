@@ -9,9 +9,9 @@ from dataclasses import replace
 from dask_batchinv.job.driver.cluster_options import ClusterOptions, own_task
 from dask_batchinv.job.driver.executor import InProcess, Serial
 from dask_batchinv.job.driver.own_cluster import launched
-from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here
+from dask_batchinv.job.driver.placing import plan_for_unlike, plan_here, plan_locally
 from dask_batchinv.job.driver.run import Run
-from dask_batchinv.job.plan.plan import Workers
+from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.plan.prepare import Job, plan_for, replacement
 from dask_batchinv.job.report.job_report import JobReport
 from dask_batchinv.job.report.run_record import OnProgress, RunTotals, ignore
@@ -48,6 +48,19 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
             notes += (f"{job.target.name} is what it was: what is done so far lies beside it, and the same command, "
                       "with --overwrite, goes on with that",)  # fmt: skip
     return replace(report, target=job.target.name, notes=notes)
+
+
+def plan_job(job: Job, options: ClusterOptions) -> Plan:
+    """Return the plan of a prepared job, for the workers that there are."""
+    options = options.resolved()
+    if options.is_local:
+        return plan_locally(job, options)
+    from dask_batchinv.job.driver.cluster import connect, count_gpus
+
+    with connect(options) as (client, (first, *others)):
+        gpus = count_gpus(job.options.device, client, options.only_workers)
+        made, _ = plan_for_unlike(job, [replace(first, gpus=gpus), *others])
+        return replace(made, where=options.where(client))
 
 
 def _on_replacing(job: Job) -> list[str]:

@@ -11,7 +11,7 @@ from dask.utils import format_bytes
 
 from dask_batchinv.job.tiling import LARGEST_COUNT, StackShape, Tiling, cuts
 from dask_batchinv.outcome import PlanError
-from dask_batchinv.text import clean
+from dask_batchinv.shown import Row, Shown
 
 #: Resident memory of a worker process that holds no data: measured 135 MiB before and 150 MiB after its first tile.
 IDLE_WORKER_NBYTES = 192 * 2**20
@@ -114,7 +114,7 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """The tiles of a job, and what they cost."""
 
     tiling: Tiling
@@ -160,22 +160,21 @@ class Plan:
         """Bytes of a tile of the target, about."""
         return self.nbytes_out // max(1, self.tiling.n_tiles)
 
-    def describe(self) -> str:
+    def rows(self) -> list[Row]:
         """Return the plan for people."""
         limit = "unlimited" if self.limits.memory is None else format_bytes(self.limits.memory)
         tiling = self.tiling
-        lines = [
-            f"matrices            {tiling.n_matrices:,} of {tiling.n} x {tiling.n}",
-            f"tiles               {tiling.n_tiles:,} of shape {tiling.tile}",
-            f"to read             {format_bytes(self.nbytes_in)}"
-            + (f", decoded {self.read_amplification:.1f} times" if self.read_amplification > NOTEWORTHY else ""),
-            f"to write            {format_bytes(self.nbytes_out)}",
-            f"memory per worker   {format_bytes(self.projected_nbytes)} projected at its peak, {limit} allowed, "
-            f"{self.limits.threads} thread(s)",
-            f"runs in             {clean(self.where)}",
-            *([] if self.advice is None else [f"advice              {self.advice}"]),
+        times = f", decoded {self.read_amplification:.1f} times" if self.read_amplification > NOTEWORTHY else ""
+        memory = f"{format_bytes(self.projected_nbytes)} projected at its peak, {limit} allowed"
+        return [
+            ("matrices", f"{tiling.n_matrices:,} of {tiling.n} x {tiling.n}"),
+            ("tiles", f"{tiling.n_tiles:,} of shape {tiling.tile}"),
+            ("to read", f"{format_bytes(self.nbytes_in)}{times}"),
+            ("to write", format_bytes(self.nbytes_out)),
+            ("memory per worker", f"{memory}, {self.limits.threads} thread(s)"),
+            ("runs in", self.where),
+            *([] if self.advice is None else [("advice", self.advice)]),
         ]
-        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan for machines."""

@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from dask_batchinv.job.outputs import Outputs, name_of
 from dask_batchinv.job.target.chunks import open_array
 from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger
-from dask_batchinv.job.target.state import Fingerprint, State
+from dask_batchinv.job.target.state import Fingerprint, State, Target
 from dask_batchinv.job.tiling import Tiling
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import FAILURE_KINDS, NAMED, Index, failures_of
+from dask_batchinv.shown import Row, Shown
 from dask_batchinv.stack import AssumeA
-from dask_batchinv.text import clean
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
+class Account(Shown):
     """How far a target is, and what happened to its matrices."""
 
     source: str
@@ -74,20 +75,27 @@ class Account:
         """Return the account for machines."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        state = "complete" if self.complete else "not complete: run the same command again to continue"
+    def heading(self) -> str:
+        """Return what was made from what."""
+        return f"{self.source} -> {self.target}"
+
+    @property
+    def state(self) -> str:
+        """Whether it is complete, in words."""
         if self.complete and self.tiles_done < self.tiles:
-            state = "complete, but its ledger is damaged: run the same command again to mend it"
+            return "complete, but its ledger is damaged: run the same command again to mend it"
+        return "complete" if self.complete else "not complete: run the same command again to continue"
+
+    def rows(self) -> list[Row]:
+        """Return how far it is."""
         kinds = [f"{self.failed[f.kind]:,} {f.words}" for f in failures_of(self.assume_a) if self.failed[f.kind]]
-        lines = [
-            f"{self.source} -> {self.target}",
-            f"state            {state}",
-            f"tiles            {self.tiles_done:,} of {self.tiles:,}",
-            f"matrices         {self.matrices_done:,} of {self.matrices:,}",
-            f"without inverse  {', '.join(kinds) or 'none'}",
+        rows = [
+            ("state", self.state),
+            ("tiles", f"{self.tiles_done:,} of {self.tiles:,}"),
+            ("matrices", f"{self.matrices_done:,} of {self.matrices:,}"),
+            ("without inverse", ", ".join(kinds) or "none"),
         ]
-        lines += [f"left out         {self.masked:,} by the mask"] if self.masked else []
-        return "\n".join(map(clean, lines))
+        return rows + ([("left out", f"{self.masked:,} by the mask")] if self.masked else [])
 
 
 def account_of(path: str | os.PathLike[str]) -> Account:
@@ -100,11 +108,17 @@ def account_of(path: str | os.PathLike[str]) -> Account:
     """
     location, target = existing(path)
     ledger = Ledger(location, target)
-    return make_account(location, target.fingerprint, target.tiling, ledger, complete=target.state is State.COMPLETE)
+    return account_in(location, target, ledger)
+
+
+def account_in(location: Location, target: Target, ledger: Ledger) -> Account:
+    """Return the account of a target that was looked at, and whose ledger is open."""
+    complete = target.state is State.COMPLETE
+    return make_account(location, target.fingerprint, target.tiling, target.outputs, ledger, complete=complete)
 
 
 def make_account(
-    target: Location, fingerprint: Fingerprint, tiling: Tiling, ledger: Ledger, *, complete: bool
+    target: Location, fingerprint: Fingerprint, tiling: Tiling, outputs: Outputs, ledger: Ledger, *, complete: bool
 ) -> Account:
     """Return the account of a target whose ledger is open."""
     return Account(
@@ -117,7 +131,7 @@ def make_account(
         matrices_done=ledger.total("matrices"),
         failed=ledger.failed,
         masked=ledger.total("masked"),
-        first_failed=_first_failed(target, tiling, ledger),
+        first_failed=_first_failed(target / name_of("info", outputs), tiling, ledger),
         ill_conditioned=ledger.total("ill_conditioned"),
         smallest_rcond=ledger.smallest_rcond,
         tiles=tiling.n_tiles,
@@ -126,11 +140,11 @@ def make_account(
     )
 
 
-def _first_failed(target: Location, tiling: Tiling, ledger: Ledger) -> dict[str, list[Index]]:
+def _first_failed(place: Location, tiling: Tiling, ledger: Ledger) -> dict[str, list[Index]]:
     """Return the first failed matrices of each kind, from the ``info`` of those tiles that have any."""
     found: dict[str, list[Index]] = {kind: [] for kind in FAILURE_KINDS}
     with suppress(Exception):  # a target that cannot be read at the moment: the counts are known all the same
-        info = open_array(target / "info", read_only=True)
+        info = open_array(place, read_only=True)
         for failure in failures_of("general"):
             first = found[failure.kind]
             for number in np.flatnonzero(ledger.done & (ledger.column(failure.kind) > 0)):

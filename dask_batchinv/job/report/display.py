@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -18,24 +19,41 @@ _WORDS = {"checking": "reading back: ", "comparing": "comparing with the source:
 
 
 @contextmanager
-def shown(*, enabled: bool = True, stream: Any = None) -> Iterator[OnProgress | None]:
-    """Yield a callback that shows the progress of a job."""
-    stream = Lasting(sys.stderr if stream is None else stream)
-    if not enabled:
+def shown(*, enabled: bool | None = True, stream: Any = None) -> Iterator[OnProgress | None]:
+    """Yield a callback that shows the progress of a job; None for `enabled`: only where somebody looks at it."""
+    stream, is_notebook = Lasting(sys.stderr if stream is None else stream), _is_in_notebook()
+    is_watched = is_notebook or stream.isatty()
+    if not enabled and (enabled is not None or not is_watched):
         yield None
-    elif stream.isatty():
-        from tqdm import tqdm  # not before it is needed: most jobs of scripts are watched by nobody
-
-        with tqdm(unit=" matrices", unit_scale=True, file=stream, dynamic_ncols=True, smoothing=0.05) as bar:
+    elif is_watched:
+        with _bar(stream, is_notebook=is_notebook) as bar:
             yield lambda now: _move(bar, now)
     else:
         yield _Lines(stream)
+
+
+def _is_in_notebook() -> bool:
+    """Tell whether a notebook runs this process: its standard error is no terminal, but is seen all the same."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def _bar(stream: Any, *, is_notebook: bool) -> Any:
+    """Return a bar; not imported before it is needed: most jobs of scripts are watched by nobody."""
+    if is_notebook and importlib.util.find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm
+
+        return tqdm(unit=" matrices", unit_scale=True, smoothing=0.05)
+    from tqdm import tqdm
+
+    return tqdm(unit=" matrices", unit_scale=True, file=stream, dynamic_ncols=True, smoothing=0.05)
 
 
 def _move(bar: Any, now: Progress) -> None:
     if bar.total is None or bar.desc != _WORDS[now.activity]:
         # What an earlier run, or the reading back, has done must not count for the rate.
         bar.reset(total=now.matrices)
+        bar.start_t -= now.seconds  # of a run that began before anybody looked
         bar.desc = _WORDS[now.activity]
         bar.initial = now.matrices_before
         bar.n = now.matrices_before

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -13,17 +11,18 @@ import numpy as np
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, prepare
-from dask_batchinv.job.report.account import Account, make_account
+from dask_batchinv.job.report.account import Account, account_in
+from dask_batchinv.job.report.at_work import AtWork
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.found import existing
-from dask_batchinv.job.target.ledger import Ledger, begin_of, runs_of, sign_of
-from dask_batchinv.job.target.lock import who_holds
+from dask_batchinv.job.target.ledger import Ledger, runs_of
 from dask_batchinv.job.target.state import State, Target, options_of
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Location, Place
+from dask_batchinv.location import Place
 from dask_batchinv.outcome import SourceError, TargetError
 from dask_batchinv.places import locate
+from dask_batchinv.shown import Row, Shown
 from dask_batchinv.text import clean
 from dask_batchinv.urls import without
 
@@ -32,7 +31,7 @@ _NOT_TO_BE_OPENED = ("icechunk://", "lazy://")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Freshness:
+class Freshness(Shown):
     """Whether a target is up to date with its source."""
 
     up_to_date: bool | None
@@ -59,60 +58,14 @@ class Freshness:
         """Return it for machines."""
         return asdict(self) | {"exit_code": self.exit_code}
 
-    def __str__(self) -> str:
+    def rows(self) -> list[Row]:
+        """Return the answer, and why."""
         answer = {True: "yes", False: "no", None: "not known"}[self.up_to_date]
-        return clean(f"up to date       {answer}{': ' if self.reasons else ''}{'; '.join(self.reasons)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtWork:
-    """A run that is at work on a target."""
-
-    holder: str
-    """Who."""
-    since: str | None
-    """Since when it inverts, in UTC, as ISO 8601 has it; None as long as it does not."""
-    last_sign: str | None
-    """When it said last that it is at work."""
-    where: str | None
-    """Where it runs."""
-    matrices_per_second: float | None
-    """How fast it has been."""
-    seconds_left: float | None
-    """How long it has to go on at that rate."""
-
-    @classmethod
-    def on(cls, target: Location, account: Account) -> AtWork | None:
-        """Return the run that is at work on a target; None if none is."""
-        if (found := who_holds(target) or sign_of(target)) is None:
-            return None
-        begin = begin_of(target, str(found.get("run"))) or {}
-        rate = None
-        with suppress(KeyError, TypeError, ValueError):
-            seconds = (datetime.now(UTC) - datetime.fromisoformat(begin["since"])).total_seconds()
-            rate = (account.matrices_done - int(begin["matrices_before"])) / max(1.0, seconds)
-        return cls(
-            holder=clean(str(found.get("holder", "unknown"))),
-            since=begin.get("since"),
-            last_sign=found.get("at"),
-            where=begin.get("where"),
-            matrices_per_second=rate,
-            seconds_left=(account.matrices - account.matrices_done) / rate if rate else None,
-        )
-
-    def __str__(self) -> str:
-        text = f"at work          {self.holder}"
-        if self.since is not None:
-            text += f", inverting since {self.since}"
-        if self.matrices_per_second and self.seconds_left is not None:
-            text += f", {self.matrices_per_second:,.0f} matrices/s, about {self.seconds_left:,.0f} s left"
-        if self.last_sign is not None:
-            text += f"; last sign of it {self.last_sign}"
-        return clean(text)
+        return [("up to date", f"{answer}{': ' if self.reasons else ''}{'; '.join(self.reasons)}")]
 
 
 @dataclass(frozen=True)
-class Status:
+class Status(Shown):
     """How far a target is, and whether it is up to date."""
 
     account: Account
@@ -136,14 +89,19 @@ class Status:
             "runs": list(self.runs), "exit_code": self.exit_code,
         }  # fmt: skip
 
-    def __str__(self) -> str:
-        lines = [str(self.account), *([] if self.at_work is None else [str(self.at_work)])]
+    def heading(self) -> str:
+        """Return what was made from what."""
+        return self.account.heading()
+
+    def rows(self) -> list[Row]:
+        """Return how far it is, who is at work on it, and whether it is up to date."""
+        rows = [*self.account.rows(), *([] if self.at_work is None else [self.at_work.row()])]
         if self.runs:
             last = self.runs[-1]
             ended = "" if last.get("stopped") is None else f"; it was stopped: {last['stopped']}"
             done = f"{last.get('tiles_now')} tiles in {last.get('seconds', 0):.1f} s, {last.get('workers')} worker(s)"
-            lines.append(clean(f"last run         {last.get('started')}, {done}{ended}"))
-        return "\n".join([*lines, str(self.freshness)])
+            rows.append(("last run", f"{last.get('started')}, {done}{ended}"))
+        return rows + self.freshness.rows()
 
 
 def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any] | None = None) -> Status:
@@ -166,7 +124,7 @@ def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any]
     """
     location, target = existing(path)
     ledger, made = Ledger(location, target), target.fingerprint
-    account = make_account(location, made, target.tiling, ledger, complete=target.state is State.COMPLETE)
+    account = account_in(location, target, ledger)
     try:
         options = options_of(
             target, missing="fill" if ledger.total("filled") else "error",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +11,12 @@ from dask.utils import format_bytes
 
 from dask_batchinv.job.allowed import Allowed, MaxFailed
 from dask_batchinv.job.report.account import Account
+from dask_batchinv.job.report.page.target_report import report_of
 from dask_batchinv.job.report.run_record import RunRecord
 from dask_batchinv.job.report.tiles import named_tiles
 from dask_batchinv.outcome import NAMED
+from dask_batchinv.places import locate
+from dask_batchinv.shown import Row
 from dask_batchinv.text import clean
 
 
@@ -43,68 +48,83 @@ class JobReport(RunRecord, Account):
         """Return the report for machines."""
         return asdict(self) | {"exit_code": self.exit_code}
 
-    def __str__(self) -> str:
-        share = f" of {self.matrices:,}" if not self.complete else ""
-        lines = [
-            f"{self._outcome()}: {self.source} -> {self.target}",
-            f"matrices         {self.matrices_done:,}{share}, {self.n_failed:,} without an inverse",
-            *(f"  {line}" for line in self.failures()),
-            *self._others(),
-        ]
-        lines.append(f"tiles            {self.tiles_done:,} of {self.tiles:,}, {self.tiles_now:,} in this run, "
-                     f"{self.retries:,} tried again")  # fmt: skip
-        if self.tiles_proven or self.damaged_tiles:
-            lines.append(f"read back        {self.tiles_proven:,} tiles of earlier runs are as they were written, "
-                         f"{len(self.damaged_tiles):,} were damaged")  # fmt: skip
-            lines += named_tiles(self.damaged_tiles)
-        if self.grown_from:
-            lines.append(f"source grown     it had the shape {self.grown_from}; what was done of it stays")
-        if self.changed_tiles:
-            lines.append(f"source changed   {self.changed_tiles:,} of {self.tiles:,} tiles done again")
-        if self.changed_meanwhile:
-            lines.append(f"source changed   {self.changed_meanwhile:,} tiles while they were read: done again")
-        if self.failed_tiles:
-            lines += [f"failed           {len(self.failed_tiles):,} tiles", *named_tiles(self.failed_tiles)]
-        if self.bad_chunks:
-            lines.append(f"unreadable       {len(self.bad_chunks):,} chunks of the source")
-            lines += [f"  {chunk}" for chunk in self.bad_chunks[:NAMED]]
-            lines += [f"  and {len(self.bad_chunks) - NAMED:,} more"] if len(self.bad_chunks) > NAMED else []
-        if self.mended:
-            lines.append(f"mended           {', '.join(self.mended[:NAMED])}: lost or damaged, written again")
-        if self.stopped:
-            lines.append(f"stopped          {self.stopped}")
-        lines += [f"note             {event}" for event in self.worker_events[:NAMED]]
-        lines += [*self._cost(), *(f"note             {note}" for note in self.notes)]
-        return "\n".join(map(clean, lines))
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, *, target_options: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return a page on the target as it is now: `report_store` tells more of it.
 
-    def _others(self) -> list[str]:
-        """Return the lines about matrices that did not fail."""
-        lines = [f"left out         {self.masked:,} by the mask"] if self.masked else []
+        Parameters
+        ----------
+        path : str or path, optional
+            Also write it to this file.
+        target_options : mapping, optional
+            What the file system of the target is given; a report keeps no credentials.
+        """
+        return report_of(locate(self.target, target_options)).to_html(path)
+
+    def heading(self) -> str:
+        """Return how it ended, and what was made from what."""
+        return f"{self._outcome()}: {self.source} -> {self.target}"
+
+    def rows(self) -> list[Row]:
+        """Return the report for people."""
+        share = f" of {self.matrices:,}" if not self.complete else ""
+        now = f"{self.tiles_now:,} in this run, {self.retries:,} tried again"
+        rows = [
+            ("matrices", f"{self.matrices_done:,}{share}, {self.n_failed:,} without an inverse"),
+            *(("", line) for line in self.failures()),
+            *self._others(),
+            ("tiles", f"{self.tiles_done:,} of {self.tiles:,}, {now}"),
+        ]
+        if self.tiles_proven or self.damaged_tiles:
+            proven = f"{self.tiles_proven:,} tiles of earlier runs are as they were written"
+            rows.append(("read back", f"{proven}, {len(self.damaged_tiles):,} were damaged"))
+            rows += named_tiles(self.damaged_tiles)
+        if self.grown_from:
+            rows.append(("source grown", f"it had the shape {self.grown_from}; what was done of it stays"))
+        if self.changed_tiles:
+            rows.append(("source changed", f"{self.changed_tiles:,} of {self.tiles:,} tiles done again"))
+        if self.changed_meanwhile:
+            rows.append(("source changed", f"{self.changed_meanwhile:,} tiles while they were read: done again"))
+        if self.failed_tiles:
+            rows += [("failed", f"{len(self.failed_tiles):,} tiles"), *named_tiles(self.failed_tiles)]
+        if self.bad_chunks:
+            rows.append(("unreadable", f"{len(self.bad_chunks):,} chunks of the source"))
+            rows += [("", str(chunk)) for chunk in self.bad_chunks[:NAMED]]
+            rows += [("", f"and {len(self.bad_chunks) - NAMED:,} more")] if len(self.bad_chunks) > NAMED else []
+        if self.mended:
+            rows.append(("mended", f"{', '.join(self.mended[:NAMED])}: lost or damaged, written again"))
+        if self.stopped:
+            rows.append(("stopped", self.stopped))
+        rows += [("note", event) for event in self.worker_events[:NAMED]]
+        return rows + self._cost() + [("note", note) for note in self.notes]
+
+    def _others(self) -> list[Row]:
+        """Return the rows about matrices that did not fail."""
+        rows = [("left out", f"{self.masked:,} by the mask")] if self.masked else []
         if self.smallest_rcond is not None:
-            lines.append(
-                f"smallest rcond   {self.smallest_rcond:.3g}, {self.ill_conditioned:,} below the machine epsilon"
-            )
-        return lines
+            smallest = f"{self.smallest_rcond:.3g}, {self.ill_conditioned:,} below the machine epsilon"
+            rows.append(("smallest rcond", smallest))
+        return rows
 
     def _outcome(self) -> str:
         if self.exit_code == 1:
             return "NOT COMPLETE"
         return f"done, but {self.too_many}" if self.exit_code == 3 else "done"
 
-    def _cost(self) -> list[str]:
-        """Return the lines about time and workers."""
-        lines = []
+    def _cost(self) -> list[Row]:
+        """Return the rows about time and workers."""
+        rows = []
         if self.tiles_now and self.seconds:
-            lines = [
-                f"time             {self.seconds:.1f} s, {format_bytes(self.bytes_read)} read at "
-                f"{format_bytes(self.bytes_read / self.seconds)}/s, {format_bytes(self.bytes_written)} written",
-                f"computing        {self.cpu_seconds:.1f} s of CPU time, {self.requests:,} requests for chunks",
-                f"workers          {self.workers} with {self.threads_per_worker} thread(s): {self.where}; "
-                f"{self.kernel}",
+            speed = f"{format_bytes(self.bytes_read)} read at {format_bytes(self.bytes_read / self.seconds)}/s"
+            rows = [
+                ("time", f"{self.seconds:.1f} s, {speed}, {format_bytes(self.bytes_written)} written"),
+                ("computing", f"{self.cpu_seconds:.1f} s of CPU time, {self.requests:,} requests for chunks"),
+                ("workers", f"{self.workers} with {self.threads_per_worker} thread(s): {self.where}; {self.kernel}"),
             ]
         if self.devices["gpu"]:
-            lines.append(f"devices          {self.devices['gpu']:,} tiles on GPUs, {self.devices['cpu']:,} on CPUs")
-        return lines
+            rows.append(("devices", f"{self.devices['gpu']:,} tiles on GPUs, {self.devices['cpu']:,} on CPUs"))
+        return rows
 
 
 class JobFailedError(RuntimeError):

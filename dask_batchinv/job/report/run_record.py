@@ -14,6 +14,7 @@ from dask_batchinv.job.plan.plan import Plan, Workers
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import BadChunk, TileResult, WorkerFigures
 from dask_batchinv.job.source.source import Source
+from dask_batchinv.job.versions import versions
 from dask_batchinv.outcome import NAMED
 from dask_batchinv.text import clean
 
@@ -21,6 +22,8 @@ from dask_batchinv.text import clean
 _CAUSE_LENGTH = 500
 #: So many events are kept, and so many workers by name.
 _EVENTS = 100
+#: And so many points of how far it was.
+MOST_POINTS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,10 @@ class RunRecord:
     """Where it ran, in words."""
     source_checked: bool
     """Whether the source carries checksums; without them damage to it goes unnoticed."""
+    timeline: tuple[tuple[float, int], ...]
+    """Seconds in which it inverted, and how many matrices it had done by then, now and then."""
+    versions: dict[str, str]
+    """What it ran."""
     notes: tuple[str, ...] = ()
     """What else the reader should know."""
 
@@ -96,6 +103,37 @@ class RunRecord:
         return asdict(self) | counts | named | bad | {"per_worker": workers}
 
 
+class Timeline:
+    """How far a run was, and when: some points of it, however long it takes.
+
+    Examples
+    --------
+    >>> timeline = Timeline()
+    >>> for second in range(1, 1000):
+    ...     timeline.note(second, 5 * second)
+    >>> len(timeline.points()) <= MOST_POINTS + 1, timeline.points()[0], timeline.points()[-1]
+    (True, (0.0, 0), (999, 4995))
+    """
+
+    def __init__(self) -> None:
+        self._points = [(0.0, 0)]
+        self._last, self._step = self._points[0], 0.0
+
+    def note(self, seconds: float, count: int) -> None:
+        """Note how far it is."""
+        self._last = (seconds, count)
+        if seconds - self._points[-1][0] >= self._step:
+            self._points.append(self._last)
+        if len(self._points) > MOST_POINTS:
+            self._points = self._points[::2]
+            self._step = 2 * seconds / MOST_POINTS
+
+    def points(self) -> tuple[tuple[float, int], ...]:
+        """Return the points, the first and the last one among them."""
+        points = self._points if self._last == self._points[-1] else [*self._points, self._last]
+        return tuple((round(seconds, 3), count) for seconds, count in points)
+
+
 #: A run of which so many tiles have failed, all for one cause and none of them done, ends.
 HOPELESS = 50
 
@@ -105,6 +143,7 @@ class RunTotals:
     """What a run has done so far."""
 
     tiles: int = 0
+    matrices: int = 0
     retries: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -124,6 +163,7 @@ class RunTotals:
     mended: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    timeline: Timeline = field(default_factory=Timeline)
 
     def add(self, result: TileResult[Any], bad_chunks: BadChunks = "error") -> None:
         """Count a tile that was done or given up, or of which a part was done."""
@@ -133,6 +173,7 @@ class RunTotals:
         self.bad_chunks |= {chunk.key: chunk for chunk in result.bad_chunks}
         if result.value is not None:
             self.tiles += 1
+            self.matrices += result.value.matrices
             self.done.add(result.number)
         if result.value is None or (result.bad_chunks and bad_chunks == "error"):
             self.failed.append(result)
@@ -181,6 +222,8 @@ class RunTotals:
             threads_per_worker=workers.threads,
             where=plan.where,
             source_checked=source.checksummed,
+            timeline=self.timeline.points(),
+            versions=versions(),
             notes=tuple([*notes, *self.notes, *self._notes(source), *_on_amplification(plan)]),
         )
 
@@ -254,3 +297,14 @@ class Guarded:
 
 def ignore(progress: Progress) -> None:
     """Discard progress."""
+
+
+def all_of(*callbacks: OnProgress | None) -> OnProgress:
+    """Return a callback that calls those of some that there are."""
+    there = [callback for callback in callbacks if callback is not None]
+
+    def tell(progress: Progress) -> None:
+        for callback in there:
+            callback(progress)
+
+    return tell if there else ignore

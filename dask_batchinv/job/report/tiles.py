@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_batchinv.job.results import TileResult
-from dask_batchinv.job.tiling import Tiling
+from dask_batchinv.job.tiling import Tiling, describe_tile
 from dask_batchinv.outcome import NAMED
+from dask_batchinv.shown import Row
+
+
+def spans_of(tiling: Tiling, number: int) -> tuple[tuple[int, int], ...]:
+    """Return where a tile begins and ends along each batch axis."""
+    return tuple((span.start, span.stop) for span in tiling.region(number))
 
 
 @dataclass(frozen=True)
@@ -24,20 +30,18 @@ class FailedTile:
     @classmethod
     def of(cls, result: TileResult[Any], tiling: Tiling) -> FailedTile:
         """Return the failure that a result tells of."""
-        spans = tuple((span.start, span.stop) for span in tiling.region(result.number))
-        return cls(result.number, spans, result.error or "")
+        return cls(result.number, spans_of(tiling, result.number), result.error or "")
 
     @property
     def place(self) -> str:
         """Its number and region, for people."""
-        spans = ", ".join(f"{start}:{stop}" for start, stop in self.region)
-        return f"tile {self.number} [{spans}]"
+        return describe_tile(self.number, self.region)
 
     def __str__(self) -> str:
         return f"{self.place}: {self.cause}"
 
 
-def named_tiles(tiles: tuple[FailedTile, ...]) -> list[str]:
-    """Return lines that name the first tiles and count the rest."""
-    lines = [f"  {tile}" for tile in tiles[:NAMED]]
-    return lines + ([f"  and {len(tiles) - NAMED} more tiles"] if len(tiles) > NAMED else [])
+def named_tiles(tiles: tuple[FailedTile, ...]) -> list[Row]:
+    """Return rows that name the first tiles and count the rest."""
+    rows = [("", str(tile)) for tile in tiles[:NAMED]]
+    return rows + ([("", f"and {len(tiles) - NAMED} more tiles")] if len(tiles) > NAMED else [])

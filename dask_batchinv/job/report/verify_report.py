@@ -7,11 +7,11 @@ from typing import Any
 
 from dask_batchinv.job.report.tiles import FailedTile, named_tiles
 from dask_batchinv.job.results import LARGEST_RATIO
-from dask_batchinv.text import clean
+from dask_batchinv.shown import Row, Shown
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Shown):
     """What a check of a target found."""
 
     target: str
@@ -51,17 +51,18 @@ class VerifyReport:
         """Return the report for machines."""
         return asdict(self) | {"ok": self.ok, "exit_code": self.exit_code}
 
-    def __str__(self) -> str:
-        lines = [
-            f"{'verified' if self.ok else 'FAILED'}: {self.target}",
-            f"complete         {'yes' if self.complete else 'no: run the job again to finish it'}",
-            f"tiles            {self.tiles_read:,} of {self.tiles:,} read, checksums right",
-            f"matrices         {self.matrices:,}, {sum(self.failed.values()):,} without an inverse",
+    def heading(self) -> str:
+        """Return the result."""
+        return f"{'verified' if self.ok else 'FAILED'}: {self.target}"
+
+    def rows(self) -> list[Row]:
+        """Return what was found."""
+        rows = [
+            ("complete", "yes" if self.complete else "no: run the job again to finish it"),
+            ("tiles", f"{self.tiles_read:,} of {self.tiles:,} read, checksums right"),
+            ("matrices", f"{self.matrices:,}, {sum(self.failed.values()):,} without an inverse"),
         ]
         if self.residuals:
-            lines.append(
-                f"residuals        {self.residuals:,} computed, largest {self.largest_ratio:.3g} n eps |A| |X|, "
-                f"allowed {LARGEST_RATIO:g}, as by LAPACK's tests"
-            )
-        lines += [f"problem          {problem}" for problem in self.problems]
-        return "\n".join(map(clean, lines + named_tiles(self.bad_tiles)))
+            largest = f"largest {self.largest_ratio:.3g} n eps |A| |X|, allowed {LARGEST_RATIO:g}"
+            rows.append(("residuals", f"{self.residuals:,} computed, {largest}, as by LAPACK's tests"))
+        return rows + [("problem", problem) for problem in self.problems] + named_tiles(self.bad_tiles)

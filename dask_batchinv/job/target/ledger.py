@@ -21,7 +21,7 @@ from crc32c import crc32c
 from dask_batchinv.chunks.sealed import CHECKSUM_NBYTES, Chunk
 from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.outputs import LEDGER
-from dask_batchinv.job.results import COLUMNS, DEVICES, Rows, TileResult, TileRow, smallest_of
+from dask_batchinv.job.results import COLUMNS, DEVICES, Rows, TileResult, TileRow, smallest_of, smallest_rconds
 from dask_batchinv.job.seen import UNKNOWN
 from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.state import Target
@@ -223,6 +223,10 @@ class Ledger:
     def smallest_rcond(self) -> float | None:
         """The smallest rcond of a good matrix, or None if there is none."""
         return smallest_of(self._rows[self.done])
+
+    def smallest_rconds(self) -> npt.NDArray[np.float64]:
+        """Return the smallest rcond of a good matrix, by tile number; NaN where there is none, or nothing done."""
+        return np.where(self.done, smallest_rconds(self._rows), np.nan)
 
     def record(self, result: TileResult[TileRow], seen: int = UNKNOWN) -> None:
         """Note that a tile is done, and what was seen of its source before; `flush` makes it last."""

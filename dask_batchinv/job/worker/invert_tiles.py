@@ -35,6 +35,7 @@ from dask_batchinv.job.target.chunks import open_array
 from dask_batchinv.job.target.encoding import EncodedChunk, Encoding, encode
 from dask_batchinv.job.target.holder import holder_of
 from dask_batchinv.job.tiling import Extent, Tiling
+from dask_batchinv.job.worker import metrics
 from dask_batchinv.job.worker.products import Products, products
 from dask_batchinv.job.worker.read_source import Reader, Stored, split
 from dask_batchinv.kernels import InverseEx, invert_block
@@ -97,6 +98,7 @@ def invert_tiles(task: TileTask, numbers: range) -> list[TileResult[TileRow]]:
     """Do tiles. May be done again, by anyone: it writes the same bytes to the same keys."""
     results = _do(task, numbers)
     results[0] = replace(results[0], requests=COUNT.take())
+    metrics.count(results)
     if (changes := task.target.changes) is None:
         return results
     return [result if result.value is None else replace(result, changes=changes) for result in results]

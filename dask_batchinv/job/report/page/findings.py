@@ -1,0 +1,113 @@
+"""What a target tells of itself, as facts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dask_batchinv.job.report.account import Account
+from dask_batchinv.job.report.at_work import AtWork
+from dask_batchinv.job.report.page.maps import Map
+from dask_batchinv.job.target.state import Fingerprint
+from dask_batchinv.outcome import Index
+from dask_batchinv.shown import Row, Shown
+from dask_batchinv.text import clean_values
+
+
+@dataclass(frozen=True)
+class FailedMatrix:
+    """A matrix without an inverse."""
+
+    index: Index
+    """Its index in the whole stack."""
+    why: str
+    """What happened to it."""
+    coordinates: dict[str, str]
+    """What the coordinates of the target say of it."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many good matrices have which rcond."""
+
+    edges: tuple[float, ...]
+    """Of the bins, in log10 of rcond."""
+    counts: tuple[int, ...]
+    """In each bin."""
+    matrices: int
+    """Good matrices that were looked at."""
+    tiles: int | None
+    """Of how many tiles they are, spread evenly, where not all were looked at."""
+
+
+@dataclass(frozen=True)
+class SlowTile:
+    """A tile that took its time."""
+
+    place: str
+    """Its number and region."""
+    seconds: float
+    """How long it took."""
+    attempts: int
+    """How often it was tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings(Shown):
+    """All that a target tells."""
+
+    account: Account
+    """How far it is, and what happened to its matrices."""
+    at_work: AtWork | None
+    """The run that is at work on it."""
+    made: str
+    """When this report was made, in UTC."""
+    shape: tuple[int, ...]
+    """Shape of the stack."""
+    tile: tuple[int, ...]
+    """Shape of a tile."""
+    n: int
+    """Rows of a matrix."""
+    dims: tuple[str, ...]
+    """Names of the batch dimensions."""
+    asked: Fingerprint
+    """What was asked for: by this a target belongs to a job."""
+    failed: tuple[FailedMatrix, ...]
+    """The first matrices of each kind of failure."""
+    map: Map | None
+    """Where in the stack they are, and the rcond of the others."""
+    histogram: Histogram | None
+    """Of rcond; None where there is no good matrix, or they cannot be read."""
+    slowest: tuple[SlowTile, ...]
+    """The tiles that took longest."""
+    retried: int
+    """Tiles that were tried more than once."""
+    runs: tuple[dict[str, Any], ...]
+    """The records of the last runs, the first of them first."""
+    notes: tuple[str, ...]
+    """What could not be found out."""
+
+    def heading(self) -> str:
+        """Return what was made from what."""
+        return self.account.heading()
+
+    def rows(self) -> list[Row]:
+        """Return the account, and the first failed matrices."""
+        named = [("", f"{list(each.index)}{_in_words(each.coordinates)}: {each.why}") for each in self.failed]
+        at_work = [] if self.at_work is None else [self.at_work.row()]
+        return self.account.rows() + named + at_work + [("note", note) for note in self.notes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report for machines."""
+        found = {name: value for name, value in vars(self).items() if name not in ("account", "at_work", "map")}
+        told: dict[str, Any] = clean_values(
+            found
+            | {name: [asdict(part) for part in found[name]] for name in ("failed", "slowest")}
+            | {"account": self.account.to_json(), "at_work": self.at_work and asdict(self.at_work)}
+            | {"histogram": self.histogram and asdict(self.histogram), "map": self.map and self.map.to_json()}
+        )
+        return told
+
+
+def _in_words(coordinates: dict[str, str]) -> str:
+    return f" ({', '.join(f'{name} {value}' for name, value in coordinates.items())})" if coordinates else ""
