@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import scipy.linalg.lapack
 
+from dask_batchinv.kernels import MIRRORED
 from tests.support.lapack_types import SIZES, TYPES
-from tests.support.running import LIMIT, check, ratios, ratios_of_sides, run_cpu
+from tests.support.running import LIMIT, check, check_sides, ratios, ratios_of_sides, run_cpu
 from tests.support.stacks import DTYPES
 
 #: A million matrices and more over all kinds, types, sizes and dtypes.
@@ -52,16 +53,20 @@ def test_smooth_covariances(n, dtype):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_million_matrices_of_lapacks_types(capsys):
-    total, worst = 0, {}
+    total, worst, larger = 0, {}, {}
     for kind in TYPES:
         for n in SIZES:
             for dtype in DTYPES:
-                worst[kind, n, dtype], count = check(kind, n, dtype, MANY.get(n, 10), seed=1)
+                larger[kind, n, dtype], worst[kind, n, dtype], count = check_sides(
+                    kind, n, dtype, MANY.get(n, 10), seed=1
+                )
                 total += count
     with capsys.disabled():
         for dtype in DTYPES:
             for kind in TYPES:
-                print(f"\n{dtype} {kind}: " + ", ".join(f"{n}: {worst[kind, n, dtype]:.2f}" for n in SIZES), end="")
-        print(f"\n{total} matrices, largest ratio {max(worst.values()):.2f}")
+                print(f"\n{dtype} {kind}: " + ", ".join(f"{n}: {larger[kind, n, dtype]:.2f}" for n in SIZES), end="")
+        print(f"\n{total} matrices, largest ratio of the better side {max(worst.values()):.2f}")
     assert total >= 1_000_000
     assert max(worst.values()) <= LIMIT
+    # Of others the other side leaves for one matrix in a thousand: docs/numerics.md.
+    assert max(ratio for (kind, *_), ratio in larger.items() if kind in MIRRORED) <= LIMIT

@@ -56,7 +56,13 @@ def ratios_of_sides(a, x):
 
 def check(kind, n, dtype, m, seed=0, run=run_cpu):
     """Return the largest ratio of a kind, size and dtype, and of how many matrices."""
-    worst, count = 0.0, 0
+    worst, _, count = check_sides(kind, n, dtype, m, seed, run)
+    return worst, count
+
+
+def check_sides(kind, n, dtype, m, seed=0, run=run_cpu):
+    """The same, and before the count the largest ratio of the better of the two sides."""
+    worst, better, count = 0.0, 0.0, 0
     for number, type_ in enumerate(TYPES[kind]):
         rng = np.random.default_rng([seed, number, n, DTYPES.index(dtype)])
         drawn = sample(rng, kind, type_, m, n, dtype)
@@ -64,5 +70,6 @@ def check(kind, n, dtype, m, seed=0, run=run_cpu):
         assert (info == drawn.info).all(), (type_, n, dtype, info)
         count += m
         if drawn.info == 0:
-            worst = max(worst, ratios(drawn.a, x).max())
-    return worst, count
+            sides = ratios_of_sides(drawn.a, x)
+            worst, better = max(worst, np.maximum(*sides).max()), max(better, np.minimum(*sides).max())
+    return worst, better, count
