@@ -61,15 +61,6 @@ def _trim(app, docname, content):
     content[0] = re.sub(r"(?m)\n\n```$", "\n```", content[0])
 
 
-def _drop_empty_patterns(app, docname, content):
-    """Take patterns that no page matches out of the list of all pages: Sphinx warns of them."""
-    if docname == "index":
-        patterns = set(re.findall(r"(?m)^\S+\*$", content[0]))
-        for pattern in patterns:
-            if not any(Path(app.srcdir).glob(f"{pattern}.md")):
-                content[0] = content[0].replace(f"{pattern}\n", "")
-
-
 def _escape(app, context, lines):
     """Have help texts of commands mean what they say: they are no reStructuredText."""
     lines[:] = [line if line.startswith(".. ") else line.replace("*", r"\*") for line in lines]
@@ -80,6 +71,5 @@ def setup(app):
     _restore_modules()
     app.connect("source-read", _show_what_is_beside)
     app.connect("source-read", _trim)
-    app.connect("source-read", _drop_empty_patterns)
     app.connect("sphinx-click-process-description", _escape)
     app.connect("sphinx-click-process-options", _escape)

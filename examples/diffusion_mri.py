@@ -30,7 +30,6 @@ from dipy.io.image import load_nifti
 from dipy.reconst.dti import design_matrix
 
 import dask_batchinv
-from dask_batchinv.job.report.display import shown
 
 PARAMETERS = ["Dxx", "Dxy", "Dyy", "Dxz", "Dyz", "Dzz", "minus ln S0"]
 
@@ -95,17 +94,17 @@ def main(folder: Path) -> None:
     matrices.to_dataset().chunk({"x": 2}).to_zarr(source, zarr_format=2)
     print(f"normal matrices of {matrices[..., 0, 0].size:,} voxels -> {source}\n")
 
-    with shown() as on_progress:
-        report = dask_batchinv.invert_store(
-            source,
-            target,
-            variable="normal_matrix",
-            assume_a="positive definite",
-            min_rcond=1e-12,
-            max_failed=None,
-            tile_size="80kB",
-            on_progress=on_progress,
-        )
+    report = dask_batchinv.invert_store(
+        source,
+        target,
+        variable="normal_matrix",
+        assume_a="positive definite",
+        min_rcond=1e-12,
+        max_failed=None,
+        tile_size="80kB",
+        progress=True,
+    )
+    report.to_html(folder / "report.html")
 
     with dask.config.set(scheduler="threads"):
         account = xr.open_zarr(target).load()
@@ -124,6 +123,7 @@ def main(folder: Path) -> None:
     print(f"covariances      {target}")
     print(f"standard errors  {folder / 'standard_errors.zarr'}")
     print(f"map              {folder / 'standard_errors.png'}")
+    print(f"report           {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

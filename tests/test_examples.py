@@ -12,6 +12,7 @@ import pytest
 import xarray as xr
 
 from dask_batchinv import SingularMatrixError  # noqa: F401  # from now on tracebacks call it by this name
+from tests.examples.figures import assert_printed
 from tests.support.stacks import residual_ratio
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,8 @@ def test_diffusion_mri(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "matrices         1,000, 0 without an inverse" in done.stdout
     assert (tmp_path / "standard_errors.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert_printed("diffusion_mri", done.stdout)
 
     with dask.config.set(scheduler="sync"):
         matrices = xr.open_zarr(tmp_path / "normal_matrices.zarr")["normal_matrix"].load()
