@@ -2,8 +2,6 @@
 
 import doctest
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import dask
@@ -12,7 +10,7 @@ import pytest
 import xarray as xr
 
 from dask_batchinv import SingularMatrixError  # noqa: F401  # from now on tracebacks call it by this name
-from tests.examples.figures import assert_printed
+from tests.examples.scripts import assert_printed, run_example, script
 from tests.support.stacks import residual_ratio
 
 ROOT = Path(__file__).parent.parent
@@ -28,15 +26,10 @@ def test_readme(tmp_path, monkeypatch):
 
 def test_diffusion_mri(tmp_path):
     pytest.importorskip("dipy", reason="the example's data come with dipy: pip install .[examples]")
-    script = ROOT / "examples" / "diffusion_mri.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script, tmp_path], capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr
-    assert "matrices         1,000, 0 without an inverse" in done.stdout
-    assert (tmp_path / "standard_errors.png").read_bytes().startswith(b"\x89PNG")
+    printed = run_example("diffusion_mri", tmp_path, pictures=("standard_errors",))
+    assert "matrices         1,000, 0 without an inverse" in printed
     assert "<svg" in (tmp_path / "report.html").read_text()
-    assert_printed("diffusion_mri", done.stdout)
+    assert_printed("diffusion_mri", printed)
 
     with dask.config.set(scheduler="sync"):
         matrices = xr.open_zarr(tmp_path / "normal_matrices.zarr")["normal_matrix"].load()
@@ -48,7 +41,7 @@ def test_diffusion_mri(tmp_path):
     assert list(account["p"].values) == list(matrices["p"].values)
 
     # The textbook formula for one voxel, with nothing of the example's own.
-    example = runpy.run_path(str(script))
+    example = runpy.run_path(str(script("diffusion_mri")))
     signal, X = example["load"]()
     s = signal.values[3, 4, 5]
     root = s[:, None]

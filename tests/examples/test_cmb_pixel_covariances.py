@@ -1,28 +1,19 @@
 """The covariances of the example are the adjugates over the determinants, and its map has the noise that they say."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import dask
 import numpy as np
 import pytest
 import xarray as xr
 
-from tests.examples.figures import assert_printed
+from tests.examples.scripts import assert_printed, run_example
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "cmb_pixel_covariances.py"
 NOISE = 300.0
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    pytest.importorskip("matplotlib", reason="the example draws: pip install .[examples]")
     folder = tmp_path_factory.mktemp("cmb_pixel_covariances")
-    done = subprocess.run([sys.executable, "-W", "error", SCRIPT, folder], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "cmb_pixel_covariances.png").read_bytes().startswith(b"\x89PNG")
-    return folder, done.stdout
+    return folder, run_example("cmb_pixel_covariances", folder)
 
 
 @pytest.fixture(scope="module")

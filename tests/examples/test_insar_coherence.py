@@ -1,30 +1,20 @@
 """The bounds of the example are those of the textbook, and its failures are where there is nothing to be known."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import dask
 import numpy as np
 import pytest
 import xarray as xr
 
-from tests.examples.figures import assert_printed
+from tests.examples.scripts import assert_printed, run_example
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "insar_coherence.py"
 FIELD, TOWN, WATER, SHADOW, BUILDING = range(5)
 LOOKS = 50
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    pytest.importorskip("matplotlib", reason="the example draws: pip install .[examples]")
     folder = tmp_path_factory.mktemp("insar_coherence")
-    done = subprocess.run([sys.executable, "-W", "error", SCRIPT, folder], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    for picture in ("insar_coherence.png", "insar_coherence_histories.png"):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-    return folder, done.stdout
+    return folder, run_example("insar_coherence", folder, pictures=("insar_coherence", "insar_coherence_histories"))
 
 
 @pytest.fixture(scope="module")

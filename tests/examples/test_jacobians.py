@@ -3,29 +3,23 @@
 import json
 import re
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parent.parent.parent / "examples" / "jacobians.py"
+from tests.examples.scripts import run_example, script
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jacobians")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, folder, "20000"], capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout, json.loads((folder / "jacobians.json").read_text())
+    printed = run_example("jacobians", folder, "20000", pictures=("jacobians", "jacobians_times"))
+    return folder, printed, json.loads((folder / "jacobians.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def example():
-    return runpy.run_path(str(SCRIPT))
+    return runpy.run_path(str(script("jacobians")))
 
 
 def trilinear(corners, point):
@@ -35,12 +29,10 @@ def trilinear(corners, point):
     return np.tensordot(weights, corners.reshape(8, -1), 1)
 
 
-def test_it_runs_and_draws(ran):
-    folder, out, figures = ran
+def test_it_says_what_was_timed(ran):
+    _, out, figures = ran
     assert re.search(r"^21,952 Jacobians", out)
     assert {"dask_batchinv.inverse", "numpy.linalg.inv"} <= set(figures["seconds"])
-    for name in ("jacobians", "jacobians_times"):
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_jacobians_are_the_differences_of_the_map(example):

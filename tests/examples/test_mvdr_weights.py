@@ -1,28 +1,19 @@
 """The weights of the example are those of the textbook, and lose as much as theory says."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import dask
 import numpy as np
 import pytest
 import xarray as xr
 
-from tests.examples.figures import assert_printed
+from tests.examples.scripts import assert_printed, run_example
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "mvdr_weights.py"
 LOADING, INTERFERER = 3.0, 100.0
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    pytest.importorskip("matplotlib", reason="the example draws: pip install .[examples]")
     folder = tmp_path_factory.mktemp("mvdr_weights")
-    done = subprocess.run([sys.executable, "-W", "error", SCRIPT, folder], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "mvdr_weights.png").read_bytes().startswith(b"\x89PNG")
-    return folder, done.stdout
+    return folder, run_example("mvdr_weights", folder)
 
 
 @pytest.fixture(scope="module")

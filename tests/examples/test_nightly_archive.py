@@ -1,23 +1,16 @@
 """What the nights of the example have done, and that the inverses are right."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import dask
 import numpy as np
 import xarray as xr
 
-SCRIPT = Path(__file__).parent.parent.parent / "examples" / "nightly_archive.py"
+from tests.examples.scripts import run_example
 
 
 def test_nightly_archive(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, tmp_path], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "nightly_archive.png").read_bytes().startswith(b"\x89PNG")
+    run_example("nightly_archive", tmp_path)
     figures = json.loads((tmp_path / "nightly_archive.json").read_text())
     assert figures["verified"]
     assert figures["same"] == {"inverse": True, "info": True, "rcond": True}

@@ -2,23 +2,20 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parent.parent.parent / "examples" / "torch_gradients.py"
+from tests.examples.scripts import run_example, script
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     pytest.importorskip("torch", reason="torch is not installed: pip install torch")
     folder = tmp_path_factory.mktemp("torch_gradients")
-    done = subprocess.run([sys.executable, "-W", "error", SCRIPT, folder], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "torch_gradients.png").read_bytes().startswith(b"\x89PNG")
+    printed = run_example("torch_gradients", folder)
     with np.load(folder / "torch_gradients.npz") as numbers:
-        return done.stdout, dict(numbers)
+        return printed, dict(numbers)
 
 
 def covariances(parameters, strength):
@@ -74,6 +71,7 @@ def test_the_standard_errors_are_those_of_the_curvature(ran):
 
 
 def test_without_torch_it_says_what_to_install(tmp_path):
-    code = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    path = str(script("torch_gradients"))
+    code = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_path({path!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "This example needs torch: pip install torch\n")

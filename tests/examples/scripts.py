@@ -1,13 +1,32 @@
-"""The figures that the page of an example shows are those that its script prints."""
+"""Examples run as users run them, and the figures of their pages, which are those that they print."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-PAGES = Path(__file__).parents[2] / "docs" / "examples"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "examples"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def script(name: str) -> Path:
+    """Return where the script of an example is."""
+    return ROOT / "examples" / f"{name}.py"
+
+
+def run_example(name: str, folder: Path, *arguments: str, pictures: tuple[str, ...] = ()) -> str:
+    """Run an example, for which a warning is an error; return what it prints. It has drawn its pictures."""
+    pytest.importorskip("matplotlib", reason="the example draws: pip install .[examples]")
+    command = [sys.executable, "-W", "error", script(name), folder, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for picture in pictures or (name,):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    return done.stdout
 
 
 def assert_printed(name: str, stdout: str) -> None:
