@@ -4,6 +4,9 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+if sys.platform == "win32":
+    raise ImportError("dask_batchinv runs on Linux and macOS: on Windows, use the Windows Subsystem for Linux (WSL)")
+
 from dask_batchinv import config, with_xarray
 from dask_batchinv._version import __version__ as __version__
 
@@ -70,6 +73,7 @@ _OF_JOBS = ("InterruptedJob", "JobFailedError", "JobReport", "Plan", "Status", "
             "invert_store", "plan_store", "report_store", "status", "verify_store")  # fmt: skip
 #: Where the names are. A job needs no Dask arrays, and `inverse` no cluster: what is not asked for is not imported.
 _HOMES = {
+    "AmbiguousDimsError": "labels",  # a ValueError, which users may meet and need not know
     "DeviceError": "kernels.device",
     "InverseEx": "kernels",
     "InverseExLogdet": "kernels",
@@ -83,13 +87,11 @@ with_xarray.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in __all__ and name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     thing = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'outcome')}"), name)
     if _HOMES.get(name) == "array" and "xarray" in sys.modules:
         importlib.import_module(f"{__name__}.labelled")  # it takes Xarray's objects, too
-    if isinstance(thing, type):
-        thing.__module__ = __name__  # what tracebacks and documentation call it: where users find it
     globals()[name] = thing
     return thing
 

@@ -177,6 +177,10 @@ def _register_data_array_accessor() -> type:
 
 
 DataArrayLinalg = _register_data_array_accessor()
+# What Python calls them in an error: as they are called.
+_OfSeveral.inv.__qualname__ = "linalg.inv"
+for _method in (DataArrayLinalg.inv, DataArrayLinalg.inv_ex):  # type: ignore[attr-defined]  # known at run time
+    _method.__qualname__ = f"DataArray.linalg.{_method.__name__}"
 
 if hasattr(sys.modules.get("dask_batchinv.array"), "invert_any_ex"):
     # `inverse` was imported before Xarray, whose objects it takes, too. If that is only under way, it comes after this.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -15,10 +14,12 @@ from functools import partial
 from typing import Any, NoReturn
 
 import click
+import dask.config
 
 from dask_batchinv._version import __version__
 from dask_batchinv.cli_arguments import locate_argument, options_of, parse, source_if_given
 from dask_batchinv.cli_options import cluster_options, job_options, json_option, source_options, target_options
+from dask_batchinv.cli_spelling import spelled, spelled_values
 from dask_batchinv.job.driver.cluster_options import ClusterOptions
 from dask_batchinv.job.driver.run_job import plan_job, run_job
 from dask_batchinv.job.plan.plan import Plan
@@ -39,6 +40,8 @@ REFUSED = 2
 #: Raised when what JSON objects say is called otherwise, or means something else.
 SCHEMA = 1
 INTERRUPTED = 130
+#: The loggers that are not heard.
+_SILENT = ("distributed", "distributed.client", "asyncio", "tornado", "tornado.application")
 INTERRUPTED_TEXT = "Interrupted. What is done is recorded: run the same command again for the rest."
 
 EXIT_CODES = """
@@ -90,9 +93,9 @@ def _clean_usage_errors(as_json: bool = False) -> Iterator[None]:
 def main() -> None:
     """Invert every matrix of a Zarr store, on a Dask cluster, with an account of each."""
     open_closed_descriptors()
-    # What matters of this is in our own report and errors; the rest would bury it.
-    for name in ("distributed", "asyncio", "tornado"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What matters of this is in our own report and errors; the rest would bury it. Not by levels, which Dask's cluster
+    # sets as the configuration says when it is imported later.
+    dask.config.set({"logging": dict.fromkeys(_SILENT, "critical")})
 
 
 @main.command(epilog=EXIT_CODES)
@@ -117,7 +120,7 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, page: str | None
       dask-batchinv run covariances.zarr inverses.zarr --variable cov --assume-a "positive definite"
       dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tls://10.0.0.1:8786
     """
-    with _exit_codes(as_json) as interrupts:
+    with _exit_codes(as_json, INTERRUPTED_TEXT if not (dry_run or check) else "Interrupted.") as interrupts:
         if page is not None:
             _check_output(page)
         job, cluster = parse(arguments)
@@ -146,7 +149,7 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, page: str | None
 @json_option
 def plan(as_json: bool, **arguments: Any) -> None:
     """Print what `run` would do: tiles, bytes, and the memory that a worker will need. Writes nothing."""
-    with _exit_codes(as_json):
+    with _exit_codes(as_json, "Interrupted."):
         _print_plan(plan_job(*parse(arguments)), as_json)
 
 
@@ -167,7 +170,7 @@ def status(follow: bool, as_json: bool, **arguments: Any) -> None:
     While a run is at work: who, since when, how fast, and how long it will take. Of the source coordinates are read;
     its chunks are listed.
     """  # fmt: skip
-    with _exit_codes(as_json, "Interrupted. The run that was watched goes on."):
+    with _exit_codes(as_json, "Interrupted. The run that was watched goes on." if follow else "Interrupted."):
         target = locate_argument("target", arguments)
         if follow:
             with display.shown(enabled=not as_json) as on_progress:
@@ -245,11 +248,11 @@ def _heed(interrupts: _Interrupts, on_progress: OnProgress | None, now: Progress
 
 
 def _print_plan(made: Plan, as_json: bool) -> None:
-    _say(_json(made.to_json() | {"exit_code": 0}) if as_json else str(made))
+    _say(_json(made.to_json() | {"exit_code": 0}) if as_json else spelled(str(made), _command()))
 
 
 def _print(report: Any, as_json: bool) -> None:
-    _say(_json(report.to_json()) if as_json else clean_lines(str(report)))
+    _say(_json(report.to_json()) if as_json else clean_lines(spelled(str(report), _command())))
 
 
 def _check_output(path: str) -> None:
@@ -271,7 +274,12 @@ def _write(page: str, path: str) -> None:
 
 
 def _json(content: dict[str, Any]) -> str:
-    return json.dumps({"schema": SCHEMA} | clean_values(content))
+    return json.dumps({"schema": SCHEMA} | clean_values(spelled_values(content, _command())))
+
+
+def _command() -> click.Command:
+    """Return the command that is running."""
+    return click.get_current_context().command
 
 
 def _print_and_exit(found: Status | Freshness, as_json: bool) -> NoReturn:
@@ -331,11 +339,11 @@ class _Interrupts:
 
 
 @contextmanager
-def _exit_codes(as_json: bool, interrupted: str = INTERRUPTED_TEXT) -> Iterator[_Interrupts]:
+def _exit_codes(as_json: bool, interrupted: str) -> Iterator[_Interrupts]:
     """Turn what may go wrong into messages and exit codes."""
 
     def end(code: int, error: BaseException, text: str) -> NoReturn:
-        _complain(text)
+        _complain(spelled(text, _command()))
         if as_json:
             told = {"kind": type(error).__name__, "message": str(error) or text}
             _say(_json({"error": told, "exit_code": code}))

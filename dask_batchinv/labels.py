@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dask_batchinv.text import public
+
 Dims = Sequence[Hashable]
 Pair = tuple[Hashable, Hashable]
 #: The labels of a dimension: an index of pandas.
@@ -87,6 +89,7 @@ def default_dims(dims: Dims, sizes: Mapping[Any, int], labels: Labels) -> Pair:
     raise AmbiguousDimsError(last, found)
 
 
+@public
 class AmbiguousDimsError(ValueError):
     """The dimensions of rows and columns must be named.
 

@@ -45,7 +45,7 @@ def _parsed(
         on_error = "raise" if check_errors else "nan"
     return CallOptions(
         parse_assume_a(assume_a), parse_flag("lower", lower), on_error, parse_min_rcond(min_rcond), device,
-        parse_choice("precision", precision, Precision), bool(logdet),
+        parse_choice("precision", precision, Precision), parse_flag("logdet", logdet),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.linalg import LinAlgWarning
 
 from dask_batchinv.stack import AssumeA
-from dask_batchinv.text import CleanError
+from dask_batchinv.text import CleanError, public
 
 Index = tuple[int, ...]
 
@@ -22,6 +22,7 @@ Index = tuple[int, ...]
 NAMED = 10
 
 
+@public
 class Info(IntEnum):
     """The values of ``info`` other than k > 0 ("the k-th pivot is zero"), as in LAPACK."""
 
@@ -67,7 +68,11 @@ _SINGULAR = Failure(
     "Singular matrices often have two equal rows, or were filled with 0 where data are masked. ",
 )
 _NOT_DEFINITE = Failure(
-    "singular", None, "not positive definite", "not positive definite (leading minor of order {k})", _SINGULAR.advice
+    "singular",
+    None,
+    "not positive definite",
+    "not positive definite (leading minor of order {k})",
+    'They may have an inverse all the same: assume_a="symmetric" or "hermitian" needs no positive ones. ',
 )
 _OTHERS = (
     Failure(
@@ -120,6 +125,7 @@ def _failure(info: int, assume_a: AssumeA) -> Failure:
     return next(failure for failure in failures_of(assume_a) if failure.includes(info))
 
 
+@public
 class SingularMatrixError(np.linalg.LinAlgError):
     """Some matrices of a stack have no usable inverse.
 
@@ -167,6 +173,7 @@ class SingularMatrixError(np.linalg.LinAlgError):
         return type(self), (self.count, self.total, self.indices, self.info, self.assume_a, self.where)
 
 
+@public
 class IllConditionedWarning(LinAlgWarning):  # type: ignore[misc]  # SciPy ships no types
     """The inverses of some matrices may have no right digit: their ``rcond`` is below eps, the rounding unit."""
 
@@ -243,25 +250,31 @@ def in_main_memory(a: Any) -> npt.NDArray[Any]:
     return np.array(a.get() if hasattr(a, "get") else a)
 
 
+@public
 class RefusedError(CleanError, ValueError):
     """The job was refused before anything was written. The message says what to change."""
 
 
+@public
 class SourceError(RefusedError):
     """The source is missing, unsafe, or not a stack of matrices."""
 
 
+@public
 class TargetError(RefusedError):
     """The target is in the way, unsafe, or belongs to another job."""
 
 
+@public
 class TargetInUseError(TargetError):
     """Another run is at work on the target: later this one may run."""
 
 
+@public
 class PlanError(RefusedError, MemoryError):
     """No plan fits the memory of the workers."""
 
 
+@public
 class ClusterError(RefusedError, ConnectionError):
     """The Dask cluster cannot be reached, has no workers, or cannot see the stores."""

@@ -12,6 +12,18 @@ Row = tuple[str, str]
 _WIDTH = 17
 
 
+def counted(count: int, noun: str) -> str:
+    """Return how many of something there are.
+
+    Examples
+    --------
+    >>> counted(1, "matrix"), counted(2000, "matrix"), counted(0, "tile")
+    ('1 matrix', '2,000 matrices', '0 tiles')
+    """
+    several = "matrices" if noun == "matrix" else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else several}"
+
+
 class Shown:
     """What shows itself."""
 

@@ -26,6 +26,23 @@ SHORT_WORDS: dict[str, AssumeA] = {
 #: The dtypes that kernels compute in, and what every other numeric kind becomes.
 KEPT = ("float32", "float64", "complex64", "complex128")
 
+#: So much of a wrong value is shown.
+_LONGEST = 100
+
+
+def shown(value: Any) -> str:
+    """Return a value that is not what was expected, for an error: as it is written, or what it is if that is long.
+
+    Examples
+    --------
+    >>> shown((2, 3)), shown(np.eye(3))
+    ('(2, 3)', 'a numpy.ndarray')
+    """
+    kind, is_plain = type(value), isinstance(value, (str, int, float, complex, tuple, list, dict, type(None)))
+    if is_plain and len(repr(value)) <= _LONGEST:
+        return repr(value)
+    return f"a {kind.__qualname__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__qualname__}"
+
 
 def parse_choice(name: str, value: Any, choices: Any) -> Any:
     """Return `value` if it is one of the words of a list or of the Literal type `choices`, else raise ValueError."""
@@ -57,9 +74,17 @@ def parse_flag(name: str, value: Any) -> bool:
 
 def parse_min_rcond(min_rcond: float) -> float:
     """Return `min_rcond` if it is a number from 0 to 1, else raise ValueError."""
-    if not 0 <= min_rcond <= 1:
-        raise ValueError(f"min_rcond must be between 0 and 1, got {min_rcond}")
+    if not is_share(min_rcond):
+        raise ValueError(f"`min_rcond=` must be between 0 and 1, got {min_rcond!r}")
     return float(min_rcond)
+
+
+def is_share(value: Any) -> bool:
+    """Tell whether something is a number from 0 to 1."""
+    try:
+        return bool(0 <= value <= 1)
+    except (TypeError, ValueError):  # of no number, or of an array
+        return False
 
 
 def result_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 import fsspec.config
@@ -27,6 +27,8 @@ _VARIABLE = re.compile(
 )
 #: A word that texts may well have: masked where it stands alone.
 _PLAIN_WORD = re.compile(r"[a-z]{1,11}")
+
+_Type = TypeVar("_Type", bound=type)
 
 #: Every form of every credential that this process was given.
 _remembered: set[str] = set()
@@ -157,6 +159,15 @@ def _pattern_of(forms: frozenset[str]) -> re.Pattern[str] | None:
         for form in sorted(forms, key=len, reverse=True)
     ]
     return re.compile("|".join(alternatives)) if alternatives else None
+
+
+# --- what tracebacks say --------------------------------------------------------------------------------------
+
+
+def public(kind: _Type) -> _Type:
+    """Let a class be called, in tracebacks and documentation, by where users find it."""
+    kind.__module__ = __name__.partition(".")[0]
+    return kind
 
 
 # --- what a terminal would obey -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import zarr
 
 from dask_batchinv.chunks.sealed import write_values
 from dask_batchinv.location import Location, raised_as
+from dask_batchinv.shown import counted
 from dask_batchinv.stack import OnError
 from dask_batchinv.storage import MARK, FilesStore, StrictStore, array_options
 
@@ -151,7 +152,7 @@ class Unfinished:
         with raised_as(OSError, f"{self.location.name} cannot be finished"):
             self.check()
             if missing := array.nchunks - array.nchunks_initialized:
-                raise FileNotFoundError(f"{missing} chunks were removed meanwhile")
+                raise FileNotFoundError(f"{counted(missing, 'chunk')} removed meanwhile")
             array.attrs.put({})
         return array
 

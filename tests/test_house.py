@@ -25,7 +25,7 @@ FLOORS = [
     ["kernels", "unfinished", "places"],
     ["out"],
     ["options"],
-    ["containers", "job.allowed", "job.tiling", "job.form"],
+    ["containers", "job.allowed", "job.settings", "job.tiling", "job.form"],
     ["array", "job.events", "job.versions", "job.outputs"],
     ["job.options"],
     ["job.seen", "job.results"],
@@ -35,10 +35,11 @@ FLOORS = [
     ["job.plan", "job.worker"],
     ["job.report"],
     ["job.driver"],
-    ["job.api", "cli_options", "cli_arguments"],
+    ["job.api", "cli_options", "cli_arguments", "cli_spelling"],
     ["job"],
     [""],
     ["cli"],
+    ["__main__"],
 ]
 #: What the floors would let through, and what may not be: workers lock nothing, kernels know no stores.
 FORBIDDEN = [("job.worker", "job.target.lock"), ("job.report", "job.worker"), ("kernels", "storage")]

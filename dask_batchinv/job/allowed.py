@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dask_batchinv.outcome import FAILURE_KINDS, RefusedError
+from dask_batchinv.shown import counted
 
 #: What users may say: ``0``, ``None`` or ``"any"``, ``"0.1%"``, ``"not_finite=any,singular=0"``.
 MaxFailed = int | str | None
@@ -66,20 +67,25 @@ class Allowed:
                     raise ValueError
                 limits[kind] = _Limit.parse(limit.strip())
         except ValueError:
-            raise RefusedError(f"max_failed takes {_EXAMPLE} (of {', '.join(FAILURE_KINDS)}), got {given!r}") from None
+            raise RefusedError(
+                f"`max_failed=` takes {_EXAMPLE} (of {', '.join(FAILURE_KINDS)}), got {given!r}"
+            ) from None
         return cls(limits.pop("", _Limit(0)), limits)
 
     def exceeded(self, failed: Mapping[str, int], matrices: int) -> str | None:
         """Return what is more than allowed, in words; None if nothing is."""
         left = {kind: count for kind, count in failed.items() if kind not in self.kinds}
-        counts = [(_words([kind]), failed.get(kind, 0), limit) for kind, limit in self.kinds.items()]
-        counts.append((_words(left) if self.kinds else "have no inverse", sum(left.values()), self.others))
+        counts = [([kind], failed.get(kind, 0), limit) for kind, limit in self.kinds.items()]
+        counts.append(([*left] if self.kinds else [], sum(left.values()), self.others))
         found = [
-            f"{count:,} matrices {name}, {limit.of(matrices):,.0f} allowed" for name, count, limit in counts
+            f"{counted(count, 'matrix')} {_words(kinds, count)}, {limit.of(matrices):,.0f} allowed"
+            for kinds, count, limit in counts
             if count > limit.of(matrices)
         ]  # fmt: skip
         return "; ".join(found) or None
 
 
-def _words(kinds: Iterable[str]) -> str:
+def _words(kinds: list[str], count: int) -> str:
+    if not kinds:
+        return "has no inverse" if count == 1 else "have no inverse"
     return "failed as " + " or ".join(kind.replace("_", " ") for kind in kinds)

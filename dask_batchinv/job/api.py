@@ -373,6 +373,8 @@ def verify_store(
     ------
     RefusedError
         If there is no target of ours, or `source` is not what it was made from.
+    InterruptedJob
+        The `KeyboardInterrupt` of a verification.
     """
     from dask_batchinv.job.driver.verify import verify
 
@@ -381,15 +383,21 @@ def verify_store(
     there = _located(target, target_options, TargetError)
     options = JobOptions() if source is None else options_of(existing(there)[1])
     made_from = None if source is None else _source(source, source_options, options, None)
-    with display.shown(enabled=progress) as show:
-        return verify(there, made_from, cluster, sample, all_of(show, on_progress))
+    try:
+        with display.shown(enabled=progress) as show:
+            return verify(there, made_from, cluster, sample, all_of(show, on_progress))
+    except KeyboardInterrupt as error:
+        raise InterruptedJob("Interrupted: the target was not verified to its end.") from error
 
 
 def _prepared(given: Mapping[str, Any]) -> tuple[Job, ClusterOptions]:
     """Return the job that the arguments of `invert_store` describe, and the cluster for it."""
     check_optimized()
     taken = {field.name: given[field.name] for field in fields(JobOptions)}
-    taken |= {"select": as_text(given["select"]), "names": given["names"] or {}, "chunks": given["chunks"] or {}}
+    taken |= {
+        "select": as_text(given["select"]),
+        **{name: {} if given[name] is None else given[name] for name in ("names", "chunks")},
+    }
     options, cluster = JobOptions(**taken), _cluster_options(given)
     source = _source(given["source"], given["source_options"], options, given["token"])
     return prepare(source, _located(given["target"], given["target_options"], TargetError), options), cluster

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dask_batchinv.shown import counted
+
 
 class Heartbeat:
     """A sign of life from an executor that waits."""
@@ -29,5 +31,5 @@ class WorkerEvent(Heartbeat):
     def __str__(self) -> str:
         words = {"silent": "did not answer", "doubted": "did not find the target"}.get(self.kind, f"was {self.kind}")
         words = "died" if self.kind == "died" else words
-        again = f", {self.tiles} tiles are done again" if self.tiles else ""
+        again = f", {counted(self.tiles, 'tile')} to be done again" if self.tiles else ""
         return f"worker {self.address} {words}{f': {self.cause}' if self.cause else ''}{again}"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import dask.config
 import numpy as np
 from dask.utils import parse_bytes
 
 from dask_batchinv.job.allowed import Allowed, MaxFailed
 from dask_batchinv.job.form import FormOptions, Packed
 from dask_batchinv.job.outputs import Keep, Outputs, outputs_of
+from dask_batchinv.job.settings import settings
 from dask_batchinv.kernels.device import parse_device
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.stack import (
@@ -25,6 +26,7 @@ from dask_batchinv.stack import (
     parse_flag,
     parse_min_rcond,
     result_dtype,
+    shown,
 )
 
 Missing = Literal["error", "fill"]
@@ -96,7 +98,9 @@ class JobOptions:
         try:
             object.__setattr__(self, "assume_a", parse_assume_a(self.assume_a))
             object.__setattr__(self, "min_rcond", parse_min_rcond(self.min_rcond))
-            object.__setattr__(self, "lower", parse_flag("lower", self.lower))
+            for flag in ("lower", "logdet", "like_source", "overwrite", "trust_ledger", "durable"):
+                object.__setattr__(self, flag, parse_flag(flag, getattr(self, flag)))
+            self._check_kinds()
             parse_choice("missing", self.missing, Missing)
             parse_choice("bad_chunks", self.bad_chunks, BadChunks)
             parse_choice("keep", self.keep, Keep)
@@ -107,13 +111,14 @@ class JobOptions:
         except ValueError as error:
             raise RefusedError(str(error)) from error
         Allowed.parse(self.max_failed)
-        if self.dtype is not None and self.dtype not in KEPT:
-            raise RefusedError(f"results can be stored as {', '.join(KEPT)}, not as {self.dtype}")
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         if self.like_source and (self.form.is_usual or self.keep != "inverse"):
             raise RefusedError("inverses like the source are for packed, complex_dim or imag, and for whole inverses")
         outputs_of(self.keep, logdet=self.logdet, names=self.names, like=self.form if self.like_source else None)
+        settings()  # what it says is asked for later, too
         if self.tile_nbytes <= 0:
-            raise RefusedError(f"tile_size must be more than 0 bytes, got {self.tile_size}")
+            raise RefusedError(f"`tile_size=` must be more than 0 bytes, got {self.tile_size!r}")
 
     @property
     def form(self) -> FormOptions:
@@ -143,8 +148,45 @@ class JobOptions:
     @property
     def tile_nbytes(self) -> int:
         """Bytes of a tile."""
-        size = self.tile_size or dask.config.get("batchinv.job.tile-size")
+        if self.tile_size is None:
+            return settings().tile_nbytes
         try:
-            return int(parse_bytes(size))
-        except (ValueError, OverflowError) as error:
-            raise RefusedError(f"tile_size {size!r} is not a number of bytes such as 32MiB") from error
+            return int(parse_bytes(self.tile_size))
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:
+            raise RefusedError(f"`tile_size=` {self.tile_size!r} is not a number of bytes such as 32MiB") from error
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError where something is of another type than it should be."""
+        for name, example in (
+            ("select", "{'time': '2026-01-02'}"), ("names", "{'inverse': 'precision'}"), ("chunks", "{'time': 10}"),
+            ("shards", "{'time': 100}"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(f"{name} takes a mapping such as {example}, got {shown(value)}")
+        for role, name in self.names.items():
+            if not isinstance(name, str):
+                raise ValueError(f"names gives {role!r} the name {shown(name)}, which is not a text")
+        if self.dims is not None and (isinstance(self.dims, str) or not isinstance(self.dims, Sequence)):
+            raise ValueError(
+                f"dims takes the names of rows and columns, such as ('row', 'col'), got {shown(self.dims)}"
+            )
+        for name, what in (
+            ("mask", "an array in the group"), ("imag", "an array in the group"), ("complex_dim", "a dimension"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} takes the name of {what}, got {shown(value)}")
+        if type(self.zarr_format) is not int or self.zarr_format not in (2, 3):
+            raise ValueError(f"zarr_format must be 2 or 3, got {shown(self.zarr_format)}")
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Return the name of the dtype as which results are stored."""
+    name = dtype
+    if not isinstance(dtype, str):
+        with suppress(TypeError):
+            name = np.dtype(dtype).name
+    if not isinstance(name, str) or name not in KEPT:
+        raise RefusedError(f"results can be stored as {', '.join(KEPT)}, not as {shown(dtype)}")
+    return name

@@ -29,6 +29,7 @@ from dask_batchinv.kernels.widened import invert_in
 from dask_batchinv.outcome import Info, failures_of
 from dask_batchinv.shown import Row, as_html
 from dask_batchinv.stack import AssumeA, Device, parse_choice
+from dask_batchinv.text import public
 
 Array = npt.NDArray[Any]
 #: Bytes of a stack up to which `invert_small` takes it.
@@ -42,6 +43,7 @@ GENERATION = 3
 MIRRORED = ("symmetric", "hermitian", "positive definite")
 
 
+@public
 class InverseEx(NamedTuple):
     """The inverses of a stack with an account of each matrix."""
 
@@ -59,6 +61,7 @@ class InverseEx(NamedTuple):
         return as_html(type(self).__name__, _rows_of(self))
 
 
+@public
 class InverseExLogdet(NamedTuple):
     """What `InverseEx` has, and the determinants."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import dask.config
 
 from dask_batchinv.stack import Device, parse_choice
-from dask_batchinv.text import CleanError
+from dask_batchinv.text import CleanError, public
 
 #: The oldest cards that CUDA 13 compiles for.
 OLDEST = 75
@@ -18,6 +18,7 @@ OLDEST = 75
 _DEVICES = get_args(Device)
 
 
+@public
 class DeviceError(CleanError, RuntimeError):
     """The wanted device cannot be used."""
 

@@ -82,7 +82,7 @@ def test_min_rcond_counts_as_failed_everywhere():
         with pytest.raises(SingularMatrixError, match=r"\(4,\): rcond is below min_rcond") as caught:
             call(min_rcond=1e-15, on_error="raise")
         assert caught.value.info == (Info.BELOW_MIN_RCOND,)
-        with pytest.raises(ValueError, match="min_rcond must be between 0 and 1"):
+        with pytest.raises(ValueError, match="`min_rcond=` must be between 0 and 1"):
             call(min_rcond=2)
     assert inverse_ex(a, min_rcond=1e-15).info.tolist() == [0, 0, 0, 0, -3, 0]
     assert 0 < inverse_ex(a, min_rcond=1e-15).rcond[4] < 1e-15

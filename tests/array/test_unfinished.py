@@ -73,7 +73,7 @@ def test_a_chunk_that_is_lost_before_the_end_is_not_passed_over(tmp_path, noting
 
     with monkeypatch.context() as patched:
         patched.setattr(Unfinished, "finish", lose)
-        with pytest.raises(OSError, match="1 chunks were removed meanwhile"):
+        with pytest.raises(OSError, match="1 chunk removed meanwhile"):
             inverse(stack(), out=tmp_path / "x")
     since()
     os.mkfifo(tmp_path / "x" / "c" / "3" / "0" / "0.pipe")

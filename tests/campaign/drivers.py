@@ -97,7 +97,7 @@ def vanishing(work: Work, folder: Path, runs: int, chance: random.Random) -> Ite
                 if ended.code == 0 and was_at_work:
                     _whole_or_known(work, target)
                 again = Client(work.folder, command).wait()
-                if again.code == 2 and "is not a target of dask_batchinv" in again.err:
+                if again.code == 2 and "dask_batchinv did not make it" in again.err:
                     # Nothing is left that says whose it is: then it is left alone, and that is said.
                     shutil.rmtree(target)
                     again = Client(work.folder, command).wait()

@@ -90,7 +90,7 @@ def test_one_flipped_bit(tmp_path, layout, keys, unreadable):
     assert verify_store(tmp_path / "t").ok
     # Nothing is left to do; but where it is an error, it still is one.
     assert invert_store(tmp_path / "s", tmp_path / "t", bad_chunks="nan", max_failed=None).tiles_now == 0
-    with pytest.raises(JobFailedError, match="1 of 1 tiles failed"):
+    with pytest.raises(JobFailedError, match="1 of 1 tile failed"):
         invert_store(tmp_path / "s", tmp_path / "t", max_failed=None)
 
     # Once it is repaired, its matrices come.

@@ -93,9 +93,9 @@ def test_quiet(source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{tmp}/nowhere", "{tmp}/t"], "no Zarr array or group"),
+        (["{tmp}/nowhere", "{tmp}/t"], "there is nothing at"),
         (["{source}", "{source}/inside"], "lies inside, the source"),
-        (["{source}", "{tmp}/mine"], "not a target of dask_batchinv"),
+        (["{source}", "{tmp}/mine"], "dask_batchinv did not make it"),
         (["{source}", "{tmp}/t", "--variable", "A"], "is an array, not a group"),
         (["{source}", "{tmp}/t", "--dims", "a"], "two different names"),
         (["{source}", "{tmp}/t", "--assume-a", "positive"], "'positive' is not one of"),

@@ -230,7 +230,7 @@ def test_damage_that_shows_without_the_source_is_not_called_verified(tmp_path, s
             elif how != "removed":
                 path.write_bytes(WAYS[how](content))
             report = verify_store(target, client=client)
-            assert report.problems == (f"{name} of {target} are lost or damaged: run the command again that made it",)
+            assert report.problems == (f"{name} of {target} are lost or damaged: run the job again that made it",)
             shutil.rmtree(target)
             shutil.copytree(whole, target)
     meta = json.loads((target / "zarr.json").read_text())

@@ -2,9 +2,10 @@
 
 import time
 
+import dask
 import pytest
 
-from dask_batchinv.job.driver import dispatch, roster
+from dask_batchinv.job.driver import roster
 from dask_batchinv.job.driver.dispatch import ClusterLostError, Dispatcher
 from dask_batchinv.job.driver.executor import Serial
 from dask_batchinv.job.driver.roster import Roster
@@ -69,7 +70,7 @@ def test_tiles_wait_for_workers_that_are_not_there_yet(dispatcher, monkeypatch):
 
 def test_a_cluster_without_workers_is_given_up(dispatcher, monkeypatch):
     monkeypatch.setattr(Roster, "_ask_scheduler", lambda self, now: [])
-    monkeypatch.setattr(dispatch, "parse_timedelta", lambda text: 1.5)
+    monkeypatch.setitem(dask.config.config["batchinv"]["job"], "patience", 1.5)
     with pytest.raises(ClusterLostError, match="no workers for"):
         numbers(dispatcher.run(work, None, [range(0, 1)], attempts=3))
 
@@ -81,7 +82,7 @@ def test_a_cluster_whose_workers_are_all_paused_is_given_up(dispatcher, monkeypa
         "known_workers",
         lambda *asked: {address: facts | {"status": "paused"} for address, facts in known(*asked).items()},
     )
-    monkeypatch.setattr(dispatch, "parse_timedelta", lambda text: 1.5)
+    monkeypatch.setitem(dask.config.config["batchinv"]["job"], "patience", 1.5)
     with pytest.raises(ClusterLostError, match=r"no workers for [0-9]+ s; .*: paused, for its memory is full"):
         numbers(dispatcher.run(work, None, [range(0, 1)], attempts=3))
 

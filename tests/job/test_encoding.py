@@ -112,7 +112,7 @@ def test_another_job_and_a_bomb(tmp_path, source):
         ({"compress": "lzw"}, "'lzw' is no compressor: take zstd"),
         ({"compress": "gzip"}, "'gzip' is no compressor"),  # it would write the time
         ({"compress": "zstd:99"}, "'zstd:99' is no compressor"),
-        ({"chunks": {"row": 1}}, "--chunks takes lengths along y, x, and not along row: matrices are not cut"),
+        ({"chunks": {"row": 1}}, "`chunks=` takes lengths along y, x, and not along row: matrices are not cut"),
         ({"chunks": {"z": 1}}, "and not along z$"),
         ({"chunks": {"y": 0}}, "whole numbers from 1 on"),
         ({"shards": {"y": 10}, "chunks": {"y": 3}}, "shards have whole chunks: along y they do not"),

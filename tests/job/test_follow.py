@@ -431,7 +431,7 @@ def test_a_source_that_changes_while_it_is_read_is_done_again_once(tmp_path, sta
     report = job(stack, on_progress=write_once)
     assert written
     assert (report.changed_meanwhile, report.changed_tiles, report.tiles_now, report.exit_code) == (1, 0, 6, 0)
-    assert "1 tiles while they were read: done again" in str(report)
+    assert "1 tile while it was read: done again" in str(report)
     assert_inverse_of(stack, tmp_path / "t")
     assert "nothing was left to do" in str(job(stack))
 
@@ -441,7 +441,7 @@ def test_one_that_never_rests_is_named_and_its_target_not_called_complete(tmp_pa
         if progress.activity == "inverting":
             zarr.open_array(stack)[10:20] = np.random.default_rng().normal(size=(10, 3, 3))
 
-    with pytest.raises(JobFailedError, match=r"1 tiles changed again.*tile 1 \[10:20\]"):
+    with pytest.raises(JobFailedError, match=r"1 tile changed again.*tile 1 \[10:20\]"):
         job(stack, on_progress=write_always)
     assert zarr.open_group(tmp_path / "t").attrs["complete"] == 0
     assert job(stack).exit_code == 0
@@ -542,20 +542,20 @@ def test_status_and_check_tell_whether_a_target_is_up_to_date(tmp_path, stack, j
     array[10:20] = conditioned(10, 3, 50)
     before = tree(target)
     for command in (("status", target), check):
-        assert "no: the source of 1 tiles was written to since" in cli(*command, code=4)
+        assert "no: the source of 1 tile was written to since" in cli(*command, code=4)
         found = json.loads(cli(*command, "--json", code=4))
         found = found.get("freshness", found)
         assert (found["up_to_date"], found["tiles_changed"], found["tiles_missing"]) == (False, 1, 0)
     array.resize((65, 3, 3))
     array[60:] = conditioned(5, 3, 10)
-    assert "the source has grown from (60, 3, 3) to (65, 3, 3); 1 of 7 tiles are not done" in cli(*check, code=4)
+    assert "the source has grown from (60, 3, 3) to (65, 3, 3); 1 of 7 tiles not done" in cli(*check, code=4)
     assert tree(target) == before
     job(stack)
     assert "yes" in cli(*check, code=0)
     array.resize((50, 3, 3))
     assert "the source has shrunk: dim_0 was 65 long, is 50" in cli("status", target, code=4)
     shutil.move(stack, tmp_path / "elsewhere")
-    assert "not known: the source cannot be compared: there is no Zarr array" in cli("status", target, code=5)
+    assert "not known: the source cannot be compared: there is nothing at" in cli("status", target, code=5)
 
 
 def test_a_store_that_tells_neither_times_nor_versions(tmp_path, stack, job, cli, monkeypatch):
@@ -637,7 +637,7 @@ def test_a_run_that_fails_while_it_compares_leaves_no_complete_target(tmp_path, 
     def write(progress):
         zarr.open_array(stack)[10:20] = np.random.default_rng().normal(size=(10, 3, 3))
 
-    with pytest.raises(JobFailedError, match="the source is being written to: 1 tiles changed again"):
+    with pytest.raises(JobFailedError, match="the source is being written to: 1 tile changed again"):
         job(stack, on_progress=write)
     assert not is_complete(tmp_path / "t")
     assert job(stack).exit_code == 0
@@ -746,7 +746,7 @@ def test_status_and_check_see_what_a_run_would_do(tmp_path, stack, job, cli):
     (stack / "c/2/0/0").unlink()
     job(stack, missing="fill", max_failed=None)
     assert "yes" in cli("status", target, code=0)
-    assert "no: 1 of 6 tiles are not done" in cli("run", stack, target, "--check", code=4)
+    assert "no: 1 of 6 tiles not done" in cli("run", stack, target, "--check", code=4)
     shutil.move(stack, tmp_path / "elsewhere")
     assert "not known" in cli("status", target, code=5)
     shutil.move(tmp_path / "elsewhere", tmp_path / "else")

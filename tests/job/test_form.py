@@ -170,14 +170,14 @@ def test_records_are_complex_numbers(tmp_path, zarr_format, fields):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({}, "not equally long.*packed triangles of 3 x 3 matrices, say so with --packed"),
+        ({}, "no square matrices.*packed triangles of 3 x 3 matrices, say so with `packed=`"),
         ({"packed": "lower by rows", "dims": ("t",)}, "no triangle has so many numbers"),
-        ({"packed": "lower by rows", "dims": ("t", "p")}, "--dims takes 1 of t, p"),
+        ({"packed": "lower by rows", "dims": ("t", "p")}, "`dims=` takes 1 of t, p"),
         ({"packed": "lower by lines"}, "packed must be one of"),
         ({"complex_dim": "p"}, "a dimension of length 2; there are t 4, p 6"),
         ({"imag": "nothing", "packed": "lower by rows"}, "no array 'nothing' of imaginary parts"),
         ({"imag": "z", "packed": "lower by rows"}, "z has other dimensions"),
-        ({"imag": "p", "packed": "lower by rows"}, "pass --assume-a her or sym"),
+        ({"imag": "p", "packed": "lower by rows"}, "pass `assume_a='her'` or"),
     ],
 )
 def test_refused(tmp_path, options, why):

@@ -172,7 +172,7 @@ def test_parts_in_the_wrong_order_and_names_given_twice_are_refused(tmp_path):
     with pytest.raises(SourceError, match="imaginary parts come first"):
         invert_store(tmp_path / "s", tmp_path / "t", variable="cov", complex_dim="ri")
     write(tmp_path / "u", np.ones((4, 3, 3, 2)), ("t", "i", "j", "ri"), (4,))
-    with pytest.raises(SourceError, match="--dims takes 2"):
+    with pytest.raises(SourceError, match="`dims=` takes 2"):
         invert_store(tmp_path / "u", tmp_path / "t", variable="cov", complex_dim="ri", dims=("i", "i"))
     with pytest.raises(RefusedError, match="cannot be the name of an array"):
         invert_store(tmp_path / "u", tmp_path / "t", variable="cov", complex_dim="ri", names={"info": "zarr.json"})

@@ -191,7 +191,7 @@ def test_siblings_with_broken_metadata_stop_nothing(left_out, tmp_path, zarr_for
 def test_a_broken_sibling_is_listed_where_nothing_else_is_a_stack(refused, tmp_path):
     group = make_group(tmp_path / "g", 3, {})
     (group / "A" / "zarr.json").write_text("{")
-    assert "it has A (not usable: name it with --variable to see why)" in refused(group)
+    assert "it has A (not usable: name it with `variable=` to see why)" in refused(group)
     refused(group, variable="A")
 
 

@@ -210,7 +210,7 @@ def test_readers_have_the_old_one_until_the_new_one_is_complete(source, repo):
 def test_what_is_not_ours_stays(source, repo):
     commit(repo, lambda root: root.create_group("results/inv").create_array("x", shape=(3,), dtype="f8"))
     for overwrite in (False, True):
-        with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
+        with pytest.raises(TargetError, match="dask_batchinv did not make it"):
             invert(source, repo, overwrite=overwrite)
     assert messages(repo) == ["theirs"]
 
@@ -295,7 +295,7 @@ def test_what_others_change_of_an_earlier_batch_is_done_again(source, repo, monk
         if progress.matrices_done >= 150 and left:
             left.pop()()
 
-    with pytest.raises(JobFailedError, match=r"1 tiles of .* were changed by other commits meanwhile"):
+    with pytest.raises(JobFailedError, match=r"1 tile of .* changed by other commits meanwhile"):
         invert(source, repo, on_progress=late)
     assert not opened(repo).attrs["complete"]
     assert invert(source, repo).tiles_now == 1

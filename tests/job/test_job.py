@@ -140,7 +140,7 @@ def test_a_job_with_coordinates_is_resumed(tmp_path, dataset, client):
     dataset.to_zarr(tmp_path / "s", zarr_format=2, encoding={"cov": {"chunks": (1, 4, 2, 2)}})
     chunk = tmp_path / "s" / "cov" / "1.0.0.0"
     shutil.move(chunk, tmp_path / "kept")
-    with pytest.raises(JobFailedError, match="--missing fill"):
+    with pytest.raises(JobFailedError, match="`missing='fill'`"):
         invert_store(tmp_path / "s", tmp_path / "t", variable="cov", client=client, tile_size=128)
     assert not account_of(tmp_path / "t").complete
     shutil.move(tmp_path / "kept", chunk)
@@ -269,14 +269,14 @@ def test_a_missing_chunk_may_stand_for_the_fill_value(tmp_path, client):
     ("allowed", "failed", "words"),
     [
         (0, {}, None),
-        (0, {"singular": 1}, "1 matrices have no inverse, 0 allowed"),
+        (0, {"singular": 1}, "1 matrix has no inverse, 0 allowed"),
         (None, {"singular": 10**9}, None),
         ("any", {"overflow": 10**9}, None),
         ("3", {"singular": 2, "overflow": 1}, None),
         ("1%", {"singular": 10}, None),
         ("1%", {"singular": 11}, "11 matrices have no inverse, 10 allowed"),
         ("not-finite=any", {"not_finite": 900}, None),
-        ("not-finite=any,singular=0", {"not_finite": 900, "singular": 1}, "1 matrices failed as singular, 0 allowed"),
+        ("not-finite=any,singular=0", {"not_finite": 900, "singular": 1}, "1 matrix failed as singular, 0 allowed"),
         ("not_finite=50%", {"not_finite": 501}, "501 matrices failed as not finite, 500 allowed"),
         (
             "not-finite=any",
@@ -294,7 +294,7 @@ def test_how_many_may_fail(allowed, failed, words):
     "allowed", [-1, "-1", "x", "1.5", "200%", "-1%", "", "singular", "singular=", "odd=1", "1,2", "nan%"]
 )
 def test_how_many_may_fail_is_refused(allowed):
-    with pytest.raises(RefusedError, match="max_failed takes a number, a share"):
+    with pytest.raises(RefusedError, match="`max_failed=` takes a number, a share"):
         JobOptions(max_failed=allowed)
 
 

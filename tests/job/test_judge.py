@@ -31,7 +31,7 @@ def test_a_matrix_that_was_called_failed_and_is_not(tmp_path, source, client, be
     a[13] = good
     report = verify_store(tmp_path / "t", source=source, client=client)
     assert [tile.number for tile in report.bad_tiles] == [1]
-    assert "1 matrices are called failed, but are not, or for another reason; first (13,)" in report.bad_tiles[0].cause
+    assert "called failed, but are not, or for another reason (1 of them, first (13,))" in report.bad_tiles[0].cause
     again = invert_store(source, tmp_path / "t", client=client, **OPTIONS)
     assert (again.tiles_now, again.n_failed) == (1, 0)
     assert verify_store(tmp_path / "t", source=source, client=client).ok
@@ -88,7 +88,7 @@ def test_chunks_that_were_not_there_are_part_of_what_a_tile_was_made_from(tmp_pa
         invert_store(source, tmp_path / "t", client=client, **OPTIONS)
     assert [tile.number for tile in caught.value.report.failed_tiles] == [1]
     assert caught.value.report.retries == 0  # it would not be there the second time either
-    assert any("--missing fill" in note for note in caught.value.report.notes)
+    assert any("`missing='fill'`" in note for note in caught.value.report.notes)
     filled = invert_store(source, tmp_path / "t", client=client, missing="fill", **OPTIONS)
     assert (filled.exit_code, filled.tiles_now, filled.n_failed) == (0, 1, 10)
     assert invert_store(source, tmp_path / "t", client=client, missing="fill", **OPTIONS).tiles_now == 0
@@ -133,7 +133,7 @@ def test_no_advice_to_fill_where_nothing_is_there(tmp_path, source, client):
         invert_store(source, tmp_path / "t", client=client, **OPTIONS)
     notes = " ".join(caught.value.report.notes)
     assert "not one chunk of" in notes
-    assert "--missing fill" not in notes
+    assert "`missing='fill'`" not in notes
 
 
 def test_many_missing_chunks_are_not_waited_for(tmp_path, make_source, client):

@@ -123,11 +123,11 @@ def test_reading_whole_shards_needs_more_memory():
 
 def test_what_cannot_fit_is_refused_with_the_numbers_and_the_knob():
     huge = layout((10, 20000, 20000), (1, 20000, 20000))
-    with pytest.raises(PlanError, match=r"12.11 GiB are needed.*819.20 MiB of the 1.00 GiB.*--memory-limit") as caught:
+    with pytest.raises(PlanError, match=r"12.11 GiB are needed.*819.20 MiB of the 1.00 GiB.*`memory_limit=`") as caught:
         make_plan(huge, Limits(2**30, 1, 0, 10), tile_nbytes=32 * MIB)
     assert isinstance(caught.value, MemoryError)
     # The advice is good.
-    advised = int(caught.value.args[0].rpartition("--memory-limit to ")[2].split(".")[0]) + 1
+    advised = int(caught.value.args[0].rpartition("`memory_limit=` to ")[2].split(".")[0]) + 1
     make_plan(huge, Limits(advised * 2**30, 1, 0, 10), tile_nbytes=32 * MIB)
 
 
@@ -149,7 +149,7 @@ def test_plans_speak_to_people_and_machines():
     plan = make_plan(layout((1000, 4, 4), (100, 4, 4)), Limits(2**30, 2, 0, 10), tile_nbytes=1)
     text, facts = str(plan), plan.to_json()
     assert "1,000 of 4 x 4" in text
-    assert "1.00 GiB allowed, 2 thread(s)" in text
+    assert "1.00 GiB allowed, 2 threads" in text
     assert "decoded" in text
     assert facts["matrices"] == 1000
     assert facts["projected_bytes_per_worker"] == plan.projected_nbytes
@@ -171,7 +171,7 @@ def test_plans_speak_to_people_and_machines():
     ],
 )
 def test_very_many_tiles_are_refused_at_once(shape, unit, nbytes, tile):
-    match = r"has [\d,]{10,} tiles of shape .* may have 10,000,000: .*--tile-size"
+    match = r"has [\d,]{10,} tiles of shape .* may have 10,000,000: .*`tile_size=`"
     with pytest.raises(PlanError, match=match) as caught:
         make_plan(layout(shape, unit), UNLIMITED, tile_nbytes=nbytes, tile=tile)
     assert ("another target" in str(caught.value)) == (tile is not None)
@@ -179,7 +179,7 @@ def test_very_many_tiles_are_refused_at_once(shape, unit, nbytes, tile):
 
 def test_memory_that_makes_very_many_tiles():
     limits = Limits(IDLE_WORKER_NBYTES * 5 // 4 + 5 * MIB, 1, 0, 10)
-    with pytest.raises(PlanError, match=r"has [\d,]+ tiles of shape .*--memory-limit"):
+    with pytest.raises(PlanError, match=r"has [\d,]+ tiles of shape .*more memory"):
         make_plan(layout((10**14, 8, 8), (1000, 8, 8)), limits, tile_nbytes=64 * MIB)
 
 
@@ -210,11 +210,11 @@ def test_where_chunks_are_decoded_several_times_it_is_said_how_to_avoid_that():
     cut = layout((4000, 4000, 4, 4), (1000, 800, 4, 4))
     plan = make_plan(cut, UNLIMITED, tile_nbytes=2**20)
     assert plan.read_amplification > 30
-    assert plan.advice == "chunks of the source are cut by tiles: --tile-size 98MiB avoids that"
+    assert plan.advice == "chunks of the source are cut by tiles: `tile_size='98MiB'` avoids that"
     assert plan.advice in str(plan)
     assert make_plan(cut, UNLIMITED, tile_nbytes=98 * 2**20).advice is None
     limited = make_plan(cut, Limits(memory=740 * 2**20, threads=1, scratch=0, read_concurrency=10), tile_nbytes=2**20)
-    assert " and --memory-limit " in limited.advice
+    assert " and `memory_limit='" in limited.advice
     # Not so where parts of chunks can be read.
     rows = layout((4000, 10, 4, 4), (1000, 10, 4, 4), direct_nbytes=0, in_part=True)
     assert make_plan(rows, UNLIMITED, tile_nbytes=2**17).read_amplification == 1

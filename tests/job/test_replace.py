@@ -131,7 +131,7 @@ def test_another_job_beside_is_replaced_and_what_is_not_ours_is_not(source, tmp_
     new.mkdir()
     (new / "mine").write_text("mine")
     before = tree(target)
-    with pytest.raises(TargetError, match="is not a target"):
+    with pytest.raises(TargetError, match="dask_batchinv did not make it"):
         invert_store(source, target, overwrite=True)
     assert tree(target) == before
     assert (new / "mine").exists()

@@ -200,7 +200,8 @@ def test_a_target_of_another_format_is_refused(tmp_path, make_source, client):
     meta["attributes"]["dask_batchinv"] = mark | {"format": 0}  # older versions wrote no text
     (tmp_path / "t" / "zarr.json").write_text(json.dumps(meta))
     with pytest.raises(
-        TargetError, match=r"another version \(format 0, this one writes 9\): use that version, or pass --overwrite"
+        TargetError,
+        match=r"another version \(format 0, this one writes 9\): use that version, or pass `overwrite=True`",
     ):
         invert_store(source, tmp_path / "t", client=client)
     assert invert_store(source, tmp_path / "t", client=client, overwrite=True).complete
@@ -256,7 +257,7 @@ def test_a_break_while_overwriting_leaves_nothing_that_looks_finished(done, clie
         return
     with pytest.raises(TargetError, match="no target"):
         account_of(path)
-    with pytest.raises(TargetError, match="left when a target was being replaced: pass --overwrite again"):
+    with pytest.raises(TargetError, match="left when a target was being replaced: pass `overwrite=True` again"):
         invert_store(source, path, client=client)
     assert invert_store(source, path, client=client, assume_a="diagonal", overwrite=True, max_failed=None).complete
 
@@ -274,7 +275,7 @@ def test_overwrite_takes_nothing_that_is_not_ours(done, client, tmp_path):
     with dask.config.set(scheduler="sync"):
         xr.open_zarr(path).assign(mine=3).drop_encoding().to_zarr(tmp_path / "made", consolidated=False)
     before = tree(tmp_path / "made")
-    with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
+    with pytest.raises(TargetError, match="dask_batchinv did not make it"):
         invert_store(source, tmp_path / "made", **overwrite)
     assert tree(tmp_path / "made") == before
 
@@ -283,7 +284,7 @@ def test_what_appears_at_the_target_after_the_job_was_prepared_is_not_touched(tm
     job = prepare(make_source(conditioned(4, 3, 10)), tmp_path / "t", JobOptions())
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "precious").write_text("x")
-    with pytest.raises(TargetError, match="is not a target of dask_batchinv"):
+    with pytest.raises(TargetError, match="dask_batchinv did not make it"):
         run_job(job, ClusterOptions(client=client))
     assert (tmp_path / "t" / "precious").read_text() == "x"
 

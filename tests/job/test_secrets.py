@@ -110,7 +110,7 @@ def test_no_text_of_others_brings_a_credential_back(tmp_path, place):
 
 @pytest.mark.parametrize("address", ["tcp://192.0.2.1:8786", "ws://192.0.2.1:8786", "tcp://[2001:db8::1]:8786"])
 def test_a_scheduler_elsewhere_without_tls_needs_a_flag(address, monkeypatch):
-    with pytest.raises(ClusterError, match=r"on another machine and not encrypted.*--insecure"):
+    with pytest.raises(ClusterError, match=r"on another machine and not encrypted.*`insecure=True`"):
         _check_address(address, insecure=False)
     monkeypatch.setattr("socket.create_connection", lambda *args, **options: io.StringIO())
     _check_address(address, insecure=True)

@@ -167,7 +167,7 @@ def test_a_worker_that_dies_is_counted_and_named(tmp_path, source, shared):
     report = invert_store(source, tmp_path / "t", client=guest, on_progress=kill, **OPTIONS)
     assert report.exit_code == 0
     assert report.deaths == 1
-    assert any(f"worker {address} died" in event and "are done again" in event for event in report.worker_events)
+    assert any(f"worker {address} died" in event and "to be done again" in event for event in report.worker_events)
     assert "died" in str(report)
     assert report.retries >= 1
 

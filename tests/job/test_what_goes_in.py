@@ -264,7 +264,7 @@ def test_a_mask_beside_the_matrices_is_not_taken_for_them(tmp_path, ds):
     ds.to_zarr(tmp_path / "s", consolidated=False)
     assert open_source(tmp_path / "s").variable == "cov"
     ds.assign(other=ds.cov).to_zarr(tmp_path / "s", mode="w", consolidated=False)
-    with pytest.raises(SourceError, match="name the stack with --variable"):
+    with pytest.raises(SourceError, match="name the stack with `variable=`"):
         open_source(tmp_path / "s")
 
 
@@ -343,10 +343,10 @@ def test_a_server_that_lists_nothing_is_a_source(tmp_path):
     with silent_server(tmp_path) as (root, _):
         assert open_source(f"{root}/s", "cov").dims == ("t", "i", "j")
         assert open_source(f"{root}/s", "twice").dims == ("t", "p", "p_2")
-        with pytest.raises(SourceError, match="its server does not list it: name the stack with --variable"):
+        with pytest.raises(SourceError, match="its server does not list it: name the stack with `variable=`"):
             open_source(f"{root}/s")
         zarr.consolidate_metadata(group.store)
-        with pytest.raises(SourceError, match=r"name the stack with --variable; it has cov \(4, 2, 2\), twice"):
+        with pytest.raises(SourceError, match=r"name the stack with `variable=`; it has cov \(4, 2, 2\), twice"):
             open_source(f"{root}/s")
 
 

@@ -92,7 +92,7 @@ def test_progress_is_shown_where_somebody_looks(monkeypatch, enabled, terminal, 
     with display.shown(enabled=enabled, stream=stream) as tell:
         if tell is not None:
             tell(Progress("inverting", 100, 40, 0, 3, 1, 2.0))
-    assert ("3 without an inverse, 1 tiles failed" in stream.getvalue()) == shows
+    assert ("3 without an inverse, 1 tile failed" in stream.getvalue()) == shows
 
 
 def test_a_job_shows_its_progress_if_asked_to(source, tmp_path, capfd):

@@ -47,7 +47,7 @@ def in_batches(
     # A fork is made of what is committed, before anything of its batch is merged.
     while (batch := list(islice(spans, size))) and commit():
         start, merged = time.monotonic(), None
-        with raised_as(OSError, f"{target.name} cannot be written", "; run the command again"):
+        with raised_as(OSError, f"{target.name} cannot be written", "; run the job again"):
             fork = target.forked()
         for result in invert(fork, batch):
             if isinstance(result, Heartbeat):
@@ -55,7 +55,7 @@ def in_batches(
                 continue
             if result.changes is not None and result.changes is not merged:  # several tiles of a task have the same
                 merged = result.changes
-                with raised_as(OSError, f"{target.name} cannot be written", "; run the command again"):
+                with raised_as(OSError, f"{target.name} cannot be written", "; run the job again"):
                     transaction.merge(merged)
             if result.stops:
                 spans = iter(())

@@ -28,6 +28,7 @@ from dask_batchinv.job.worker.introduction import Introduction, introduce
 from dask_batchinv.kernels.device import why_unusable
 from dask_batchinv.location import Location, json_object
 from dask_batchinv.outcome import ClusterError
+from dask_batchinv.shown import counted
 from dask_batchinv.stack import Device
 from dask_batchinv.text import clean, harmless, remember_url
 
@@ -125,7 +126,7 @@ def _check_address(address: str, *, insecure: bool) -> None:
         if scheme not in _TRUSTED and not insecure and not _is_loopback(location):
             raise ClusterError(
                 f"{address} is on another machine and not encrypted: whoever reaches it can run code as you, and read "
-                "what passes. Use tls://, or pass --insecure if that network is yours alone"
+                "what passes. Use tls://, or pass `insecure=True` if that network is yours alone"
             )
         if scheme in ("tcp", "tls"):
             socket.create_connection(parse_host_port(location), timeout=CONNECT_SECONDS).close()
@@ -157,8 +158,8 @@ def _workers_of(client: Client, options: ClusterOptions, demand: Demand) -> list
         if waited > seconds:
             which = f" that are {' or '.join(map(repr, only))}" if only else ""
             raise ClusterError(
-                f"the scheduler has {len(known)} of {wanted} worker(s){which} after {seconds:.0f} s: start some with"
-                f" `dask worker`, or wait longer for them (--for){_others(client) if only else ''}"
+                f"the scheduler has {len(known)} of {counted(wanted, 'worker')}{which} after {seconds:.0f} s: start "
+                f"some with `dask worker`, or wait longer for them (`wait=`){_others(client) if only else ''}"
             )
         threads = max((worker["nthreads"] for worker in known.values()), default=1)
         tasks = TASKS_FOR_A_CORE * threads * wanted << int(waited // DOUBLING_SECONDS)
@@ -166,7 +167,7 @@ def _workers_of(client: Client, options: ClusterOptions, demand: Demand) -> list
         time.sleep(0.2)
     demand.ask_for(1)
     kinds = Counter((worker["nthreads"], worker["memory_limit"] or None) for worker in known.values())
-    return [Workers(count, threads, memory) for (threads, memory), count in kinds.items()]
+    return [Workers(count, threads, memory, are_ours=False) for (threads, memory), count in kinds.items()]
 
 
 def _others(client: Client) -> str:
@@ -204,8 +205,8 @@ def meet_workers(
     if len(unable) == len(heard):
         address, why = next(iter(unable.items()))
         raise ClusterError(
-            f"{len(unable)} worker(s) are of no use, first {address}: {why}. Install the same versions there, and have "
-            "source and target on a disk or an object store that all workers share"
+            f"{counted(len(unable), 'worker')} of no use, first {address}: {why}. Install the same versions there, and "
+            "have source and target on a disk or an object store that all workers share"
         )
     return introduction, [WorkerEvent("silent", address, "it was passed over") for address in silent]
 
@@ -216,7 +217,7 @@ def _ask_all(client: Client, only: Sequence[str], function: Any, *arguments: Any
     answers = client.sync(ask_workers, client, addresses, function, *arguments)
     heard = {address: answer for address, answer in answers.items() if not is_silent(answer)}
     if not heard:
-        raise ClusterError(f"none of {len(addresses)} worker(s) answers: they may be frozen, or about to end")
+        raise ClusterError(f"none of {counted(len(addresses), 'worker')} answers: they may be frozen, or about to end")
     return heard, [address for address in addresses if address not in heard]
 
 

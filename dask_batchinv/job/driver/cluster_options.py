@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import dask.config
@@ -15,7 +16,8 @@ from dask.utils import parse_bytes, parse_timedelta
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.kernels.device import DeviceError, parse_device, why_unusable
 from dask_batchinv.outcome import ClusterError, RefusedError
-from dask_batchinv.stack import Device
+from dask_batchinv.shown import counted
+from dask_batchinv.stack import Device, parse_flag, shown
 
 #: Threads of a local worker with a GPU: enough that reading and writing go on meanwhile.
 GPU_THREADS = 4
@@ -53,6 +55,7 @@ class ClusterOptions:
     """Where the job computes: the local cluster has one process for a GPU."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if self.client is not None and not hasattr(self.client, "asynchronous"):
             way_out = "scheduler=" if isinstance(self.client, str) else "Client(...) of it"
             kind = type(self.client).__name__
@@ -66,19 +69,34 @@ class ClusterOptions:
             raise ClusterError(
                 f"{_options(self._given)}: only for the local cluster; a running one has its own workers"
             )
-        if isinstance(self.only_workers, str):
-            raise ClusterError(f"only_workers takes a list of patterns: [{self.only_workers!r}]")
-        if self.wait_for_workers is not None and self.wait_for_workers < 1:
-            raise ClusterError(f"wait_for_workers must be 1 or more, got {self.wait_for_workers}")
         try:
             parse_bytes(self.memory_limit or 0)
-        except ValueError as error:
-            text = f"memory limit {self.memory_limit!r} is not a number of bytes such as 4GiB"
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:
+            text = f"`memory_limit=` {self.memory_limit!r} is not a number of bytes such as 4GiB"
             raise ClusterError(text) from error
         try:
             parse_timedelta(self.wait)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RefusedError(f"{self.wait!r} is not a time such as 2h") from error
+
+    def _check_kinds(self) -> None:
+        """Raise ClusterError where something is not of the type that it should be, or of no use as a number."""
+        try:
+            for flag in ("insecure", "restart_stalled"):
+                object.__setattr__(self, flag, parse_flag(flag, getattr(self, flag)))
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        for name, least in (("workers", 1), ("threads_per_worker", 1), ("wait_for_workers", 1), ("dashboard", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
+                raise ClusterError(f"{name} must be a whole number from {least} on, got {shown(value)}")
+        if self.scheduler is not None and not isinstance(self.scheduler, str):
+            raise ClusterError(f"scheduler takes an address such as 'tls://host:8786', got {shown(self.scheduler)}")
+        if self.scheduler_file is not None and not isinstance(self.scheduler_file, (str, os.PathLike)):
+            raise ClusterError(f"scheduler_file takes the path of a file, got {shown(self.scheduler_file)}")
+        only = self.only_workers
+        if isinstance(only, str) or not isinstance(only, Sequence) or not all(isinstance(each, str) for each in only):
+            raise ClusterError(f"only_workers takes a list of patterns, such as ['gpu-*'], got {shown(only)}")
 
     @property
     def is_local(self) -> bool:
@@ -124,7 +142,7 @@ class ClusterOptions:
 
 
 def _options(names: Iterable[str]) -> str:
-    return ", ".join(name.replace("_", "-") for name in names)
+    return ", ".join(f"`{name}=`" for name in names)
 
 
 def _active_client() -> Any:
@@ -188,7 +206,6 @@ def usable_gpus(device: Device, ask: Callable[[], dict[str, str | None]]) -> int
     without = {address: reason for address, reason in found.items() if reason is not None}
     if device == "gpu" and without:
         address, reason = next(iter(without.items()))
-        raise DeviceError(
-            f'device="gpu", but {len(without)} of {len(found)} workers have none, first {address}: {reason}'
-        )
+        some = f"{len(without)} of {counted(len(found), 'worker')}"
+        raise DeviceError(f'device="gpu", but {some} without one, first {address}: {reason}')
     return len(found) - len(without)

@@ -14,8 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import dask.config
-from dask.utils import parse_timedelta
 from distributed import Client, Future, KilledWorker
 from distributed.client import CancelledError
 from distributed.comm import CommClosedError
@@ -26,6 +24,7 @@ from dask_batchinv.job.driver.retry import SUSPICIOUS_DEATHS, Retries
 from dask_batchinv.job.driver.roster import Roster
 from dask_batchinv.job.events import HEARTBEAT, Heartbeat, WorkerEvent
 from dask_batchinv.job.results import TileResult, WorkerFigures
+from dask_batchinv.job.settings import settings
 from dask_batchinv.job.worker.introduction import Introduction, place_of
 from dask_batchinv.text import clean
 
@@ -108,7 +107,7 @@ class _InFlight:
     ):
         self._dispatcher, self._client = dispatcher, dispatcher.client
         self._work, self._task, self._retries = work, task, retries
-        self._patience: float = parse_timedelta(dask.config.get("batchinv.job.patience"))
+        self._patience = settings().patience
         self._slowest = 0.0
         self._running: dict[Future, _Held] = {}
         # None where a worker has introduced itself.

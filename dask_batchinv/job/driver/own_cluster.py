@@ -88,7 +88,7 @@ def own_cluster(helper: Helper, options: ClusterOptions, wanted: Workers) -> Ite
             "dashboard_address": f"127.0.0.1:{options.dashboard or 0}",
             # The driver counts what died with a worker, and tries it alone; Dask would blame bystanders too.
             "scheduler_kwargs": {"dashboard": watched, "allowed_failures": 0},
-            "silence_logs": logging.ERROR,
+            "silence_logs": logging.CRITICAL,
             "preload": ["dask_batchinv.job.worker.setup"],
         },
     })  # fmt: skip
@@ -123,7 +123,7 @@ def _begin(process: Helper, wanted: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ClusterError(
             "no worker processes could be started on this machine; what they said is above. Use a running cluster "
-            "(--scheduler), or raise batchinv.job.in-process so that the job runs in this process"
+            "(`scheduler=`), or raise batchinv.job.in-process so that the job runs in this process"
         ) from error
 
 

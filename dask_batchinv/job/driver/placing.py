@@ -9,13 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import dask.config
 from dask.system import CPU_COUNT
-from dask.utils import parse_bytes
 
 from dask_batchinv.job.driver.cluster_options import ClusterOptions, local_gpus, local_workers, own_task
 from dask_batchinv.job.plan.plan import IDLE_WORKER_NBYTES, USABLE, Plan, Workers
 from dask_batchinv.job.plan.prepare import Job, plan_for
+from dask_batchinv.job.settings import settings
 from dask_batchinv.outcome import PlanError
 
 #: What a job may take of the memory of its caller's process, in bytes: it cannot be ended there if it took more.
@@ -40,7 +39,7 @@ def plan_here(job: Job, options: ClusterOptions) -> Plan | None:
 
 def is_small(nbytes: int) -> bool:
     """Tell whether what reads and writes so many bytes is done sooner than processes are started."""
-    return nbytes <= int(parse_bytes(dask.config.get("batchinv.job.in-process")))
+    return nbytes <= settings().in_process_nbytes
 
 
 def threads_here() -> int:

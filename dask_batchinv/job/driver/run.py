@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-import dask.config
 import numpy as np
 
 from dask_batchinv.job.driver.batches import in_batches
@@ -27,6 +26,7 @@ from dask_batchinv.job.report.run_record import Guarded, OnProgress, Progress, R
 from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.results import TileResult, TileRow
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers, Seen
+from dask_batchinv.job.settings import settings
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.contents import Contents
 from dask_batchinv.job.target.found import inspect
@@ -40,10 +40,11 @@ from dask_batchinv.job.worker.read_back import ReadBackTask, read_back_tiles
 from dask_batchinv.location import Location, TakenOverError, raised_as
 from dask_batchinv.outcome import SourceError, TargetError, TargetInUseError
 from dask_batchinv.requests import COUNT
+from dask_batchinv.shown import counted
 from dask_batchinv.text import clean
 
 #: What to do about a store that fails.
-AGAIN = "; run the command again"
+AGAIN = "; run the job again"
 #: Seconds between two writes of the ledger, at least.
 FLUSH_SECONDS = 1.0
 #: How often the ledger is written at the end of a run before that is given up, and seconds between, doubled each time.
@@ -54,14 +55,14 @@ SETTLING_SECONDS = 0.06
 #: What to say of a store that tells too little.
 MUTE = (
     "the store of the source tells neither versions nor times of its chunks, so that a change of it cannot be seen: "
-    "--overwrite does all again"
+    "`overwrite=True` does all again"
 )
 
 
 #: And of what is computed.
 MUTE_LAZY = (
-    "what a lazy source is computed from is not looked at: if that has changed, and not its name, --overwrite does all "
-    "again"
+    "what a lazy source is computed from is not looked at: if that has changed, and not its name, `overwrite=True` "
+    "does all again"
 )
 
 
@@ -108,7 +109,7 @@ class Run:
             try:
                 lock, writer, target, ledger = self._begin(held)
             except TakenOverError as error:
-                text = f"{self.job.target.name} was changed by another run meanwhile, run the command again: {error}"
+                text = f"{self.job.target.name} was changed by another run meanwhile, run the job again: {error}"
                 raise TargetInUseError(text) from error
             try:
                 self._bring_up_to_date(target, ledger, writer, lock, seen)
@@ -175,7 +176,7 @@ class Run:
         target = inspect(job.target)  # again: another run may have been at work until now
         was = tiling if job.action == "create" else job.found.tiling
         if not target.is_there or (target.fingerprint, target.tiling) != (job.fingerprint, was):
-            raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the command again")
+            raise TargetError(f"{job.target.name} was changed by another run meanwhile: run the job again")
         with raised_as(OSError, f"{job.target.name} cannot be opened", AGAIN):
             if job.action != "create" and targets.follows(job.target, target, self.contents):
                 self.totals.mended += targets.mend(job.target, target, self.contents, writer)
@@ -189,7 +190,7 @@ class Run:
                 targets.set_complete(writer, target, False)
         self._forget_unwanted(ledger)
         with raised_as(OSError, f"{job.target.name} cannot be opened", AGAIN):
-            writer.commit(f"begun, {tiling.n_matrices:,} matrices")  # workers see what is committed
+            writer.commit(f"begun, {counted(tiling.n_matrices, 'matrix')}")  # workers see what is committed
         return lock, writer, target, ledger
 
     def _bring_up_to_date(self, target: Target, ledger: Ledger, writer: Writer, lock: Lock, seen: Seen) -> None:
@@ -287,7 +288,7 @@ class Run:
 
     @property
     def _attempts(self) -> int:
-        return int(dask.config.get("batchinv.job.attempts"))
+        return settings().attempts
 
     def _look_again(self, target: Target, ledger: Ledger, lock: Lock, seen: Seen) -> None:
         """Do again, once, what the source has changed since it was looked at before it was read."""
@@ -305,8 +306,8 @@ class Run:
             if is_last:
                 first = FailedTile.of(TileResult(int(moved.argmax()), None), self.plan.tiling)
                 self.totals.stopped = (
-                    f"the source is being written to: {moved.sum():,} tiles changed again while they were done anew, "
-                    f"first {first.place}"
+                    f"the source is being written to: {counted(moved.sum(), 'tile')} changed again while being done "
+                    f"anew, first {first.place}"
                 )
                 return
             self._flush(ledger, FINAL_ATTEMPTS)  # workers read what is recorded
@@ -450,11 +451,15 @@ class Run:
         elif (others := np.flatnonzero(targets.changed_by_others(location, self.contents))).size:
             for number in map(int, others):
                 ledger.forget(number)
-            self.totals.stopped = f"{len(others)} tiles of {location.name} were changed by other commits meanwhile"
+            self.totals.stopped = (
+                f"{counted(len(others), 'tile')} of {location.name} changed by other commits meanwhile"
+            )
         elif (lost := np.flatnonzero(~found.whole)).size:
             for number in map(int, lost):
                 ledger.forget(number)
-            self.totals.stopped = f"chunks of {len(lost)} tiles of {location.name} were removed or damaged meanwhile"
+            self.totals.stopped = (
+                f"chunks of {counted(len(lost), 'tile')} of {location.name} were removed or damaged meanwhile"
+            )
         else:
             # Of what this run has neither written nor looked at before, it does not know what it is.
             known = np.zeros(len(found.marks), bool) if before is None else ~found.differs(before.marks)

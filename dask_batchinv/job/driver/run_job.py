@@ -29,7 +29,7 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
     if put_back(job.target):
         raise TargetError(
             f"{job.target.name} had been moved aside when its replacement was interrupted, and is in its place again: "
-            "run the command again, with --overwrite to go on with the replacement"
+            "run the job again, with `overwrite=True` to go on with the replacement"
         )
     if (beside := replacement(job)) is None:
         report = _run(job, options, on_progress)
@@ -45,8 +45,8 @@ def run_job(job: Job, options: ClusterOptions, on_progress: OnProgress | None = 
                 raise
             notes += () if left is None else (left,)
         else:
-            notes += (f"{job.target.name} is what it was: what is done so far lies beside it, and the same command, "
-                      "with --overwrite, goes on with that",)  # fmt: skip
+            notes += (f"{job.target.name} is what it was: what is done so far lies beside it, and the same job, "
+                      "with `overwrite=True`, goes on with that",)  # fmt: skip
     return replace(report, target=job.target.name, notes=notes)
 
 
@@ -72,7 +72,7 @@ def _on_replacing(job: Job) -> list[str]:
         os.path.lexists(beside.url) if beside.is_local else beside.transaction is not None and beside.exists()
     ):
         notes.append(
-            f"{beside.name} was left by an interrupted replacement: --overwrite goes on with it, or removes it"
+            f"{beside.name} was left by an interrupted replacement: `overwrite=True` goes on with it, or removes it"
         )
     return notes
 

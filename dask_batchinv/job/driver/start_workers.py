@@ -32,7 +32,9 @@ def main() -> None:
     import dask.config
     from distributed import LocalCluster, Security  # before anybody says what is wanted
 
-    wanted = json.loads(sys.stdin.buffer.readline())
+    if not (line := sys.stdin.buffer.readline()):  # the driver has ended already
+        return
+    wanted = json.loads(line)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what workers print is no answer
     dask.config.update(dask.config.config, wanted["config"])

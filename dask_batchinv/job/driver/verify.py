@@ -21,8 +21,10 @@ from dask_batchinv.job.report.tiles import FailedTile
 from dask_batchinv.job.report.verify_report import VerifyReport
 from dask_batchinv.job.results import TileResult, TileRow
 from dask_batchinv.job.seen import UNKNOWN
+from dask_batchinv.job.settings import settings
 from dask_batchinv.job.source.formed import open_any
 from dask_batchinv.job.source.source import Source
+from dask_batchinv.job.source.variable import group_of
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.chunks import DamagedTargetError
 from dask_batchinv.job.target.documents import visibly_damaged_keys
@@ -34,12 +36,13 @@ from dask_batchinv.job.target.writer import Writer
 from dask_batchinv.job.worker.verify_tiles import VerifiedTile, VerifyTask, verify_tiles
 from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import FAILURE_KINDS, RefusedError, TargetError
+from dask_batchinv.stack import is_share
 from dask_batchinv.text import clean
 
 #: So many tiles that are not recorded are named.
 _NAMED_TILES = 100
 #: What mends a target.
-AGAIN = ": run the command again that made it"
+AGAIN = ": run the job again that made it"
 
 
 @dataclass
@@ -62,8 +65,9 @@ def verify(
     on_progress: OnProgress = ignore,
 ) -> VerifyReport:
     """Do what `verify_store` promises."""
-    if not 0 <= sample <= 1:
-        raise RefusedError(f"sample must be between 0 and 1, got {sample}")
+    if not is_share(sample):
+        raise RefusedError(f"`sample=` must be between 0 and 1, got {sample!r}")
+    settings()  # what it says is asked for later, too
     location, target = existing(path)
     tiling = target.tiling
     opened = None if source is None else _same_source(source, target)
@@ -179,7 +183,7 @@ def _hand_over(location: Location, target: Target, found: _Found) -> str | None:
 def _same_source(path: Place | Source, target: Target) -> Source:
     fingerprint = target.fingerprint
     options = options_of(target)
-    source = path if isinstance(path, Source) else open_any(path, options)
+    source = path if isinstance(path, Source) else open_any(group_of(Location.parse(path), options.variable), options)
     found = fingerprint_of(source)
     if changed := differences({name: fingerprint.get(name) for name in found}, found):
         raise TargetError(

@@ -11,7 +11,8 @@ from dask.utils import format_bytes
 
 from dask_batchinv.job.tiling import LARGEST_COUNT, StackShape, Tiling, cuts
 from dask_batchinv.outcome import PlanError
-from dask_batchinv.shown import Row, Shown
+from dask_batchinv.shown import Row, Shown, counted
+from dask_batchinv.text import public
 
 #: Resident memory of a worker process that holds no data: measured 135 MiB before and 150 MiB after its first tile.
 IDLE_WORKER_NBYTES = 192 * 2**20
@@ -97,6 +98,8 @@ class Limits:
     """Chunks that Zarr reads at once, per thread; None if it may be all of a tile."""
     compile_nbytes: int = 0
     """What the kernel takes before its first use, per process."""
+    are_ours: bool = True
+    """Whether workers are started for the job, and so are as the user wants them."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,11 @@ class Workers:
     """Bytes of the one with the least; None if unlimited."""
     gpus: int = 0
     """Workers with a GPU that the job may use."""
+    are_ours: bool = True
+    """Whether they are started for the job; else they run already."""
 
 
+@public
 @dataclass(frozen=True)
 class Plan(Shown):
     """The tiles of a job, and what they cost."""
@@ -171,7 +177,7 @@ class Plan(Shown):
             ("tiles", f"{tiling.n_tiles:,} of shape {tiling.tile}"),
             ("to read", f"{format_bytes(self.nbytes_in)}{times}"),
             ("to write", format_bytes(self.nbytes_out)),
-            ("memory per worker", f"{memory}, {self.limits.threads} thread(s)"),
+            ("memory per worker", f"{memory}, {counted(self.limits.threads, 'thread')}"),
             ("runs in", self.where),
             *([] if self.advice is None else [("advice", self.advice)]),
         ]
@@ -261,8 +267,14 @@ def _advice(layout: StackLayout, limits: Limits, tile: tuple[int, ...], *, begun
         whole[axis] = layout.n
     nbytes = math.prod(whole) * layout.itemsize_out
     need = math.ceil(project_memory(layout, limits, tuple(whole)) / USABLE)
-    memory = "" if limits.memory is None or need <= limits.memory else f" and --memory-limit {_in_mib(need)}"
-    return f"chunks of the source are cut by tiles: --tile-size {_in_mib(nbytes)}{memory} avoids that"
+    way_out = f"`tile_size='{_in_mib(nbytes)}'`"
+    if limits.memory is None or need <= limits.memory:
+        way_out += " avoids that"
+    elif limits.are_ours:
+        way_out += f" and `memory_limit='{_in_mib(need)}'` avoid that"
+    else:
+        way_out += f" and workers with {_in_mib(need)} of memory avoid that"
+    return f"chunks of the source are cut by tiles: {way_out}"
 
 
 def _in_mib(nbytes: int) -> str:
@@ -428,24 +440,29 @@ def _count_on_bounds(count: int, step: int, unit: int, begin: int) -> int:
 
 def _does_not_fit(layout: StackLayout, limits: Limits, tile: tuple[int, ...], need: int) -> str:
     assert limits.memory is not None
-    unit = math.prod(layout.read_unit) * layout.itemsize_in
+    unit, wanted = math.prod(layout.read_unit) * layout.itemsize_in, format_bytes(need / USABLE)
+    if limits.are_ours:
+        way_out = f"Raise `memory_limit=` to {wanted}" + (", or lower `threads_per_worker=`" * (limits.threads > 1))
+    else:
+        way_out = f"Start its workers with at least {wanted} of memory" + ", or with fewer threads" * (
+            limits.threads > 1
+        )
     return (
         f"this job does not fit the memory of a worker: {format_bytes(need)} are needed ("
         f"{format_bytes(IDLE_WORKER_NBYTES + limits.compile_nbytes)} for the process and "
-        f"{limits.threads} thread(s) with a tile of shape "
+        f"{counted(limits.threads, 'thread')} with a tile of shape "
         f"{tile} each, and with source chunks of {format_bytes(unit)} that must be decoded whole), but only "
         f"{format_bytes(USABLE * limits.memory)} of the {format_bytes(limits.memory)} allowed are usable, because Dask "
-        f"pauses a worker at {USABLE:.0%}. Raise --memory-limit to {format_bytes(need / USABLE)}, or lower "
-        "--threads-per-worker"
+        f"pauses a worker at {USABLE:.0%}. {way_out}"
     )
 
 
 def _too_many(tiling: Tiling, *, begun: bool) -> str:
     way_out = (
-        "the tiles of a target that is there stay as they are: choose another target and a larger --tile-size"
+        "the tiles of a target that is there stay as they are: choose another target and a larger `tile_size=`"
         if begun
-        else "pass a larger --tile-size, with more --memory-limit where that is what keeps tiles small, or rechunk the "
-        "source if its chunks are very large"
+        else "pass a larger `tile_size=`, to workers with more memory where that is what keeps tiles small, or rechunk "
+        "the source if its chunks are very large"
     )
     return (
         f"this job has {tiling.n_tiles:,} tiles of shape {tiling.tile}, but the account of them is kept in memory and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import RefusedError, SourceError, TargetError
 from dask_batchinv.stack import computed_dtype
 from dask_batchinv.storage import METADATA_KEYS
+from dask_batchinv.text import clean
 
 #: What the files of ours begin with that are no arrays.
 _OURS = ".dask_batchinv"
@@ -84,6 +86,7 @@ def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved
         With what to change; nothing was written.
     """
     location = parse_location(target)
+    _refuse_file_above(location)
     opened = source if isinstance(source, Source) else _open_source(source, options, location)
     _refuse_reserved_names(opened, options.outputs)
     _check_encoding(opened, options, location)
@@ -98,16 +101,16 @@ def prepare(source: Place | Source, target: Place, options: JobOptions, *, moved
     changed = differences(found.fingerprint, fingerprint) or shrunk(found.shape, opened.shape, opened.dims)
     action = decide(found.state, same_job=not changed, overwrite=options.overwrite)
     if action == "refuse" and found.state is State.OTHER_FORMAT:
-        raise TargetError(f"{other_format(location, found)}, or pass --overwrite to replace it")
+        raise TargetError(f"{other_format(location, found)}, or pass `overwrite=True` to replace it")
     if action == "refuse" and not found.fingerprint:
         raise TargetError(
-            f"{location.name} is what was left when a target was being replaced: pass --overwrite again, or choose "
-            "another target"
+            f"{location.name} is what was left when a target was being replaced: pass `overwrite=True` again, or "
+            "choose another target"
         )
     if action == "refuse":
         raise TargetError(
-            f"{location.name} belongs to another job: {'; '.join(changed)}. Choose another target, or pass --overwrite "
-            "to replace it"
+            f"{location.name} belongs to another job: {'; '.join(changed)}. Choose another target, or pass "
+            "`overwrite=True` to replace it"
         )
     if found.state is not State.ABSENT and not changed:
         refuse_links(location, found)
@@ -206,30 +209,41 @@ def encoding_of(job: Job, tiling: Tiling) -> Encoding:
     return Encoding(parse_compress(options.compress), inner, options.zarr_format, separator)
 
 
+def _refuse_file_above(target: Location) -> None:
+    """Raise TargetError if a target would lie in a file."""
+    above = os.path.dirname(target.url)
+    while target.is_local and not os.path.isdir(above):
+        if os.path.lexists(above):
+            raise TargetError(f"{clean(above)} is a file, so that no target can be in it")
+        above = os.path.dirname(above)
+
+
 def _check_encoding(source: Source, options: JobOptions, target: Location) -> None:
     """Raise RefusedError if the chunks of the target cannot be stored as is wanted."""
     parse_compress(options.compress)
-    if options.zarr_format not in (2, 3):
-        raise RefusedError(f"there is no Zarr format {options.zarr_format} here: take 3, or 2")
     if options.zarr_format == 2 and target.transaction is not None:
         raise RefusedError(f"{target.name} can hold no Zarr format 2: Icechunk stores format 3 alone")
     if options.zarr_format == 2 and options.shards is not None:
-        raise RefusedError("there are no shards in Zarr format 2: leave --shards out")
+        raise RefusedError("there are no shards in Zarr format 2: leave `shards=` out")
     batch = [dim for axis, dim in enumerate(source.dims) if axis not in source.core]
     for name, sizes in (("chunks", options.chunks), ("shards", options.shards or {})):
         if unknown := sorted({*sizes} - {*batch}):
             raise RefusedError(
-                f"--{name} takes lengths along {', '.join(batch) or 'no dimension'}, and not along "
+                f"`{name}=` takes lengths along {', '.join(batch) or 'no dimension'}, and not along "
                 f"{', '.join(unknown)}{': matrices are not cut' if {*unknown} & {*source.dims} else ''}"
             )
         if any(type(size) is not int or size < 1 for size in sizes.values()):
-            raise RefusedError(f"--{name} takes whole numbers from 1 on")
+            raise RefusedError(f"`{name}=` takes whole numbers from 1 on")
     if cut := [dim for dim, size in (options.shards or {}).items() if size % options.chunks.get(dim, size)]:
         raise RefusedError(f"shards have whole chunks: along {cut[0]} they do not")
 
 
 def _refuse_reserved_names(source: Source, outputs: Outputs) -> None:
     """Raise SourceError if a target has something of a name itself, on file systems that do not tell case apart too."""
+    coordinates = [*source.target_names(source.coordinate_names), *source.dims]
+    for output in outputs:
+        if output.name != output.role and output.name in coordinates:
+            raise RefusedError(f"the target has the coordinate {output.name} already: give {output.role} another name")
     reserved = {name.casefold() for name in (LEDGER, *METADATA_KEYS, *(output.name for output in outputs))}
     names = {*source.dims, *source.target_names(source.coordinate_names)}
     if taken := sorted(name for name in names if name.casefold() in reserved or name.casefold().startswith(_OURS)):
@@ -349,6 +363,7 @@ def plan_for(job: Job, workers: Workers) -> Plan:
         scratch=max(kernel.scratch_nbytes(source.n, dtype) for kernel in kernels),
         compile_nbytes=job.kernel.compile_nbytes(source.n, dtype),
         read_concurrency=None if source.sharded else int(zarr.config.get("async.concurrency")),
+        are_ours=workers.are_ours,
     )
     # The tiles of a target that is empty were not made for what has come since.
     tile = None if job.action == "create" or not job.found.tiling.n_tiles else job.found.tile

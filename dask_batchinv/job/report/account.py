@@ -83,8 +83,8 @@ class Account(Shown):
     def state(self) -> str:
         """Whether it is complete, in words."""
         if self.complete and self.tiles_done < self.tiles:
-            return "complete, but its ledger is damaged: run the same command again to mend it"
-        return "complete" if self.complete else "not complete: run the same command again to continue"
+            return "complete, but its ledger is damaged: run the job again to mend it"
+        return "complete" if self.complete else "not complete: run the job again to continue"
 
     def rows(self) -> list[Row]:
         """Return how far it is."""

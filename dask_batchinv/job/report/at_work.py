@@ -88,6 +88,18 @@ class AtWork:
         return "at work", text
 
 
+def state_of(account: Account, at_work: AtWork | None) -> str:
+    """Return whether a target is complete, in words, and what to do if it is not."""
+    if at_work is None:
+        return account.state
+    return f"{'complete' if account.complete else 'not complete'}: a run is at work"
+
+
+def rows_of(account: Account, at_work: AtWork | None) -> list[Row]:
+    """Return how far a target is."""
+    return [("state", state_of(account, at_work)), *account.rows()[1:]]
+
+
 def watch(path: Place) -> Iterator[tuple[Account, AtWork]]:
     """Yield how far a target is and who is at work on it, every now and then until nobody is.
 

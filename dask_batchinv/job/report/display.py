@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from dask_batchinv.job.report.run_record import OnProgress, Progress
 from dask_batchinv.job.report.streams import Lasting
+from dask_batchinv.shown import counted
 
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0
@@ -62,14 +64,14 @@ def _move(bar: Any, now: Progress) -> None:
 
 
 def _troubles(now: Progress) -> str:
+    tiles = counted(now.failed_tiles, "tile")
     if now.activity == "verifying":
-        return f"{now.failed_tiles:,} tiles not right"
+        return f"{tiles} not right"
     if now.activity == "checking":
-        return f"{now.failed_tiles:,} tiles damaged"
+        return f"{tiles} damaged"
     if now.activity == "comparing":
-        return f"{now.failed_tiles:,} tiles changed"
-    tiles = f", {now.failed_tiles:,} tiles failed" if now.failed_tiles else ""
-    return f"{now.failed:,} without an inverse{tiles}"
+        return f"{tiles} changed"
+    return f"{now.failed:,} without an inverse" + (f", {tiles} failed" if now.failed_tiles else "")
 
 
 class _Lines:
@@ -78,18 +80,21 @@ class _Lines:
     def __init__(self, stream: Any):
         self._stream = stream
         self._next = 0.0
-        self._activity = ""
+        self._last: Progress | None = None
 
     def __call__(self, now: Progress) -> None:
-        clock = time.monotonic()
-        if clock < self._next and now.matrices_done < now.matrices and now.activity == self._activity:
-            return
-        self._activity = now.activity
+        clock, is_at_end, before = time.monotonic(), now.matrices_done >= now.matrices, self._last
+        if before is not None and now.activity == before.activity:
+            # The end is told of by each of several that come to it.
+            is_said = replace(now, seconds=before.seconds) == before if is_at_end else clock < self._next
+            if is_said:
+                return
+        self._last = now
         self._next = clock + LINE_SECONDS
         done = now.matrices_done - now.matrices_before
         rate = done / now.seconds if now.seconds else 0.0
         left = f"{(now.matrices - now.matrices_done) / rate:,.0f} s left" if rate else "time left unknown"
         share = now.matrices_done / now.matrices if now.matrices else 1.0
-        done_of = f"{_WORDS[now.activity]}{now.matrices_done:,} of {now.matrices:,} matrices ({share:.0%})"
+        done_of = f"{_WORDS[now.activity]}{now.matrices_done:,} of {counted(now.matrices, 'matrix')} ({share:.0%})"
         now_is = time.strftime("%H:%M:%S")  # whoever reads a log asks when
         print(f"{now_is} {done_of}, {rate:,.0f}/s, {left}, {_troubles(now)}", file=self._stream, flush=True)

@@ -12,18 +12,19 @@ from dask_batchinv.job.options import JobOptions
 from dask_batchinv.job.plan.plan import Workers
 from dask_batchinv.job.plan.prepare import Job, contents_of, plan_for, prepare
 from dask_batchinv.job.report.account import Account, account_in
-from dask_batchinv.job.report.at_work import AtWork
+from dask_batchinv.job.report.at_work import AtWork, rows_of
 from dask_batchinv.job.seen import UNKNOWN, Flags, Numbers
+from dask_batchinv.job.source.variable import group_of
 from dask_batchinv.job.target import target as targets
 from dask_batchinv.job.target.found import existing
 from dask_batchinv.job.target.ledger import Ledger, runs_of
 from dask_batchinv.job.target.state import State, Target, options_of
 from dask_batchinv.job.tiling import Tiling
-from dask_batchinv.location import Place
+from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import SourceError, TargetError
 from dask_batchinv.places import locate
-from dask_batchinv.shown import Row, Shown
-from dask_batchinv.text import clean
+from dask_batchinv.shown import Row, Shown, counted
+from dask_batchinv.text import clean, public
 from dask_batchinv.urls import without
 
 #: What a source begins with that is known by its name alone: a snapshot that was passed as a session, or a lazy one.
@@ -64,6 +65,7 @@ class Freshness(Shown):
         return [("up to date", f"{answer}{': ' if self.reasons else ''}{'; '.join(self.reasons)}")]
 
 
+@public
 @dataclass(frozen=True)
 class Status(Shown):
     """How far a target is, and whether it is up to date."""
@@ -95,11 +97,12 @@ class Status(Shown):
 
     def rows(self) -> list[Row]:
         """Return how far it is, who is at work on it, and whether it is up to date."""
-        rows = [*self.account.rows(), *([] if self.at_work is None else [self.at_work.row()])]
+        rows = [*rows_of(self.account, self.at_work), *([] if self.at_work is None else [self.at_work.row()])]
         if self.runs:
             last = self.runs[-1]
             ended = "" if last.get("stopped") is None else f"; it was stopped: {last['stopped']}"
-            done = f"{last.get('tiles_now')} tiles in {last.get('seconds', 0):.1f} s, {last.get('workers')} worker(s)"
+            done = f"{counted(last.get('tiles_now') or 0, 'tile')} in {last.get('seconds', 0):.1f} s"
+            done += f", {counted(last.get('workers') or 0, 'worker')}"
             rows.append(("last run", f"{last.get('started')}, {done}{ended}"))
         return rows + self.freshness.rows()
 
@@ -134,7 +137,7 @@ def status_of(path: Place, source: Place | None = None, given: Mapping[str, Any]
         then = without(made["source"], made["variable"]) if made["variable"] else made["source"]
         if source is None and then.startswith(_NOT_TO_BE_OPENED):
             raise SourceError("it is known by a name alone, not by where it is")
-        where = locate(then, given) if source is None else source
+        where = locate(then, given) if source is None else group_of(Location.parse(source), made["variable"])
         freshness = check_job(prepare(where, path, options, moved=source is not None), ledger)
     except TargetError as error:
         freshness = _cannot_tell(target, str(error), up_to_date=False)
@@ -172,14 +175,14 @@ def check_job(job: Job, ledger: Ledger | None = None) -> Freshness:
     changed = int((differs & (recorded != UNKNOWN)).sum()) if seen.tells else 0
     missing = int((~done).sum())
     reasons = _beside(job, now)
-    reasons += [f"{missing:,} of {now.n_tiles:,} tiles are not done"] if missing else []
-    reasons += [f"the source of {changed:,} tiles was written to since"] if changed else []
+    reasons += [f"{missing:,} of {counted(now.n_tiles, 'tile')} not done"] if missing else []
+    reasons += [f"the source of {counted(changed, 'tile')} was written to since"] if changed else []
     if not (reasons or target.state is State.COMPLETE):
         reasons.append("the last run did not come to its end")
     up_to_date = None if unknown and not reasons else not reasons
     if unknown:
         reasons.append(
-            f"of the source of {unknown:,} tiles it is not recorded what it was: the same command reads it again"
+            f"of the source of {counted(unknown, 'tile')} it is not recorded what it was: the same job reads it again"
             if seen.tells
             else "the store of the source tells neither versions nor times of its chunks"
         )

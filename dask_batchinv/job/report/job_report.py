@@ -16,10 +16,11 @@ from dask_batchinv.job.report.run_record import RunRecord
 from dask_batchinv.job.report.tiles import named_tiles
 from dask_batchinv.outcome import NAMED
 from dask_batchinv.places import locate
-from dask_batchinv.shown import Row
-from dask_batchinv.text import clean
+from dask_batchinv.shown import Row, counted
+from dask_batchinv.text import clean, public
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class JobReport(RunRecord, Account):
     """The result of a job."""
@@ -77,19 +78,19 @@ class JobReport(RunRecord, Account):
             ("tiles", f"{self.tiles_done:,} of {self.tiles:,}, {now}"),
         ]
         if self.tiles_proven or self.damaged_tiles:
-            proven = f"{self.tiles_proven:,} tiles of earlier runs are as they were written"
-            rows.append(("read back", f"{proven}, {len(self.damaged_tiles):,} were damaged"))
+            proven = f"{counted(self.tiles_proven, 'tile')} of earlier runs found as written"
+            rows.append(("read back", f"{proven}, {len(self.damaged_tiles):,} damaged"))
             rows += named_tiles(self.damaged_tiles)
         if self.grown_from:
             rows.append(("source grown", f"it had the shape {self.grown_from}; what was done of it stays"))
         if self.changed_tiles:
-            rows.append(("source changed", f"{self.changed_tiles:,} of {self.tiles:,} tiles done again"))
+            rows.append(("source changed", f"{self.changed_tiles:,} of {counted(self.tiles, 'tile')} done again"))
         if self.changed_meanwhile:
-            rows.append(("source changed", f"{self.changed_meanwhile:,} tiles while they were read: done again"))
+            rows.append(("source changed", f"{counted(self.changed_meanwhile, 'tile')} while it was read: done again"))
         if self.failed_tiles:
-            rows += [("failed", f"{len(self.failed_tiles):,} tiles"), *named_tiles(self.failed_tiles)]
+            rows += [("failed", counted(len(self.failed_tiles), "tile")), *named_tiles(self.failed_tiles)]
         if self.bad_chunks:
-            rows.append(("unreadable", f"{len(self.bad_chunks):,} chunks of the source"))
+            rows.append(("unreadable", f"{counted(len(self.bad_chunks), 'chunk')} of the source"))
             rows += [("", str(chunk)) for chunk in self.bad_chunks[:NAMED]]
             rows += [("", f"and {len(self.bad_chunks) - NAMED:,} more")] if len(self.bad_chunks) > NAMED else []
         if self.mended:
@@ -116,17 +117,19 @@ class JobReport(RunRecord, Account):
         """Return the rows about time and workers."""
         rows = []
         if self.tiles_now and self.seconds:
-            speed = f"{format_bytes(self.bytes_read)} read at {format_bytes(self.bytes_read / self.seconds)}/s"
+            speed = f"{format_bytes(self.bytes_read)} read at {format_bytes(round(self.bytes_read / self.seconds))}/s"
+            threads = counted(self.threads_per_worker, "thread")
             rows = [
                 ("time", f"{self.seconds:.1f} s, {speed}, {format_bytes(self.bytes_written)} written"),
-                ("computing", f"{self.cpu_seconds:.1f} s of CPU time, {self.requests:,} requests for chunks"),
-                ("workers", f"{self.workers} with {self.threads_per_worker} thread(s): {self.where}; {self.kernel}"),
+                ("computing", f"{self.cpu_seconds:.1f} s of CPU time, {counted(self.requests, 'request')} for chunks"),
+                ("workers", f"{self.workers} with {threads}: {self.where}; {self.kernel}"),
             ]
         if self.devices["gpu"]:
-            rows.append(("devices", f"{self.devices['gpu']:,} tiles on GPUs, {self.devices['cpu']:,} on CPUs"))
+            rows.append(("devices", f"{counted(self.devices['gpu'], 'tile')} on GPUs, {self.devices['cpu']:,} on CPUs"))
         return rows
 
 
+@public
 class JobFailedError(RuntimeError):
     """A job ended without the result that was asked for; `report` says what it has.
 
@@ -146,7 +149,7 @@ class JobFailedError(RuntimeError):
                         f"done.\n{report}")  # fmt: skip
             first = report.stopped or (report.failed_tiles[0].cause if report.failed_tiles else "unknown")
             missing = max(report.tiles - report.tiles_done, len(report.failed_tiles))
-            return (f"{missing} of {report.tiles} tiles failed, first cause: {clean(first)}. Fix the cause and "
-                    f"make the same call again: it does what is not done.\n{report}")  # fmt: skip
+            return (f"{missing:,} of {counted(report.tiles, 'tile')} failed, first cause: {clean(first)}. Fix the "
+                    f"cause and make the same call again: it does what is not done.\n{report}")  # fmt: skip
         return (f"{report.too_many}. The target is complete, with NaN in their place; pass max_failed to allow them."
                 f"\n{report}")  # fmt: skip

@@ -224,7 +224,7 @@ class RunTotals:
             source_checked=source.checksummed,
             timeline=self.timeline.points(),
             versions=versions(),
-            notes=tuple([*notes, *self.notes, *self._notes(source), *_on_amplification(plan)]),
+            notes=tuple([*notes, *self.notes, *self._notes(source), *(_on_amplification(plan) if self.tiles else [])]),
         )
 
     def _notes(self, source: Source) -> list[str]:
@@ -235,14 +235,14 @@ class RunTotals:
             notes.append("nothing was left to do")
         if any(chunk.cause.startswith("MissingChunkError") for chunk in self.bad_chunks.values()):
             notes.append(
-                "if chunks that are not stored stand for matrices of the fill value, pass --missing fill"
+                "if chunks that are not stored stand for matrices of the fill value, pass `missing='fill'`"
                 if self.has_chunks
                 else f"not one chunk of {source.location.name} was found: is it the right array, and all of it there?"
             )
         if any(result.value is not None for result in self.failed):
             notes.append(
-                "all other matrices of tiles with unreadable chunks are inverted; --bad-chunks nan lets the target be "
-                "complete without those"
+                "all other matrices of tiles with unreadable chunks are inverted; `bad_chunks='nan'` lets the target "
+                "be complete without those"
             )
         if not source.checksummed:
             notes.append("unchecked: the source has no checksums, so damage to it cannot be detected")

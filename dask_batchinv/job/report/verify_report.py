@@ -8,8 +8,10 @@ from typing import Any
 from dask_batchinv.job.report.tiles import FailedTile, named_tiles
 from dask_batchinv.job.results import LARGEST_RATIO
 from dask_batchinv.shown import Row, Shown
+from dask_batchinv.text import public
 
 
+@public
 @dataclass(frozen=True)
 class VerifyReport(Shown):
     """What a check of a target found."""

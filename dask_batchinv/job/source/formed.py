@@ -190,12 +190,12 @@ def _form(arrays: list[StoredArray], names: tuple[str, ...], options: JobOptions
     left, pair = [*range(len(shape))], None
     if wanted.complex_dim is not None:
         if wanted.complex_dim not in names or shape[names.index(wanted.complex_dim)] != 2:
-            raise SourceError(f"--complex-dim takes a dimension of length 2; there are {_shown(names, shape)}")
+            raise SourceError(f"`complex_dim=` takes a dimension of length 2; there are {_shown(names, shape)}")
         pair = names.index(wanted.complex_dim)
         left.remove(pair)
     is_complex = any(array.decoded_dtype.kind == "c" for array in arrays)
     if is_complex and (pair is not None or wanted.imag is not None):
-        raise SourceError("the numbers are complex already: leave --complex-dim and --imag out")
+        raise SourceError("the numbers are complex already: leave `complex_dim=` and `imag=` out")
     count = 1 if wanted.packed else 2
     core = left[-count:] if options.dims is None else [names.index(dim) for dim in options.dims if dim in names]
     if (
@@ -204,7 +204,7 @@ def _form(arrays: list[StoredArray], names: tuple[str, ...], options: JobOptions
         or (options.dims and len(options.dims) != count)
         or not set(core) <= set(left)
     ):
-        raise SourceError(f"--dims takes {count} of {', '.join(names[axis] for axis in left)} here")
+        raise SourceError(f"`dims=` takes {count} of {', '.join(names[axis] for axis in left)} here")
     n = shape[core[0]]
     if wanted.packed is not None:
         n = rows_of(shape[core[0]]) or 0
@@ -214,7 +214,9 @@ def _form(arrays: list[StoredArray], names: tuple[str, ...], options: JobOptions
         if options.assume_a == "diagonal" or options.assume_a in _OPPOSITE.get(triangle, ()):
             raise SourceError(f"the {triangle} triangle is packed, which {options.assume_a} matrices do not have")
         if options.assume_a == "general" and (is_complex or pair is not None or wanted.imag is not None):
-            raise SourceError("of complex matrices a triangle does not tell the other one: pass --assume-a her or sym")
+            raise SourceError(
+                "of complex matrices a triangle does not tell the other one: pass `assume_a='her'` or `assume_a='sym'`"
+            )
     elif shape[core[0]] != shape[core[1]]:
         raise SourceError(f"the core dimensions are not equally long: {_shown(names, shape)}")
     return Form(tuple(axis for axis in left if axis not in core), tuple(core), n, wanted.packed, pair)

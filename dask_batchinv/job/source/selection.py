@@ -10,6 +10,7 @@ import numpy as np
 
 from dask_batchinv.labels import Index
 from dask_batchinv.outcome import SourceError
+from dask_batchinv.stack import shown
 
 #: What stands between the first and the last label of a range.
 _RANGE = ".."
@@ -29,6 +30,8 @@ def as_text(select: Mapping[Any, Any] | None) -> dict[str, str]:
     >>> as_text({"time": "2026-01-02", "y": slice(0, 99), "x": slice(5, None)})
     {'time': '2026-01-02', 'y': '0..99', 'x': '5..'}
     """
+    if select is not None and not isinstance(select, Mapping):
+        raise SourceError(f"select takes a mapping such as {{'time': '2026-01-02'}}, got {shown(select)}")
     return {str(dim): _text(str(dim), value) for dim, value in (select or {}).items()}
 
 

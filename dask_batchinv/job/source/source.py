@@ -252,7 +252,7 @@ def _open_source(
 def mask_beside(group: Location | None, mask: str, sizes: dict[str, int], core: tuple[int, int]) -> Mask:
     """Return the mask that is named in the group of a stack; SourceError if it is in none."""
     if group is None:
-        raise SourceError("a mask stands beside the stack in a group: name the group, and the stack with --variable")
+        raise SourceError("a mask stands beside the stack in a group: name the group, and the stack with `variable=`")
     return open_mask(group, mask, sizes, core)
 
 
@@ -284,26 +284,34 @@ def group_attributes_of(group: Location) -> dict[str, Any]:
 
 def _axes(names: tuple[str, ...], stored: tuple[str, ...], dims: Sequence[Hashable]) -> tuple[int, int]:
     """Return where the core dimensions are."""
+    not_two = SourceError(f"`dims=` takes two different names, row,column; got {','.join(map(str, dims))}")
     if len(dims) != 2:
-        raise SourceError(f"--dims takes two different names, row,column; got {','.join(map(str, dims))}")
+        raise not_two
     if (found := named(dims, names, stored)) is None:
         if absent := [str(dim) for dim in dims if dim not in names]:
             raise SourceError(f"there is no dimension {', '.join(absent)}; the source has {', '.join(names)}")
-        raise SourceError(f"--dims takes two different names, row,column; got {','.join(map(str, dims))}")
+        raise not_two
     return names.index(str(found[0])), names.index(str(found[1]))
 
 
 def _check_square(location: Location, names: tuple[str, ...], core: tuple[int, int], shape: tuple[int, ...]) -> None:
-    if shape[core[0]] != shape[core[1]]:
-        raise SourceError(
-            f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {location.name} are not equally long: "
-            f"shape {shape}. Name others with --dims row,column{_hint(shape[-1])}"
+    row, col = (shape[axis] for axis in core)
+    if row == col:
+        return
+    if core == (len(shape) - 2, len(shape) - 1):
+        text = (
+            f"the last two dimensions of {location.name}, shape {shape}, are {row} and {col} long: these are no square "
+            "matrices"
         )
-
-
-def _hint(length: int) -> str:
-    n = rows_of(length)
-    return "" if n is None or n < 2 else f"; if these are packed triangles of {n} x {n} matrices, say so with --packed"
+    else:
+        text = (
+            f"the core dimensions {names[core[0]]!r} and {names[core[1]]!r} of {location.name} are not equally long: "
+            f"shape {shape}"
+        )
+    others = ". Name others with `dims=`" if len(set(shape)) < len(shape) else ""
+    n = rows_of(shape[-1]) or 0
+    packed = f". If these are packed triangles of {n} x {n} matrices, say so with `packed=`" if n > 1 else ""
+    raise SourceError(f"{text}{others}{packed}")
 
 
 def _deciding(
@@ -336,5 +344,5 @@ def _default_dims(
     except np.linalg.LinAlgError:
         return names[-2], names[-1]
     except AmbiguousDimsError as error:
-        choices = " or ".join(f"--dims {row},{col}" for row, col in error.choices)
+        choices = " or ".join(f"`dims={(str(row), str(col))}`" for row, col in error.choices)
         raise SourceError(f"{node.location.name}: {error.reason}. Pass {choices}") from error

@@ -73,7 +73,7 @@ def open_array(location: Location, *, read_only: bool = False) -> zarr.Array[Any
     with suppress(ValueError):  # not JSON, or not even a file
         meta = location.read_json("zarr.json")
     damaged = DamagedTargetError(
-        f"the metadata of {location.name} are lost or damaged: run the command again that made the target"
+        f"the metadata of {location.name} are lost or damaged: run the job again that made the target"
     )
     if meta is None:
         raise damaged

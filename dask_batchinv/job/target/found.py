@@ -9,6 +9,7 @@ from typing import Any
 
 from dask_batchinv.disk import PARTIAL
 from dask_batchinv.job.outputs import LEDGER, ROLES, Outputs, named
+from dask_batchinv.job.source.absent import what_is_there
 from dask_batchinv.job.target.contents import OF_FORMAT_2
 from dask_batchinv.job.target.documents import ROOT
 from dask_batchinv.job.target.encoding import Encoding, parse_compress
@@ -18,7 +19,7 @@ from dask_batchinv.job.target.state import State, Target
 from dask_batchinv.job.tiling import LARGEST_COUNT, Tiling
 from dask_batchinv.location import Location, Place, raised_as
 from dask_batchinv.outcome import TargetError
-from dask_batchinv.storage import MARK
+from dask_batchinv.storage import MARK, METADATA_KEYS
 from dask_batchinv.text import harmless
 
 #: The keys in the members of a target: metadata and chunks of outputs or coordinates, and what is in the ledger.
@@ -51,8 +52,15 @@ def inspect(location: Location, *, advice: bool = True) -> Target:
         with raised_as(TargetError, f"the target {location.name} cannot be read"):
             return _inspect(location)
     except _NotOursError as error:
-        what_to_do = ": choose another target path, or delete it yourself" if advice else ""
-        raise TargetError(f"{error}{what_to_do}") from error
+        is_zarr = any(location.is_kept(key) for key in METADATA_KEYS)
+        if advice:
+            source = "; if this is the source, put it first" if is_zarr else ""
+            text = f"exists, and dask_batchinv did not make it: nothing was written. Choose another target path{source}"
+        elif is_zarr:
+            text = "is not a target of dask_batchinv: name the target that was made from it"
+        else:
+            text = "exists and is not a target of dask_batchinv"
+        raise TargetError(f"{location.name} {text}") from error
 
 
 def _inspect(location: Location) -> Target:
@@ -71,7 +79,7 @@ def _inspect(location: Location) -> Target:
     # Attributes travel with data that a user makes from a target; the ledger does not.
     copied = mark is not None and mark.get("ready") and not location.is_kept(LEDGER)
     if mark is None or copied:
-        raise _NotOursError(f"{location.name} exists and is not a target of dask_batchinv")
+        raise _NotOursError
     members = tuple(mark.get("names", ()))
     if mark.get("format") != FORMAT:
         return Target(State.OTHER_FORMAT, {"format": mark.get("format")}, members=members)
@@ -156,6 +164,8 @@ def existing(path: Place) -> tuple[Location, Target]:
     target = inspect(location, advice=False)
     if target.state is State.OTHER_FORMAT:
         raise TargetError(other_format(location, target))
+    if not location.exists():
+        raise TargetError(what_is_there(location))
     if not target.is_there:
         raise TargetError(f"there is no target of dask_batchinv at {location.name}")
     return location, target

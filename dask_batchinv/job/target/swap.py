@@ -53,7 +53,7 @@ def swap(new: Location, target: Location, old: Target, lock: Lock) -> str | None
     OSError
         If that fails; both are there still, and it can be done again.
     """
-    with raised_as(OSError, f"{new.name} could not take the place of {target.name}", "; run the command again"):
+    with raised_as(OSError, f"{new.name} could not take the place of {target.name}", "; run the job again"):
         with locked(new):
             lock.confirm()
             if (transaction := target.transaction) is not None:

@@ -65,8 +65,8 @@ def create(
     """
     old = inspect(location)  # again: time has passed since the job was prepared
     if (old.state, old.generation) != (replaced.state, replaced.generation):
-        raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the command again")
-    with raised_as(OSError, f"the target {location.name} could not be created", "; run the command again"):
+        raise TargetError(f"another run has begun {location.name} meanwhile: wait for it, then run the job again")
+    with raised_as(OSError, f"the target {location.name} could not be created", "; run the job again"):
         mark = _mark_of(Target(State.BEGUN, fingerprint, uuid.uuid4().hex, replaces), contents)
         documents = make_documents(contents, mark)
         if old.state is not State.ABSENT:
@@ -191,7 +191,7 @@ def update(location: Location, target: Target, contents: Contents, writer: Write
     """
     _refuse_taken(location, target, contents)
     now = replace(target, shape=contents.tiling.shape, tile=contents.tiling.tile, members=tuple(contents.members))
-    with raised_as(OSError, f"the target {location.name} could not be updated", "; run the command again"):
+    with raised_as(OSError, f"the target {location.name} could not be updated", "; run the job again"):
         changed = changed_names(recorded_digests(location), digests_of(contents))
         moves = _moves_rows(target.tiling, now.tiling)
         if moves:

@@ -302,7 +302,7 @@ def _refuse(wrong: Array, region: tuple[slice, ...], what: str) -> None:
         shape = tuple(span.stop - span.start for span in region)
         inside = np.unravel_index(int(wrong.argmax()), shape) if shape else ()
         first = tuple(int(i) + span.start for i, span in zip(inside, region, strict=True))
-        raise ValueError(f"{int(wrong.sum())} matrices are {what}; first {first}")
+        raise ValueError(f"matrices are {what} ({int(wrong.sum()):,} of them, first {first})")
 
 
 def _is_sampled(number: int, share: float) -> bool:

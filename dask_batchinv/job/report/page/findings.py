@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dask_batchinv.job.report.account import Account
-from dask_batchinv.job.report.at_work import AtWork
+from dask_batchinv.job.report.at_work import AtWork, rows_of
 from dask_batchinv.job.report.page.maps import Map
 from dask_batchinv.job.target.state import Fingerprint
 from dask_batchinv.outcome import Index
@@ -95,7 +95,7 @@ class Findings(Shown):
         """Return the account, and the first failed matrices."""
         named = [("", f"{list(each.index)}{_in_words(each.coordinates)}: {each.why}") for each in self.failed]
         at_work = [] if self.at_work is None else [self.at_work.row()]
-        return self.account.rows() + named + at_work + [("note", note) for note in self.notes]
+        return rows_of(self.account, self.at_work) + named + at_work + [("note", note) for note in self.notes]
 
     def to_json(self) -> dict[str, Any]:
         """Return the report for machines."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_batchinv.job.report.at_work import state_of
 from dask_batchinv.job.report.page.findings import FailedMatrix, Findings
 from dask_batchinv.outcome import RefusedError, failures_of
 from dask_batchinv.stack import real_dtype
@@ -76,7 +77,7 @@ def check_matplotlib() -> None:
 def _parts(report: Findings, title: str) -> Iterator[str]:
     account = report.account
     yield f"<h1>{_text(title)}</h1>"
-    yield f'<p class="state">{_text(account.state)}</p>'
+    yield f'<p class="state">{_text(state_of(account, report.at_work))}</p>'
     if report.at_work is not None:
         yield f"<p>At work: {_text(report.at_work.row()[1])}</p>"
     yield from (f"<p>Note: {_text(note)}</p>" for note in report.notes)

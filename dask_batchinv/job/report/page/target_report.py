@@ -26,7 +26,7 @@ from dask_batchinv.job.target.state import Target
 from dask_batchinv.job.tiling import describe_tile
 from dask_batchinv.location import Location, Place
 from dask_batchinv.outcome import NAMED, Index, Info, explain, failures_of
-from dask_batchinv.text import clean
+from dask_batchinv.text import clean, public
 
 Array = npt.NDArray[Any]
 #: Stacks of more tiles are not read whole: it would take longer than people wait for a page.
@@ -35,6 +35,7 @@ _MOST_TILES = 4096
 _BINS_PER_DECADE = 4
 
 
+@public
 class TargetReport(Findings):
     """All that a target tells: `report_store` makes it, of any target at any time.
 
