@@ -1,7 +1,8 @@
 """How Sphinx makes the site of these pages: `ci/docs`."""
 
-import importlib
+import inspect
 import re
+import sys
 from pathlib import Path
 
 import dask_batchinv
@@ -49,11 +50,15 @@ def _show_what_is_beside(app, docname, content):
 def _restore_modules():
     """Let classes say where they are from: there autodoc finds the docstrings of their fields."""
     for name in dask_batchinv.__all__:
-        home = importlib.import_module(f"dask_batchinv.{dask_batchinv._HOMES.get(name, 'outcome')}")
-        module = getattr(home, name).__module__
         thing = getattr(dask_batchinv, name)
         if isinstance(thing, type):
-            thing.__module__ = module
+            thing.__module__ = next(
+                module
+                for module in map(sys.modules.get, sorted(sys.modules))
+                if module.__name__.startswith("dask_batchinv.")
+                and vars(module).get(name) is thing
+                and f"class {name}" in inspect.getsource(module)
+            ).__name__
 
 
 def _trim(app, docname, content):
