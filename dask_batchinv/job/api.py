@@ -35,7 +35,10 @@ from dask_batchinv.repositories.snapshots import locate_snapshot
 from dask_batchinv.stack import AssumeAWord, Device, Precision
 from dask_batchinv.text import harmless
 
-if TYPE_CHECKING:  # to import Dask's cluster takes as long as a small job
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    # to import Dask's cluster takes as long as a small job
     from distributed import Client
 
 
@@ -77,7 +80,7 @@ def invert_store(
     bad_chunks: BadChunks = "error",
     keep: Keep = "inverse",
     logdet: bool = False,
-    dtype: str | None = None,
+    dtype: npt.DTypeLike | None = None,
     like_source: bool = False,
     names: Mapping[str, str] | None = None,
     compress: str | None = None,
@@ -177,7 +180,7 @@ def invert_store(
     logdet : bool
         Whether also ``logdet`` ``(*,)``, the logarithm of the absolute value of each determinant, and its ``sign``
         (complex: its phase) go there.
-    dtype : str, optional
+    dtype : str or dtype, optional
         As what the results are stored: "float32", "float64", "complex64" or "complex128", by default that of
         `inverse`. They are computed in the wider one of the two; what has no room in it overflows, ``info`` -2.
     like_source : bool

@@ -44,4 +44,4 @@ class FailedTile:
 def named_tiles(tiles: tuple[FailedTile, ...]) -> list[Row]:
     """Return rows that name the first tiles and count the rest."""
     rows = [("", str(tile)) for tile in tiles[:NAMED]]
-    return rows + ([("", f"and {len(tiles) - NAMED} more tiles")] if len(tiles) > NAMED else [])
+    return rows + ([("", f"and {len(tiles) - NAMED:,} more")] if len(tiles) > NAMED else [])

@@ -11,11 +11,14 @@ from dask_batchinv.job.source.coordinates import array_nodes
 from dask_batchinv.job.source.metadata import Node, is_floating, member_names, read_node, stored_names
 from dask_batchinv.location import Location
 from dask_batchinv.outcome import SourceError
+from dask_batchinv.stack import shown
 from dask_batchinv.urls import without
 
 
 def find_stack(root: Location, variable: str | None, dims: Sequence[str] | None) -> tuple[Node, str | None]:
     """Return the array that is meant, and its name in the group if it is in one."""
+    if variable is not None and not isinstance(variable, str):
+        raise SourceError(f"variable takes the name of an array in the group, got {shown(variable)}")
     node = read_node(root)
     if node is None:
         raise SourceError(what_is_there(root))

@@ -11,6 +11,7 @@ import numpy as np
 from dask_batchinv.job.report.at_work import state_of
 from dask_batchinv.job.report.page.findings import FailedMatrix, Findings
 from dask_batchinv.outcome import RefusedError, failures_of
+from dask_batchinv.shown import counted
 from dask_batchinv.stack import real_dtype
 from dask_batchinv.text import clean
 
@@ -144,8 +145,10 @@ def _pictures(report: Findings) -> Iterator[str]:
     if (found := report.histogram) is not None:
         eps = float(np.finfo(real_dtype(np.dtype(report.asked["stored as"]))).eps)
         marks = [("eps", eps), *([("min_rcond", report.asked["min_rcond"])] if report.asked["min_rcond"] else [])]
-        some = "" if found.tiles is None else f", of {found.tiles:,} tiles spread evenly"
-        caption = f"rcond of {found.matrices:,} inverted matrices{some}. Left of eps no digit is certain."
+        some = "" if found.tiles is None else f", of {counted(found.tiles, 'tile')} spread evenly"
+        caption = (
+            f"rcond of {counted(found.matrices, 'matrix')} with an inverse{some}. Left of eps no digit is certain."
+        )
         pictures.append(_figure(figures.histogram(found, marks), caption))
     timelines = [run["timeline"] for run in report.runs if _is_drawable(run.get("timeline"))]
     if timelines:
