@@ -309,7 +309,7 @@ def _check_square(location: Location, names: tuple[str, ...], core: tuple[int, i
             f"shape {shape}"
         )
     others = ". Name others with `dims=`" if len(set(shape)) < len(shape) else ""
-    n = rows_of(shape[-1]) or 0
+    n = 0 if shape[-1] == shape[-2] else rows_of(shape[-1]) or 0
     packed = f". If these are packed triangles of {n} x {n} matrices, say so with `packed=`" if n > 1 else ""
     raise SourceError(f"{text}{others}{packed}")
 
