@@ -26,13 +26,14 @@ from dask_batchinv.job.plan.plan import Plan
 from dask_batchinv.job.report import display
 from dask_batchinv.job.report.at_work import watch
 from dask_batchinv.job.report.freshness import Freshness, Status, check_job, status_of
-from dask_batchinv.job.report.page.page import check_matplotlib
+from dask_batchinv.job.report.page.page import check_matplotlib, check_output
 from dask_batchinv.job.report.page.target_report import report_of
 from dask_batchinv.job.report.run_record import OnProgress, Progress
 from dask_batchinv.job.report.streams import Lasting, open_closed_descriptors
 from dask_batchinv.job.target.swap import InterruptedWhenDone
 from dask_batchinv.job.versions import check_optimized
 from dask_batchinv.kernels.device import DeviceError
+from dask_batchinv.location import Location
 from dask_batchinv.outcome import RefusedError
 from dask_batchinv.text import clean, clean_lines, clean_values
 
@@ -121,9 +122,9 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, page: str | None
       dask-batchinv run s3://bucket/a.zarr s3://bucket/x.zarr --scheduler tls://10.0.0.1:8786
     """
     with _exit_codes(as_json, INTERRUPTED_TEXT if not (dry_run or check) else "Interrupted.") as interrupts:
-        if page is not None:
-            _check_output(page)
         job, cluster = parse(arguments)
+        if page is not None:
+            check_output(page, job.target.name, job.source.location.name, job.source.variable)
         if dry_run:
             _print_plan(plan_job(job, cluster), as_json)
             return
@@ -137,7 +138,7 @@ def run(dry_run: bool, check: bool, as_json: bool, quiet: bool, page: str | None
         if as_json or not quiet or report.exit_code:
             _print(report, as_json)
         if page is not None:
-            _write(report_of(job.target).to_html(), page)
+            _write_page(job.target, page)
         if report.exit_code == 1:
             _complain("Fix the cause and run the same command again: it does what is not done.")
         sys.exit(report.exit_code)
@@ -188,7 +189,10 @@ def status(follow: bool, as_json: bool, **arguments: Any) -> None:
 @click.argument("target")
 @target_options
 @click.option(
-    "-o", "--output", metavar="FILE", help="Write a page with pictures to FILE, HTML that needs nothing else."
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Write a page with pictures to FILE, HTML that needs nothing else; to - for stdout.",
 )
 @json_option
 def report_command(output: str | None, as_json: bool, **arguments: Any) -> None:
@@ -203,13 +207,18 @@ def report_command(output: str | None, as_json: bool, **arguments: Any) -> None:
       dask-batchinv report inverses.zarr --json
     """
     with _exit_codes(as_json, "Interrupted."):
+        if as_json and output is not None:
+            raise RefusedError("a report is a page or JSON, not both: leave --output or --json out")
         if output is not None:
-            _check_output(output)
+            check_matplotlib()
         found = report_of(locate_argument("target", arguments))
-        if output is not None:
-            _write(found.to_html(), output)
-        if as_json or output is None:
+        if output is None:
             _print(found, as_json)
+        elif output == "-":
+            _say(found.to_html())
+        else:
+            found.to_html(output)
+            _complain(f"report: {clean(os.path.abspath(output))}")
 
 
 @main.command("verify")
@@ -255,22 +264,13 @@ def _print(report: Any, as_json: bool) -> None:
     _say(_json(report.to_json()) if as_json else clean_lines(spelled(str(report), _command())))
 
 
-def _check_output(path: str) -> None:
-    """Raise RefusedError if a page cannot be made, or not written there."""
-    check_matplotlib()
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise RefusedError(f"the report cannot be written to {path}: name a file in a folder that you can write to")
-
-
-def _write(page: str, path: str) -> None:
+def _write_page(target: Location, path: str) -> None:
+    """Write the report of a run; the job is done whether that can be done or not."""
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as error:  # the job is done all the same
-        _complain(f"Error: the report cannot be written to {path}: {error}")
-    else:
-        _complain(f"report: {os.path.abspath(path)}")
+        report_of(target).to_html(path)
+        _complain(f"report: {clean(os.path.abspath(path))}")
+    except (OSError, RefusedError) as error:
+        _complain(f"Error: the report was not written: {error}")
 
 
 def _json(content: dict[str, Any]) -> str:

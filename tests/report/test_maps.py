@@ -34,8 +34,9 @@ def test_one_failure_in_many_matrices_is_seen():
     assert max(seen.kinds.shape) <= maps.MOST_PIXELS
     assert np.argwhere(seen.kinds != GOOD).tolist() == [[999 // 4, 0]]
     assert np.argwhere(seen.log_rcond < -8).tolist() == [[10 // 4, 20 // 3]]
-    # The last pixels may reach beyond the stack: the edge is theirs.
-    assert seen.extent == (0, 702, 0, 1000)
+    # The last pixels may reach beyond the stack.
+    assert (seen.extent, seen.lengths, seen.matrices) == ((0, 702, 0, 1000), (700, 1000), 5 * 4 * 3)
+    assert seen.share.max() == pytest.approx(1 / 60)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

@@ -49,7 +49,7 @@ class AtWork:
             return None
         begin = begin_of(target, str(found.get("run"))) or {}
         rate, seconds, before = None, 0.0, account.matrices_done
-        with suppress(KeyError, TypeError, ValueError):
+        with suppress(KeyError, TypeError, ValueError, OverflowError):
             seconds = (datetime.now(UTC) - datetime.fromisoformat(begin["since"])).total_seconds()
             before = int(begin["matrices_before"])
             rate = (account.matrices_done - before) / max(1.0, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,12 @@ def count(results: Iterable[TileResult[TileRow]]) -> None:
 
     Where there is no such page nothing is imported: Dask has imported what makes it where there is one.
     """
-    if (prometheus := sys.modules.get("prometheus_client")) is None:
-        return
+    if (prometheus := sys.modules.get("prometheus_client")) is not None:
+        with suppress(Exception):  # to count costs no tile
+            _count(prometheus, results)
+
+
+def _count(prometheus: Any, results: Iterable[TileResult[TileRow]]) -> None:
     with _LOCK:  # they can be registered but once
         metrics = _metrics(prometheus)
     for result in results:

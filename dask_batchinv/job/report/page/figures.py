@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -22,8 +24,8 @@ from dask_batchinv.stack import AssumeA
 #: Stands for the colour of text, whatever that is where the picture is seen.
 _INK = "#010203"
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "batchinv", "font.family": "sans-serif", "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False,
+    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "batchinv", "font.family": "sans-serif",
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
     ),
@@ -38,43 +40,61 @@ _OTHER_COLOURS = {
 _BAR, _LINE = "#0072b2", "#d55e00"
 #: So many failures that stand alone get marks that are larger than a pixel, or none if there are more.
 _MOST_MARKS = 300
+#: So long is the label of a place along an axis.
+_LONGEST_LABEL = 16
+#: Matplotlib's settings are those of the whole process.
+_LOCK = threading.Lock()
+#: By dimension, some places along it and their coordinates.
+Ticks = Mapping[str, Sequence[tuple[int, Any]]]
 #: Bins of the throughput of a run, at most.
 _MOST_BINS = 60
 _WIDTH = 6.4
 
 
-def map_of_failures(seen: Map, assume_a: AssumeA) -> str:
-    """Return the map of what happened to matrices."""
+def map_of_failures(seen: Map, ticks: Ticks, assume_a: AssumeA) -> str:
+    """Return the map of what happened to matrices: which share of them failed, where a pixel is more than one."""
 
     def draw(figure: Any) -> None:
         axes = _axes_for(figure, seen)
         colours = [to_rgba(colour) for colour in _FAILURE_COLOURS]
         colours += [to_rgba(colour, alpha) for colour, alpha, _ in _OTHER_COLOURS.values()]
-        _show(axes, seen, np.array(colours)[seen.kinds])
+        present = np.unique(seen.kinds)
+        if seen.matrices == 1:
+            _show(axes, seen, ticks, np.array(colours)[seen.kinds])
+        else:
+            _show(axes, seen, ticks, np.array(colours)[np.where(seen.kinds < GOOD, GOOD, seen.kinds)])
+            present = present[present >= GOOD]
+        if seen.matrices > 1 and seen.share.any():
+            share = np.where(seen.share > 0, 100 * seen.share, np.nan)
+            image = _show(axes, seen, ticks, share, cmap="plasma_r", vmin=0, vmax=max(1e-9, np.nanmax(share)))
+            figure.colorbar(image, ax=axes, label="without an inverse (%)", location="bottom", shrink=0.8)
         rows, columns = np.nonzero(_alone(seen.kinds < GOOD))
         left, right, low, high = seen.extent
         x = left + (columns + 0.5) * (right - left) / seen.kinds.shape[1]
         y = low + (rows + 0.5) * (high - low) / seen.kinds.shape[0]
-        fill = [_FAILURE_COLOURS[kind] for kind in seen.kinds[rows, columns]]
+        fill = [_FAILURE_COLOURS[kind] for kind in seen.kinds[rows, columns]] if seen.matrices == 1 else "none"
         axes.scatter(x, y, s=14, c=fill, marker="s", edgecolors=_INK, linewidths=0.5)
         names = [
             *(failure.words for failure in failures_of(assume_a)),
             *(word for _, _, word in _OTHER_COLOURS.values()),
         ]
-        present = np.unique(seen.kinds)
         patches = [Patch(facecolor=colours[kind], edgecolor=_INK, linewidth=0.5, label=names[kind]) for kind in present]
-        figure.legend(handles=patches, loc="outside lower left", ncols=2, frameon=False)
+        if patches:
+            figure.legend(handles=patches, loc="outside lower left", ncols=2, frameon=False)
 
     return _svg("failures", draw, _height_of(seen))
 
 
-def map_of_rcond(seen: Map) -> str:
-    """Return the map of the smallest rcond."""
+def map_of_rcond(seen: Map, ticks: Ticks, eps: float) -> str:
+    """Return the map of the smallest rcond; what is below eps is as good as singular, and looks alike."""
 
     def draw(figure: Any) -> None:
         axes = _axes_for(figure, seen)
-        image = _show(axes, seen, seen.log_rcond, cmap="viridis")
-        figure.colorbar(image, ax=axes, label="log₁₀ rcond, the smallest", location="bottom", shrink=0.8)
+        least, lowest = float(np.nanmin(seen.log_rcond)), float(np.log10(eps))
+        image = _show(axes, seen, ticks, seen.log_rcond, cmap="viridis", vmin=max(least, lowest))
+        label = "log₁₀ rcond" if seen.matrices == 1 else "log₁₀ of the smallest rcond"
+        extend = "min" if least < lowest else "neither"
+        figure.colorbar(image, ax=axes, label=label, location="bottom", shrink=0.8, extend=extend)
 
     return _svg("rcond", draw, _height_of(seen))
 
@@ -94,7 +114,8 @@ def histogram(found: Histogram, marks: Sequence[tuple[str, float]]) -> str:
                 words, (np.log10(value), 1 - 0.1 * number), (4, -10), xycoords=("data", "axes fraction"),
                 textcoords="offset points",
             )  # fmt: skip
-        axes.set(xlabel="log₁₀ rcond", ylabel="matrices")
+        scale = " (log scale)" if axes.get_yscale() == "log" else ""
+        axes.set(xlabel="log₁₀ rcond", ylabel=f"matrices{scale}")
 
     return _svg("histogram", draw, 2.8)
 
@@ -140,13 +161,31 @@ def _axes_for(figure: Any, seen: Map) -> Any:
     return axes
 
 
-def _show(axes: Any, seen: Map, pixels: Any, **options: Any) -> Any:
+def _show(axes: Any, seen: Map, ticks: Ticks, pixels: Any, **options: Any) -> Any:
     left, right, low, high = seen.extent
-    is_square = 1 / 3 < (high - low) / (right - left) < 3
-    return axes.imshow(
+    columns, rows = seen.lengths
+    is_square = 1 / 3 < rows / columns < 3
+    image = axes.imshow(
         pixels, extent=(left, right, high, low), aspect="equal" if is_square else "auto", interpolation="nearest",
-        **options,
+        origin="upper", **options,
     )  # fmt: skip
+    axes.set_xlim(0, columns)
+    axes.set_ylim(rows, 0)
+    for axis, dim in zip((axes.yaxis, axes.xaxis), ("", *seen.dims)[-2:], strict=True):
+        if some := ticks.get(dim):
+            axis.set_ticks([place + 0.5 for place, _ in some], [_as_label(value) for _, value in some])
+    if len(seen.dims) == 2 and _grows(ticks.get(seen.dims[0], ())):
+        axes.set_ylim(0, rows)  # as latitudes do: upwards
+    return image
+
+
+def _as_label(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)[:_LONGEST_LABEL]
+
+
+def _grows(some: Sequence[tuple[int, Any]]) -> bool:
+    values = [value for _, value in some]
+    return len(values) > 1 and all(isinstance(value, float) for value in values) and values == sorted(values)
 
 
 def _height_of(seen: Map) -> float:
@@ -156,7 +195,14 @@ def _height_of(seen: Map) -> float:
 def _svg(name: str, draw: Callable[[Any], None], height: float) -> str:
     """Return what is drawn, without what only a file of its own needs; a name keeps it apart from others in a page."""
     assert len(_FAILURE_COLOURS) == len(FAILURE_KINDS)
-    with mpl.rc_context(_STYLE):
+    # Whatever the user has set, and without a word on glyphs, for texts stay texts.
+    with (
+        _LOCK,
+        mpl.rc_context(),
+        warnings.catch_warnings(action="ignore", category=UserWarning),
+    ):  # glyphs, see fonttype
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
         figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=144)
         draw(figure)
         buffer = io.StringIO()

@@ -22,8 +22,8 @@ class FailedMatrix:
     """Its index in the whole stack."""
     why: str
     """What happened to it."""
-    coordinates: dict[str, str]
-    """What the coordinates of the target say of it."""
+    coordinates: dict[str, Any]
+    """What the coordinates of the target say of it: `Dataset.sel` takes those of dimensions."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Findings(Shown):
     """The first matrices of each kind of failure."""
     map: Map | None
     """Where in the stack they are, and the rcond of the others."""
+    ticks: dict[str, tuple[tuple[int, Any], ...]]
+    """By dimension of the map, some places along it and their coordinates."""
     histogram: Histogram | None
     """Of rcond; None where there is no good matrix, or they cannot be read."""
     slowest: tuple[SlowTile, ...]
@@ -92,10 +94,21 @@ class Findings(Shown):
         return self.account.heading()
 
     def rows(self) -> list[Row]:
-        """Return the account, and the first failed matrices."""
+        """Return the account, the first failed matrices, and why it is not complete."""
         named = [("", f"{list(each.index)}{_in_words(each.coordinates)}: {each.why}") for each in self.failed]
         at_work = [] if self.at_work is None else [self.at_work.row()]
-        return rows_of(self.account, self.at_work) + named + at_work + [("note", note) for note in self.notes]
+        notes = [("note", note) for note in self.notes]
+        return rows_of(self.account, self.at_work) + named + self.obstacles() + at_work + notes
+
+    def obstacles(self) -> list[Row]:
+        """Return why the last run has not completed it."""
+        if self.account.complete or not self.runs:
+            return []
+        last = self.runs[-1]
+        stopped = [("stopped", str(last["stopped"]))] if last.get("stopped") else []
+        tiles = [("failed", f"tile {tile.get('number')}: {tile.get('cause')}") for tile in last["failed_tiles"]]
+        chunks = [("unreadable", f"{chunk.get('key')}: {chunk.get('cause')}") for chunk in last["bad_chunks"]]
+        return stopped + tiles + chunks + [("note", note) for note in last["notes"]]
 
     def to_json(self) -> dict[str, Any]:
         """Return the report for machines."""
@@ -105,9 +118,10 @@ class Findings(Shown):
             | {name: [asdict(part) for part in found[name]] for name in ("failed", "slowest")}
             | {"account": self.account.to_json(), "at_work": self.at_work and asdict(self.at_work)}
             | {"histogram": self.histogram and asdict(self.histogram), "map": self.map and self.map.to_json()}
+            | {"exit_code": 0}
         )
         return told
 
 
-def _in_words(coordinates: dict[str, str]) -> str:
+def _in_words(coordinates: dict[str, Any]) -> str:
     return f" ({', '.join(f'{name} {value}' for name, value in coordinates.items())})" if coordinates else ""

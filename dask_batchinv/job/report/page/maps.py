@@ -32,9 +32,15 @@ class Map:
     dims: tuple[str, ...]
     """The dimensions: of rows and columns of pixels, or of these alone."""
     extent: tuple[int, int, int, int]
-    """Where the pixels begin and end: along columns, then rows, in matrices."""
+    """Where the pixels begin and end: along columns, then rows, in matrices. The last may reach beyond the stack."""
+    lengths: tuple[int, int]
+    """How long the stack is: along columns, then rows."""
+    matrices: int
+    """Matrices in a pixel, at most."""
     kinds: Array
     """By pixel, the commonest failure in it, as a number in `FAILURE_KINDS`; else what else it is."""
+    share: Array
+    """By pixel, which share of its matrices failed."""
     log_rcond: Array
     """By pixel, log10 of the smallest rcond of good matrices; NaN where there is none."""
     by_tile: bool
@@ -46,8 +52,10 @@ class Map:
         return {
             "dims": self.dims,
             "extent": self.extent,
+            "matrices": self.matrices,
             "kinds": [[names[kind] for kind in row] for row in self.kinds],
             "log_rcond": [[float(x) if np.isfinite(x) else None for x in row] for row in self.log_rcond],
+            "share": self.share.tolist(),
             "by_tile": self.by_tile,
         }
 
@@ -67,7 +75,7 @@ def axes_of_map(lengths: tuple[int, ...]) -> tuple[int, ...]:
 def map_of_matrices(info: Array, rcond: Array, dims: tuple[str, ...]) -> Map | None:
     """Return the map of a stack of which all is known, or None if it has no dimension to be drawn along."""
     axes = axes_of_map(info.shape)
-    if not axes:
+    if not (axes and info.size):
         return None
     codes = np.full(info.shape, GOOD, np.int8)
     for number, failure in enumerate(failures_of("general")):
@@ -77,14 +85,14 @@ def map_of_matrices(info: Array, rcond: Array, dims: tuple[str, ...]) -> Map | N
     counts = np.stack([_summed(codes == number, steps) for number in range(PENDING + 1)])
     least = _reduced(np.fmin, np.where(codes == GOOD, rcond, np.nan), steps)
     extent = tuple(cuts(info.shape[axis], steps[axis]) * steps[axis] for axis in axes)
-    return _map(dims, axes, extent, counts, least, by_tile=False)
+    return _map(dims, axes, info.shape, extent, counts, least, by_tile=False)
 
 
 def map_of_tiles(ledger: Ledger, tiling: Tiling, dims: tuple[str, ...]) -> Map | None:
     """Return the map of a stack by its ledger alone."""
     lengths = tuple(tiling.shape[axis] for axis in tiling.batch)
-    axes = axes_of_map(lengths)
-    if not axes:
+    axes = axes_of_map(tiling.grid)  # along others there is but one pixel
+    if not (axes and tiling.n_matrices):
         return None
     columns = [ledger.column(kind) for kind in FAILURE_KINDS]
     masked, done = ledger.column("masked"), ledger.done
@@ -95,23 +103,42 @@ def map_of_tiles(ledger: Ledger, tiling: Tiling, dims: tuple[str, ...]) -> Map |
     least = _reduced(np.fmin, ledger.smallest_rconds().reshape(tiling.grid), steps)
     tiles = [tiling.tile[axis] for axis in tiling.batch]
     extent = tuple(cuts(tiling.grid[axis], steps[axis]) * steps[axis] * tiles[axis] for axis in axes)
-    return _map(dims, axes, extent, counts, least, by_tile=True)
+    return _map(dims, axes, lengths, extent, counts, least, by_tile=True)
 
 
 def _map(
-    dims: tuple[str, ...], axes: tuple[int, ...], extent: tuple[int, ...], counts: Array, least: Array, *, by_tile: bool
+    dims: tuple[str, ...],
+    axes: tuple[int, ...],
+    lengths: tuple[int, ...],
+    extent: tuple[int, ...],
+    counts: Array,
+    least: Array,
+    *,
+    by_tile: bool,
 ) -> Map:
     """Return a map of how many matrices of each kind there are by pixel, along all axes but those of length 1."""
     shape = (1, *(least.shape[axis] for axis in axes))[-2:]
     counts, least = counts.reshape(-1, *shape), least.reshape(shape)
     failed = counts[: len(FAILURE_KINDS)]
     kinds = np.where(failed.any(axis=0), failed.argmax(axis=0), GOOD)
-    nothing = ~failed.any(axis=0) & (counts[GOOD] == 0)
-    kinds[nothing] = np.where(counts[PENDING] > 0, PENDING, MASKED)[nothing]
-    with np.errstate(divide="ignore"):
+    no_failure = ~failed.any(axis=0)
+    kinds[no_failure & (counts[GOOD] == 0)] = MASKED
+    kinds[no_failure & (counts[PENDING] > 0)] = PENDING
+    with np.errstate(divide="ignore", invalid="ignore"):
         log_rcond = np.log10(least)
     height, width = (1, *extent)[-2:]
-    return Map(tuple(dims[axis] for axis in axes), (0, width, 0, height), kinds, log_rcond, by_tile)
+    rows, columns = (1, *(lengths[axis] for axis in axes))[-2:]
+    total = counts.sum(axis=0)
+    return Map(
+        dims=tuple(dims[axis] for axis in axes),
+        extent=(0, width, 0, height),
+        lengths=(columns, rows),
+        matrices=int(total.max()),
+        kinds=kinds,
+        share=failed.sum(axis=0) / np.maximum(1, total),
+        log_rcond=np.where(np.isfinite(log_rcond), log_rcond, np.nan),
+        by_tile=by_tile,
+    )
 
 
 def _summed(numbers: Array, steps: tuple[int, ...]) -> Array:
@@ -126,11 +153,9 @@ def _reduced(reduce: np.ufunc, numbers: Array, steps: tuple[int, ...]) -> Array:
 
 
 def tiles_to_read(tiling: Tiling, done: Array) -> Iterator[int]:
-    """Yield the tiles of which matrices are looked at one by one: all that are done, or some, spread evenly."""
+    """Yield some tiles that are done, spread evenly, of which matrices are looked at one by one."""
     numbers = np.flatnonzero(done)
-    most = len(numbers)
-    if tiling.n_matrices > MOST_MATRICES:
-        largest = math.prod(tiling.tile[axis] for axis in tiling.batch)
-        most = max(1, min(MOST_TILES, MOST_MATRICES // largest, most))
-    if most:
+    largest = math.prod(tiling.tile[axis] for axis in tiling.batch)
+    most = max(1, min(MOST_TILES, MOST_MATRICES // max(1, largest), len(numbers)))
+    if len(numbers):
         yield from map(int, numbers[np.linspace(0, len(numbers) - 1, most).round().astype(int)])

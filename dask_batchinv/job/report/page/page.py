@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
@@ -14,7 +15,14 @@ from dask_batchinv.outcome import RefusedError, failures_of
 from dask_batchinv.shown import counted
 from dask_batchinv.stack import real_dtype
 from dask_batchinv.text import clean
+from dask_batchinv.urls import without
 
+#: A share below it is not said in digits.
+_SMALLEST_SHARE = 1e-5
+#: A timeline of fewer points tells nothing.
+_FEWEST_POINTS = 4
+#: What was not asked for.
+_NOTHING = ("", "no", "none", "nothing", "{}", "[]", "False", "0")
 #: Runs and workers are named one by one up to so many.
 _MOST_ROWS = 20
 _CSS = """
@@ -28,6 +36,8 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: var(--ink); backg
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.4rem; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
 p.state { font-weight: 600; border-left: 0.4rem solid var(--mark); padding-left: 0.6rem; }
+p.open { border-color: #d55e00; }
+td.index { white-space: nowrap; }
 dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem; margin: 1rem 0; }
 dl.facts div { border: 1px solid var(--line); border-radius: 0.4rem; padding: 0.4rem 0.7rem; }
 dt { color: var(--quiet); font-size: 0.85rem; } dd { margin: 0; font-size: 1.2rem; font-variant-numeric: tabular-nums; }
@@ -54,7 +64,7 @@ def page_of(report: Findings) -> str:
         If Matplotlib is not installed.
     """
     check_matplotlib()
-    title = f"Inverses of {report.account.source}"
+    title = f"{os.path.basename(report.account.target)}: inverses of {report.asked['variable'] or 'a stack'}"
     body = "".join(f"{part}\n" for part in _parts(report, title))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -70,34 +80,62 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RefusedError(
-            "a report as a page is drawn with Matplotlib, which cannot be imported "
-            f"({error}): pip install 'dask_batchinv[report]', or take the report as JSON"
+            f"a report as a page is drawn with Matplotlib, which cannot be imported ({error}): pip install matplotlib, "
+            "or take the report as JSON"
         ) from error
+
+
+def check_output(path: str | os.PathLike[str], target: str, source: str, variable: str | None) -> None:
+    """Raise RefusedError if a page cannot be written to a file, or must not: in a store it would be damage.
+
+    Parameters
+    ----------
+    path
+        The file.
+    target, source, variable
+        The names of the stores, and of the array in a source that is a group.
+    """
+    check_matplotlib()
+    real = os.path.realpath(path)
+    stores = [target, source, without(source, variable) if variable else source]
+    for store in map(os.path.realpath, stores):
+        if os.path.commonpath([store, real]) == store:
+            raise RefusedError(f"the report cannot be written to {path}: that is in {store}, which it would damage")
+    folder = os.path.dirname(real)
+    if not os.path.isdir(folder) or os.path.isdir(real) or not os.access(folder, os.W_OK):
+        raise RefusedError(f"the report cannot be written to {path}: name a file in a folder that you can write to")
 
 
 def _parts(report: Findings, title: str) -> Iterator[str]:
     account = report.account
     yield f"<h1>{_text(title)}</h1>"
-    yield f'<p class="state">{_text(state_of(account, report.at_work))}</p>'
+    is_open = "" if account.complete else " open"
+    yield f'<p class="state{is_open}">{_text(state_of(account, report.at_work))}</p>'
+    yield f'<p class="quiet">{_text(account.heading())}</p>'
     if report.at_work is not None:
         yield f"<p>At work: {_text(report.at_work.row()[1])}</p>"
     yield from (f"<p>Note: {_text(note)}</p>" for note in report.notes)
+    yield from (f"<p>{label.capitalize()}: {_text(words)}</p>" for label, words in report.obstacles())
+    failed = f"{account.n_failed:,}"
+    if account.n_failed:
+        failed += f" ({_share(account.n_failed, account.matrices_done)})"
     yield _facts(
         (f"matrices, {report.n} × {report.n}", f"{account.matrices:,}"),
-        ("accounted for", f"{account.matrices_done:,}"),
-        ("without an inverse", f"{account.n_failed:,}"),
-        ("left out by the mask", f"{account.masked:,}"),
-        ("smallest rcond", "none" if account.smallest_rcond is None else f"{account.smallest_rcond:.3g}"),
-        ("rcond below eps", f"{account.ill_conditioned:,}"),
+        ("inverted", f"{account.matrices_done - account.n_failed - account.masked:,}"),
+        ("without an inverse", failed),
+        *([("left out by the mask", f"{account.masked:,}")] if account.masked else []),
+        *([("to do", f"{account.matrices - account.matrices_done:,}")] if not account.complete else []),
+        ("smallest rcond of the inverted", _value(account.smallest_rcond) or "none"),
+        ("inverted with rcond below eps", f"{account.ill_conditioned:,}"),
     )
+    yield from _pictures(report)
     yield "<h2>Matrices without an inverse</h2>"
     yield from _failures(report)
-    yield from _pictures(report)
     yield "<h2>Work</h2>"
     yield from _work(report)
     yield "<h2>What was asked for</h2>"
     asked = [("target", account.target), *report.asked.items(), ("shape", report.shape), ("tile", report.tile)]
-    yield _table((), [(name, words) for name, value in asked if (words := _value(value))])
+    yield _table((), [(name, _value(value)) for name, value in asked if _value(value) not in _NOTHING])
     if report.runs and report.runs[-1].get("versions"):
         yield "<h2>Versions of the last run</h2>"
         yield _table((), sorted(report.runs[-1]["versions"].items()))
@@ -112,8 +150,7 @@ def _failures(report: Findings) -> Iterator[str]:
     rows = []
     for failure in failures_of(account.assume_a):
         if number := account.failed[failure.kind]:
-            share = number / max(1, account.matrices_done)
-            rows.append((failure.words, f"{number:,}", f"{share:.3%}"))
+            rows.append((failure.words, f"{number:,}", _share(number, account.matrices_done)))
     yield _table(("what", "matrices", "share"), rows)
     singular = failures_of(account.assume_a)[0]
     if account.failed[singular.kind]:
@@ -121,44 +158,53 @@ def _failures(report: Findings) -> Iterator[str]:
     if report.failed:
         names = list(dict.fromkeys(name for each in report.failed for name in each.coordinates))
         yield '<p class="quiet">The first of each kind; all of them are in the array of codes of the target.</p>'
-        yield _table(("index", *names, "why"), (_of_matrix(each, names) for each in report.failed))
+        heads = (f"index ({', '.join(report.dims)})", "why", *names)
+        yield _table(heads, (_of_matrix(each, names) for each in report.failed))
 
 
 def _of_matrix(each: FailedMatrix, names: Sequence[str]) -> Sequence[str]:
-    index = ", ".join(map(str, each.index))
-    return f"({index}{',' * (len(each.index) == 1)})", *(each.coordinates.get(name, "") for name in names), each.why
+    coordinates = (str(each.coordinates.get(name, "")) for name in names)
+    return ", ".join(map(str, each.index)), each.why, *coordinates
+
+
+def _share(number: int, of: int) -> str:
+    share = number / max(1, of)
+    return f"{share:.3%}" if share >= _SMALLEST_SHARE or not number else f"less than {_SMALLEST_SHARE:.3%}"
 
 
 def _pictures(report: Findings) -> Iterator[str]:
     from dask_batchinv.job.report.page import figures  # with it Matplotlib is imported
 
     account, pictures = report.account, list[str]()
+    eps = float(np.finfo(real_dtype(np.dtype(report.asked["stored as"]))).eps)
     if (seen := report.map) is not None:
-        # Of failures, the commonest; of the others, the smallest.
-        detail = "from the ledger: a pixel is a tile or more" if seen.by_tile else "from every matrix"
-        across = " × ".join(seen.dims)
-        caption = f"What happened, along {across}: in each pixel the commonest failure ({detail})."
-        pictures.append(_figure(figures.map_of_failures(seen, account.assume_a), caption))
+        across = " and ".join(seen.dims)
+        pixel = "" if seen.matrices == 1 else f" A pixel is up to {counted(seen.matrices, 'matrix')}"
+        pixel += ", as the ledger counts them." if seen.by_tile else "." * bool(pixel)
+        what = "What happened to each matrix" if seen.matrices == 1 else "Which share of the matrices has no inverse"
+        caption = f"{what}, along {across}.{pixel} Small squares mark what stands alone."
+        pictures.append(_figure(figures.map_of_failures(seen, report.ticks, account.assume_a), caption))
         if np.isfinite(seen.log_rcond).any():
-            caption = f"Conditioning, along {across}: in each pixel the smallest rcond ({detail})."
-            pictures.append(_figure(figures.map_of_rcond(seen), caption))
+            caption = f"How well conditioned the inverted ones are, along {across}.{pixel}"
+            pictures.append(_figure(figures.map_of_rcond(seen, report.ticks, eps), caption))
     if (found := report.histogram) is not None:
-        eps = float(np.finfo(real_dtype(np.dtype(report.asked["stored as"]))).eps)
         marks = [("eps", eps), *([("min_rcond", report.asked["min_rcond"])] if report.asked["min_rcond"] else [])]
         some = "" if found.tiles is None else f", of {counted(found.tiles, 'tile')} spread evenly"
         caption = (
-            f"rcond of {counted(found.matrices, 'matrix')} with an inverse{some}. Left of eps no digit is certain."
+            f"rcond of {counted(found.matrices, 'matrix')} with an inverse{some}. Left of the dashed line, eps, an "
+            "inverse may have no correct digit."
         )
         pictures.append(_figure(figures.histogram(found, marks), caption))
-    timelines = [run["timeline"] for run in report.runs if _is_drawable(run.get("timeline"))]
+    timelines = [run["timeline"] for run in report.runs if _is_drawable(run["timeline"])]
     if timelines:
-        pictures.append(_figure(figures.throughput(timelines), "How fast it went; dotted lines part the runs."))
+        caption = "How fast it went." if len(timelines) == 1 else "How fast it went; dotted lines part the runs."
+        pictures.append(_figure(figures.throughput(timelines), caption))
     if pictures:
         yield f'<h2>Pictures</h2>\n<div class="pictures">{"".join(pictures)}</div>'
 
 
-def _is_drawable(timeline: Any) -> bool:
-    return isinstance(timeline, (list, tuple)) and len(timeline) > 1 and timeline[-1][0] > 0
+def _is_drawable(timeline: Sequence[Any]) -> bool:
+    return len(timeline) >= _FEWEST_POINTS and timeline[-1][0] > 0
 
 
 def _work(report: Findings) -> Iterator[str]:
@@ -173,7 +219,7 @@ def _work(report: Findings) -> Iterator[str]:
         yield _table(heads, ([_when(run.get("started")), *(_value(run.get(key)) for key in keys)] for run in some))
         if len(some) < len(report.runs):
             yield f'<p class="quiet">The last {len(some)} of {len(report.runs)} recorded runs.</p>'
-        figures = list(report.runs[-1].get("per_worker", {}).items())
+        figures = list(report.runs[-1]["per_worker"].items())
         if figures:
             yield "<p>Workers of the last run:</p>"
             columns = ("tiles", "failed", "seconds", "cpu_seconds", "requests")
@@ -192,13 +238,15 @@ def _facts(*facts: tuple[str, str]) -> str:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in heads)
-    first = "td" if heads else 'th scope="row"'
-    body = "".join(
-        f"<tr><{first}>{_text(row[0])}</{first[:2]}>{''.join(f'<td>{_text(cell)}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
     head = f"<thead><tr>{head}</tr></thead>" if heads else ""
+    body = "".join(_row(row, is_named=not heads) for row in rows)
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _row(row: Sequence[str], *, is_named: bool) -> str:
+    first, *others = map(_text, row)
+    name = f'<th scope="row">{first}</th>' if is_named else f'<td class="index">{first}</td>'
+    return f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in others)}</tr>"
 
 
 def _figure(picture: str, caption: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +15,10 @@ from dask_batchinv.job.outputs import name_of
 from dask_batchinv.job.report.account import Account, account_in
 from dask_batchinv.job.report.at_work import AtWork
 from dask_batchinv.job.report.page.findings import FailedMatrix, Findings, Histogram, SlowTile
+from dask_batchinv.job.report.page.labels import Labels
 from dask_batchinv.job.report.page.maps import MOST_MATRICES, Map, map_of_matrices, map_of_tiles, tiles_to_read
-from dask_batchinv.job.report.page.page import page_of
+from dask_batchinv.job.report.page.page import check_output, page_of
+from dask_batchinv.job.report.page.records import sound
 from dask_batchinv.job.report.tiles import spans_of
 from dask_batchinv.job.target.chunks import open_array
 from dask_batchinv.job.target.found import existing
@@ -25,7 +26,7 @@ from dask_batchinv.job.target.ledger import Ledger, runs_of
 from dask_batchinv.job.target.state import Target
 from dask_batchinv.job.tiling import describe_tile
 from dask_batchinv.location import Location, Place
-from dask_batchinv.outcome import NAMED, Index, Info, explain, failures_of
+from dask_batchinv.outcome import NAMED, Info, explain, failures_of
 from dask_batchinv.text import clean, public
 
 Array = npt.NDArray[Any]
@@ -53,8 +54,10 @@ class TargetReport(Findings):
         Raises
         ------
         RefusedError
-            If Matplotlib, which draws the pictures, is not installed.
+            If Matplotlib, which draws the pictures, is not installed, or `path` is in the target or in its source.
         """
+        if path is not None:
+            check_output(path, self.account.target, self.account.source, self.asked.get("variable"))
         page = page_of(self)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
@@ -75,6 +78,7 @@ def report_of(path: Place) -> TargetReport:
     info, rcond = _open(location, target, "info", notes), _open(location, target, "rcond", notes)
     dims = _dims(info, len(target.tiling.batch))
     numbers = _read(info, rcond, target, ledger, notes, whole=account.complete)
+    labels, seen = Labels(location, dims, notes), _map(numbers, ledger, target, dims)
     milliseconds, attempts = ledger.column("milliseconds"), ledger.column("attempts")
     return TargetReport(
         account=account,
@@ -85,8 +89,9 @@ def report_of(path: Place) -> TargetReport:
         n=target.tiling.n,
         dims=dims,
         asked=target.fingerprint,
-        failed=_failed(location, account, info, dims, notes),
-        map=_map(numbers, ledger, target, dims),
+        failed=_failed(account, info, labels),
+        map=seen,
+        ticks={} if seen is None else {dim: labels.ticks(dim) for dim in seen.dims},
         histogram=_histogram(numbers),
         slowest=tuple(
             SlowTile(
@@ -98,7 +103,7 @@ def report_of(path: Place) -> TargetReport:
             if ledger.done[number]
         ),
         retried=int((attempts[ledger.done] > 1).sum()),
-        runs=tuple(runs_of(location)),
+        runs=sound(runs_of(location)),
         notes=tuple(notes),
     )
 
@@ -130,11 +135,15 @@ def _read(info: Any, rcond: Any, target: Target, ledger: Ledger, notes: list[str
     if info is None or rcond is None:
         return None
     tiling = target.tiling
-    is_small = tiling.n_matrices <= MOST_MATRICES and tiling.n_tiles <= _MOST_TILES
+    # What is not done is not there, so that tiles must be read one by one.
+    most = _MOST_TILES if whole else _MOST_TILES // 8
+    is_small = tiling.n_matrices <= MOST_MATRICES and tiling.n_tiles <= most
     try:
+        if info.shape != rcond.shape:
+            raise ValueError(f"their shapes are {info.shape} and {rcond.shape}")
         if is_small and whole:
             return _Numbers(np.asarray(info[...]), np.asarray(rcond[...]), None)
-        if is_small:  # what is not done is not there
+        if is_small:
             numbers = _Numbers(np.full(info.shape, Info.PENDING, np.int32), np.full(info.shape, np.nan), None)
             for tile in np.flatnonzero(ledger.done):
                 region = tiling.region(int(tile))
@@ -160,6 +169,7 @@ def _histogram(numbers: _Numbers | None) -> Histogram | None:
     if numbers is None:
         return None
     good = numbers.rcond[(numbers.info == int(Info.GOOD)) & (numbers.rcond > 0)].astype(np.float64)
+    good = good[np.isfinite(good)]
     if not good.size:
         return None
     logs = np.log10(good)
@@ -168,37 +178,9 @@ def _histogram(numbers: _Numbers | None) -> Histogram | None:
     return Histogram(tuple(map(float, edges)), tuple(map(int, counts)), good.size, numbers.tiles)
 
 
-def _failed(
-    location: Location, account: Account, info: Any, dims: tuple[str, ...], notes: list[str]
-) -> tuple[FailedMatrix, ...]:
+def _failed(account: Account, info: Any, labels: Labels) -> tuple[FailedMatrix, ...]:
     """Return the first failed matrices, with their coordinates."""
     first = [index for failure in failures_of(account.assume_a) for index in account.first_failed[failure.kind]]
     if not first or info is None:
         return ()
-    labels = _Labels(location, dims, notes)
     return tuple(FailedMatrix(index, explain(int(info[index]), account.assume_a), labels.of(index)) for index in first)
-
-
-class _Labels:
-    """The coordinates of a target."""
-
-    def __init__(self, location: Location, dims: tuple[str, ...], notes: list[str]):
-        import xarray as xr  # not before it is needed
-
-        self._dims, self._coordinates = dims, dict[str, Any]()
-        try:
-            dataset = xr.open_zarr(location.store(read_only=True), chunks=None, create_default_indexes=False)
-            self._coordinates = {
-                str(name): array for name, array in dataset.coords.items() if {*array.dims} <= {*dims} and array.dims
-            }
-        except Exception as error:  # whatever Xarray, Zarr and a file system may raise
-            notes.append(clean(f"coordinates cannot be read: {type(error).__name__}: {error}"))
-
-    def of(self, index: Index) -> dict[str, str]:
-        """Return what they say of a matrix."""
-        places: Mapping[str, int] = dict(zip(self._dims, index, strict=True))
-        found = {}
-        for name, array in self._coordinates.items():
-            value = array.isel({dim: places[dim] for dim in array.dims}).values[()]
-            found[name] = f"{value:.6g}" if isinstance(value, np.floating) else clean(str(value))
-        return found
