@@ -82,6 +82,7 @@ def test_the_page_stands_alone_and_tells_all(target):
     assert "script" not in found.tags
     assert found.tags.count("svg") == 4  # two maps, a histogram, the throughput
     assert "@import" not in page
+    assert "mathdefault" not in page
     assert not re.search(r"url\((?!#)", page)
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))

@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from dask_batchinv.job.report.page.findings import Histogram
+from dask_batchinv.job.report.page.findings import Histogram, as_text
 from dask_batchinv.job.report.page.maps import GOOD, MASKED, PENDING, Map
 from dask_batchinv.outcome import FAILURE_KINDS, failures_of
 from dask_batchinv.stack import AssumeA
@@ -108,6 +108,8 @@ def histogram(found: Histogram, marks: Sequence[tuple[str, float]]) -> str:
         positive = [count for count in found.counts if count]
         if max(positive) > 100 * min(positive):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # 10³ would be a formula
+            axes.yaxis.set_minor_formatter(NullFormatter())
         for number, (words, value) in enumerate(marks):
             axes.axvline(np.log10(value), color=_LINE, linestyle=("--", ":")[number % 2])
             axes.annotate(
@@ -180,7 +182,7 @@ def _show(axes: Any, seen: Map, ticks: Ticks, pixels: Any, **options: Any) -> An
 
 
 def _as_label(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)[:_LONGEST_LABEL]
+    return f"{value:.6g}" if isinstance(value, float) else as_text(value)[:_LONGEST_LABEL]
 
 
 def _grows(some: Sequence[tuple[int, Any]]) -> bool:

@@ -124,4 +124,9 @@ class Findings(Shown):
 
 
 def _in_words(coordinates: dict[str, Any]) -> str:
-    return f" ({', '.join(f'{name} {value}' for name, value in coordinates.items())})" if coordinates else ""
+    return f" ({', '.join(f'{name} {as_text(value)}' for name, value in coordinates.items())})" if coordinates else ""
+
+
+def as_text(coordinate: Any) -> str:
+    """Return a coordinate for people: numbers with ten digits, so that places a metre apart on a globe stay apart."""
+    return f"{coordinate:.10g}" if isinstance(coordinate, float) else str(coordinate)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dask_batchinv.job.report.at_work import state_of
-from dask_batchinv.job.report.page.findings import FailedMatrix, Findings
+from dask_batchinv.job.report.page.findings import FailedMatrix, Findings, as_text
 from dask_batchinv.outcome import RefusedError, failures_of
 from dask_batchinv.shown import counted
 from dask_batchinv.stack import real_dtype
@@ -163,7 +163,7 @@ def _failures(report: Findings) -> Iterator[str]:
 
 
 def _of_matrix(each: FailedMatrix, names: Sequence[str]) -> Sequence[str]:
-    coordinates = (str(each.coordinates.get(name, "")) for name in names)
+    coordinates = (as_text(each.coordinates.get(name, "")) for name in names)
     return ", ".join(map(str, each.index)), each.why, *coordinates
 
 
