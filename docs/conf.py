@@ -15,6 +15,8 @@ version = release = dask_batchinv.__version__
 html_title = f"{project} {release}"
 html_theme = "furo"
 html_show_copyright = False  # LICENSE has it
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_click", "sphinx_copybutton"]
 
