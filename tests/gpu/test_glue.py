@@ -274,7 +274,7 @@ def test_a_job_that_began_on_cpus_goes_on_where_gpus_are(tmp_path, make_source, 
 
 def test_a_job_for_gpus_is_refused_where_workers_have_none(tmp_path, make_source, threads):
     source = make_source(conditioned(4, 3, 10))
-    match = r'device="gpu", but 1 of 1 workers have none, first .*CUDA finds no GPU'
+    match = r'device="gpu", but 1 of 1 worker without one, first .*CUDA finds no GPU'
     with fake_cupy.installed(devices=0), pytest.raises(DeviceError, match=match):
         invert_store(source, tmp_path / "t", device="gpu", client=threads)
     assert not (tmp_path / "t").exists()

@@ -112,14 +112,14 @@ def test_a_scheduler_file_that_says_nothing(tmp_path, source, content):
     [
         ({"client": SimpleNamespace(asynchronous=False), "scheduler": "tcp://127.0.0.1:1"}, "not several of them"),
         ({"scheduler_file": "f", "scheduler": "tcp://127.0.0.1:1"}, "not several of them"),
-        ({"scheduler_file": "f", "workers": 2}, "workers: only for the local cluster"),
-        ({"wait_for_workers": 2}, "wait-for-workers: only for a running cluster"),
-        ({"only_workers": ["a"]}, "only-workers: only for a running cluster"),
+        ({"scheduler_file": "f", "workers": 2}, "`workers=`: only for the local cluster"),
+        ({"wait_for_workers": 2}, "`wait_for_workers=`: only for a running cluster"),
+        ({"only_workers": ["a"]}, "`only_workers=`: only for a running cluster"),
         ({"only_workers": "a"}, "takes a list"),
         ({"scheduler": "a", "only_workers": ["resource:"]}, "a pattern that is empty"),
         ({"client": "tcp://127.0.0.1:1"}, "got a str: pass scheduler="),
         ({"client": object()}, "got a object: pass Client"),
-        ({"scheduler": "a", "wait_for_workers": 0}, "1 or more"),
+        ({"scheduler": "a", "wait_for_workers": 0}, "from 1 on"),
         ({"scheduler": "a", "wait": "two hours"}, "not a time"),
     ],
 )

@@ -235,9 +235,9 @@ def test_an_array_beside_it_that_has_a_made_up_name_is_no_coordinate(tmp_path, c
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 2, 5, 5), r"but others too could be .* Pass --dims a,b or --dims c,d"),
-        ((3, 3, 3), r"Pass --dims a,b or --dims a,c or --dims b,c"),
-        ((3, 3, 4), r"do not look like rows and columns.* Pass --dims a,b"),
+        ((2, 2, 5, 5), r"but others too could be .* Pass `dims=\('a', 'b'\)` or `dims=\('c', 'd'\)`"),
+        ((3, 3, 3), r"Pass `dims=\('a', 'b'\)` or `dims=\('a', 'c'\)` or `dims=\('b', 'c'\)`"),
+        ((3, 3, 4), r"do not look like rows and columns.* Pass `dims=\('a', 'b'\)`"),
     ],
 )
 def test_core_dimensions_are_not_guessed_where_others_could_be_meant(tmp_path, shape, message):
