@@ -11,8 +11,6 @@ from pathlib import Path
 import dask
 import pytest
 
-from dask_batchinv import SingularMatrixError  # noqa: F401  # from now on tracebacks call it by this name
-
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
 SHOWN = re.compile(r"(?ms)^```(python|console)\n(.*?)^```$")

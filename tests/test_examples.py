@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dask_batchinv import SingularMatrixError  # noqa: F401  # from now on tracebacks call it by this name
 from tests.examples.scripts import assert_printed, run_example, script
 from tests.support.stacks import residual_ratio
 
